@@ -1,0 +1,85 @@
+"""The one configuration tree. The launcher validates it once and writes it to the run directory;
+every process reads it from there."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pipemax.proto.errors import ConfigError
+
+Positive = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+PortNumber = Annotated[int, Meta(ge=0, le=65535)]
+
+CONFIG_FILE = "config.json"
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything the processes of one system agree on.
+
+    Names follow vLLM's flags where vLLM has one. All sizes are bytes, all times seconds.
+    """
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")] = "default"
+    """Names the run directory, so that several systems can live on one machine."""
+    model: str
+    """Model folder: config.json, *.safetensors, tokenizer.json."""
+    served_model_name: str
+    """Model name in results and in metric labels."""
+    pipeline_parallel_size: Positive = 1
+    """Stages, one process each."""
+    layer_split: tuple[Positive, ...]
+    """Layers per stage, in order; its length is `pipeline_parallel_size`."""
+    device: Literal["cpu"] = "cpu"
+    """Where stages compute. `cuda` is refused by the launcher until it is implemented."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights, activations and KV. `auto` takes the checkpoint's own."""
+    max_model_len: Positive
+    """Longest prompt plus output of one request, tokens."""
+    block_size: Annotated[int, Meta(ge=1, le=256)] = 16
+    """Tokens per KV block. Larger blocks copy faster and waste more in the last one."""
+    kv_cache_memory_bytes: Positive = 256 * 2**20
+    """Device KV pool per stage."""
+    kv_offloading_bytes: NotNegative = 1024 * 2**20
+    """Host KV pool for all stages together (`--kv-offloading-size`). 0 turns offloading off:
+    requests that no longer fit are then recomputed."""
+    emulate_link_bandwidth_bytes_s: Positive | None = None
+    """CPU device: bytes per second each stage's link carries in each direction. None: as fast as
+    memory copies go."""
+    max_num_seqs: Positive = 256
+    """Most requests in one micro-batch."""
+    max_num_batched_tokens: Positive = 1024
+    """Most tokens in one micro-batch. Longer prompts are prefilled in chunks."""
+    seed: NotNegative = 0
+    """Seeds the sampling of requests that bring no seed of their own."""
+    activation_transport: Literal["shm", "tcp"] = "shm"
+    """How activations travel between stages: a shared-memory ring, or TCP frames (CURVE-encrypted,
+    for stages on different hosts)."""
+    threads_per_stage: Positive = 1
+    """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: PortNumber = 0
+    """/metrics port; 0 takes a free one, written to `metrics.port` in the run directory."""
+    client_credits: Positive = 4096
+    """Most unfinished requests of one client; the next one is refused, not queued."""
+
+    @property
+    def num_slots(self) -> int:
+        """Micro-batches in flight: one per stage. When weights dominate the step time, every
+        further slot would cost 1/S of the throughput."""
+        return self.pipeline_parallel_size
+
+
+def save_config(config: EngineConfig, run_dir: Path) -> None:
+    (run_dir / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+
+
+def load_config(run_dir: Path) -> EngineConfig:
+    """Raises ConfigError when the file is missing or does not hold a valid configuration."""
+    path = run_dir / CONFIG_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EngineConfig)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: {error}; start the system with `pipemax up`") from error

@@ -1,0 +1,248 @@
+"""The coordinator and the other processes of the system (socket `control`)."""
+
+from typing import Literal
+
+import msgspec
+
+from pipemax.proto.messages.types import (
+    I32,
+    Count,
+    Epoch,
+    ErrorText,
+    Message,
+    RequestKey,
+    Seconds,
+    ShortText,
+    StageIndex,
+    StepId,
+)
+
+Role = Literal["stage", "kv_daemon", "launcher"]
+
+
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
+    """First message of a process, and again whenever it asks to be reset."""
+
+    protocol: int
+    role: Role
+    index: StageIndex = 0
+    pid: Count
+    incarnation: ShortText
+    """Differs at every start of a process, so that a restart is noticed however fast it was."""
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
+    """Answer to Hello."""
+
+    instance_id: ShortText
+
+
+class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
+    """The stage has its weights and its pool and waits for a Reset."""
+
+    stage: StageIndex
+    layers: tuple[int, int]
+    """[first, last + 1) of the model's layers."""
+    num_blocks: Count
+    block_bytes: Count
+    weights_bytes: Count
+    load_s: Seconds
+    activation_transport: ShortText
+
+
+class KvReady(Message, frozen=True, kw_only=True, tag="kv_ready"):
+    """The daemon has its pool and waits for a Reset."""
+
+    pool_bytes: Count
+
+
+class Reset(Message, frozen=True, kw_only=True, tag="reset"):
+    """Void everything planned so far and get ready for `epoch`.
+
+    Stages forget plans and activations, attach their pool to the daemon (again) and connect to
+    their neighbours. The daemon forgets queued transfers; what the host pool holds stays, unless
+    `keep_host_blocks` is false.
+    """
+
+    epoch: Epoch
+    keep_host_blocks: bool = True
+
+
+class ResetDone(Message, frozen=True, kw_only=True, tag="reset_done"):
+    """A stage or the daemon is ready for `epoch`."""
+
+    epoch: Epoch
+    num_host_blocks: Count = 0
+    """From the daemon: blocks the host pool holds, each with every stage's part."""
+
+
+class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Sample one token after item `item` of the plan."""
+
+    item: int
+    seed: int
+    """Unsigned 64 bit."""
+    position: int
+    """Output tokens the request has already; (seed, position) determines the draw."""
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    banned_token_ids: tuple[int, ...] = ()
+    """Tokens that may not be picked (end-of-sequence before min_tokens)."""
+
+
+class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
+    """One pass of one micro-batch through all stages; the same message goes to every stage.
+
+    Items are requests. Item i brings `num_tokens[i]` new tokens whose first position is
+    `context_lens[i]`; its KV lives in `block_tables`' i-th run, which covers all its tokens, old
+    and new. Decode is an item with one token.
+    """
+
+    epoch: Epoch
+    step: StepId
+    slot: Count
+    """Micro-batch slot, also the index into the activation ring: a slot's next step is planned
+    only after its last one came back, so the ring needs no other flow control."""
+    wait_for_load: bool
+    """A Prefetch with this step was sent; wait for Loaded before computing."""
+    num_tokens: I32
+    """[items]"""
+    context_lens: I32
+    """[items] tokens already in the KV cache."""
+    block_counts: I32
+    """[items] length of each run in `block_tables`."""
+    block_tables: I32
+    """[sum(block_counts)] device block ids, item after item."""
+    token_ids: I32
+    """[sum(num_tokens)]"""
+    sample: tuple[SampleRow, ...]
+
+
+class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):
+    """A stage computed a step. The last stage adds the sampled tokens."""
+
+    epoch: Epoch
+    step: StepId
+    stage: StageIndex
+    compute_s: Seconds
+    """This step's compute time."""
+    state_seconds: dict[str, float]
+    """Seconds by state since the stage started; they sum to its wall time. Cumulative, so that a
+    lost message loses nothing."""
+    tokens: I32 | None = None
+    """[len(plan.sample)] in the order of the plan's sample rows."""
+
+
+class Beat(Message, frozen=True, kw_only=True, tag="beat"):
+    """Sent from a stage's or the daemon's work loop while it waits, at least once a second."""
+
+    state_seconds: dict[str, float] = msgspec.field(default_factory=dict)
+    """As in StepDone; empty from the daemon."""
+
+
+class Failure(Message, frozen=True, kw_only=True, tag="failure"):
+    """A process cannot go on and is about to exit."""
+
+    error: ErrorText
+
+
+class BlockMove(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One block between the host pool and every stage's device pool."""
+
+    request: RequestKey
+    index: Count
+    """Block number within the request."""
+    device_block: Count
+
+
+class Prefetch(Message, frozen=True, kw_only=True, tag="prefetch"):
+    """Host to device, in time for `step`. At most one per step.
+
+    On each stage the copies start once the stage has computed `after`, the last step that used
+    the target blocks (-1: at once); when all are done, the stage is sent Loaded(step).
+    """
+
+    epoch: Epoch
+    step: StepId
+    after: int
+    blocks: tuple[BlockMove, ...]
+
+
+class Store(Message, frozen=True, kw_only=True, tag="store"):
+    """Device to host: blocks that step `after` filled. Each is answered by Stored, once every
+    stage's part is in host memory. Storing a block the host already has is answered at once."""
+
+    epoch: Epoch
+    after: int
+    blocks: tuple[BlockMove, ...]
+
+
+class Drop(Message, frozen=True, kw_only=True, tag="drop"):
+    """Forget host blocks `first_index` and up of a request, copies under way included."""
+
+    epoch: Epoch
+    request: RequestKey
+    first_index: Count
+
+
+class Release(Message, frozen=True, kw_only=True, tag="release"):
+    """Forget all host blocks of these requests. Answered by Released once no copy touches them."""
+
+    epoch: Epoch
+    requests: tuple[RequestKey, ...]
+
+
+class Stored(Message, frozen=True, kw_only=True, tag="stored"):
+    epoch: Epoch
+    requests: tuple[RequestKey, ...]
+    indices: tuple[Count, ...]
+    """Pairs with `requests`."""
+
+
+class Released(Message, frozen=True, kw_only=True, tag="released"):
+    """These requests' host blocks are free, and no copy reads their device blocks any more."""
+
+    epoch: Epoch
+    requests: tuple[RequestKey, ...]
+
+
+class LinkTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage's link since the daemon started. Seconds count time with a copy under way."""
+
+    load_bytes: int = 0
+    load_seconds: float = 0.0
+    load_copies: int = 0
+    store_bytes: int = 0
+    store_seconds: float = 0.0
+    store_copies: int = 0
+
+
+class KvReport(Message, frozen=True, kw_only=True, tag="kv_report"):
+    """From the daemon, after work and at least once a second while it works."""
+
+    host_blocks_total: Count
+    host_blocks_used: Count
+    links: tuple[LinkTotals, ...]
+    """By stage."""
+    queued_load_bytes: tuple[int, ...]
+    """By stage: prefetches not yet copied."""
+
+
+class Drain(Message, frozen=True, kw_only=True, tag="drain"):
+    """From the launcher: accept no more requests, finish what was accepted."""
+
+
+class Drained(Message, frozen=True, kw_only=True, tag="drained"):
+    """To the launcher: nothing is left to do."""
+
+
+class SystemReady(Message, frozen=True, kw_only=True, tag="system_ready"):
+    """To the launcher: the system serves requests (first start or after a recovery)."""
+
+    epoch: Epoch
+
+
+class Stop(Message, frozen=True, kw_only=True, tag="stop"):
+    """Exit now, cleanly."""

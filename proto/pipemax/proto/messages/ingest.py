@@ -1,0 +1,154 @@
+"""Clients and the coordinator (socket `ingest`)."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pipemax.proto.messages.types import Count, ErrorText, Message, Seconds, ShortText
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to pick tokens and when to stop. Names and meanings are vLLM's."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy."""
+    top_k: Annotated[int, Meta(ge=-1)] = 0
+    """Keep the k likeliest tokens; 0 and -1 keep all."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Keep the smallest set of likeliest tokens whose probabilities sum to at least this."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    seed: Annotated[int, Meta(ge=-(2**63), lt=2**63)] | None = None
+    """Same seed, same prompt, same parameters: same tokens, whatever runs beside it."""
+    stop: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=64)
+    ] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    """End-of-sequence and stop tokens cannot be picked before this many output tokens, and stop
+    strings are not looked for."""
+    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
+    """None: up to the model's length limit."""
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+
+class ClientHello(Message, frozen=True, kw_only=True, tag="client_hello"):
+    """First message of a client."""
+
+    protocol: int
+    client: ShortText = ""
+
+
+class ServerHello(Message, frozen=True, kw_only=True, tag="server_hello"):
+    """Answer to ClientHello."""
+
+    protocol: int
+    instance_id: ShortText
+    """Changes whenever the coordinator starts anew; requests of another instance are lost."""
+    model_name: str
+    max_model_len: Count
+    credits: Count
+    """Most unfinished requests this client may have."""
+
+
+class Submit(Message, frozen=True, kw_only=True, tag="submit"):
+    """One request. Exactly one of `prompt_token_ids`, `prompt` and `messages` is given."""
+
+    request_id: RequestId
+    """Chosen by the client; unique among its unfinished requests."""
+    prompt_token_ids: tuple[TokenId, ...] | None = None
+    prompt: str | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    """A chat, rendered with the model's chat template."""
+    sampling: SamplingParams = SamplingParams()
+
+
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
+    """Stop a request; it finishes with reason `abort` and what it had produced."""
+
+    request_id: RequestId
+
+
+class Finished(Message, frozen=True, kw_only=True, tag="finished"):
+    """A request's result; sent once."""
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    text: str
+    """Empty when the model folder has no tokenizer."""
+    finish_reason: FinishReason
+    stop_reason: int | str | None = None
+    """The stop token id or stop string met, None for end-of-sequence and length."""
+    num_prompt_tokens: Count
+    queue_s: Seconds
+    """From submission to admission."""
+    first_token_s: Seconds
+    """From submission to the first output token."""
+    total_s: Seconds
+    error: ErrorText | None = None
+    """Why, when finish_reason is `error`."""
+
+
+class Refused(Message, frozen=True, kw_only=True, tag="refused"):
+    """A request that was not accepted, or a message that could not be read (`request_id` None)."""
+
+    request_id: str | None
+    code: ShortText
+    message: ErrorText
+
+
+class StatusQuery(Message, frozen=True, kw_only=True, tag="status_query"):
+    """Asks for a Status."""
+
+
+class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    stage: int
+    pid: int
+    layers: tuple[int, int]
+    state_seconds: dict[str, float]
+    steps: int
+    activation_transport: str
+
+
+class Status(Message, frozen=True, kw_only=True, tag="status"):
+    """What the system is doing now."""
+
+    instance_id: str
+    phase: Literal["starting", "ready", "recovering", "draining"]
+    model_name: str
+    uptime_s: Seconds
+    requests_waiting: Count
+    requests_running: Count
+    requests_finished: Count
+    preemptions: Count
+    prompt_tokens: Count
+    generation_tokens: Count
+    prefetched_tokens: Count
+    """Tokens of context that decode and prefill steps read after a prefetch from the host."""
+    context_tokens: Count
+    """Tokens of context that all steps read."""
+    decode_context_tokens: Count
+    """Tokens of context that decode items (one new token on a finished prompt) read."""
+    decode_prefetched_tokens: Count
+    """Of those, tokens prefetched from the host for that very step."""
+    device_blocks_total: Count
+    device_blocks_used: Count
+    host_blocks_total: Count
+    host_blocks_used: Count
+    load_bytes: Count
+    """Host to device, all stages."""
+    store_bytes: Count
+    load_seconds: Seconds
+    store_seconds: Seconds
+    epoch: Count
+    """Resets so far, the first being the start."""
+    missing: tuple[str, ...]
+    """Processes the system waits for."""
+    stages: tuple[StageStatus, ...]

@@ -1,0 +1,90 @@
+"""The table of sockets: who binds, who may say what, and how large a message may be.
+
+This table is the protocol. `wire.py` builds its decoders from it, the conformance test walks it,
+and `proto/README.md` is generated from it.
+"""
+
+from dataclasses import dataclass
+
+from pipemax.proto.messages import activations, control, ingest, kv
+from pipemax.proto.messages.types import Message
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One socket. Every message but an activation's rows is a single frame."""
+
+    name: str
+    binder: str
+    """Process that binds."""
+    peers: str
+    """Processes that connect."""
+    max_message_bytes: int
+    """Larger messages are refused by the socket itself and close the connection."""
+    to_binder: tuple[type[Message], ...]
+    to_peer: tuple[type[Message], ...]
+
+
+INGEST = Channel(
+    name="ingest",
+    binder="coordinator",
+    peers="clients",
+    max_message_bytes=16 * 2**20,
+    to_binder=(ingest.ClientHello, ingest.Submit, ingest.Cancel, ingest.StatusQuery),
+    to_peer=(ingest.ServerHello, ingest.Finished, ingest.Refused, ingest.Status),
+)
+CONTROL = Channel(
+    name="control",
+    binder="coordinator",
+    peers="stage workers, KV daemon, launcher",
+    max_message_bytes=64 * 2**20,
+    to_binder=(
+        control.Hello,
+        control.StageReady,
+        control.KvReady,
+        control.ResetDone,
+        control.StepDone,
+        control.Beat,
+        control.Failure,
+        control.Stored,
+        control.Released,
+        control.KvReport,
+        control.Drain,
+    ),
+    to_peer=(
+        control.Welcome,
+        control.Reset,
+        control.StepPlan,
+        control.Prefetch,
+        control.Store,
+        control.Drop,
+        control.Release,
+        control.Drained,
+        control.SystemReady,
+        control.Stop,
+    ),
+)
+KV = Channel(
+    name="kv",
+    binder="KV daemon",
+    peers="stage workers",
+    max_message_bytes=64 * 2**10,
+    to_binder=(kv.AttachPool, kv.Computed),
+    to_peer=(kv.PoolAttached, kv.Loaded),
+)
+ACTIVATIONS = Channel(
+    name="act",
+    binder="stage worker s + 1",
+    peers="stage worker s",
+    max_message_bytes=1024 * 2**20,
+    to_binder=(activations.RingOffer, activations.ActivationReady),
+    to_peer=(activations.RingAccepted,),
+)
+CHANNELS = (INGEST, CONTROL, KV, ACTIVATIONS)
+
+REGISTRY: dict[str, type[Message]] = {
+    str(message.__struct_config__.tag): message
+    for channel in CHANNELS
+    for message in (*channel.to_binder, *channel.to_peer)
+}
+"""Every message by its tag. Tags are unique across channels."""

@@ -1,0 +1,46 @@
+"""Field types shared by the messages, and the packing of integer columns."""
+
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+I32 = bytes
+"""A column of little-endian 32-bit integers. Plans carry columns, not lists of objects: a step of
+256 requests is then a few buffers that NumPy reads without copying."""
+
+RequestKey = Annotated[int, Meta(ge=0, lt=2**63)]
+"""The coordinator's number for a request, unique within one coordinator's life."""
+StepId = Annotated[int, Meta(ge=0, lt=2**63)]
+Epoch = Annotated[int, Meta(ge=0, lt=2**63)]
+"""Counts resets. A message of an older epoch is void: its step never happened."""
+StageIndex = Annotated[int, Meta(ge=0, lt=1024)]
+Count = Annotated[int, Meta(ge=0, lt=2**63)]
+Seconds = Annotated[float, Meta(ge=0.0)]
+ShortText = Annotated[str, Meta(max_length=256)]
+ErrorText = Annotated[str, Meta(max_length=4096)]
+
+
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"
+):
+    """Base of all messages. Subclasses give their own `tag`."""
+
+
+def pack_i32(values: Iterable[int]) -> I32:
+    column = array("i", values)
+    if sys.byteorder != "little":  # pragma: no cover
+        column.byteswap()
+    return column.tobytes()
+
+
+def unpack_i32(column: I32) -> "array[int]":
+    """Raises ValueError when the column's length is not a multiple of four bytes."""
+    values = array("i")
+    values.frombytes(column)
+    if sys.byteorder != "little":  # pragma: no cover
+        values.byteswap()
+    return values

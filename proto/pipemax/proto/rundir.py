@@ -1,0 +1,114 @@
+"""The run directory: one system's sockets, configuration, logs and lock.
+
+`<root>/<name>/`, mode 0700, where root is `$PIPEMAX_RUNTIME_DIR`, else `$XDG_RUNTIME_DIR/pipemax`,
+else `/tmp/pipemax-<uid>`. A second bind on a Unix socket silently steals it, so whoever launches
+holds the lock file; the lock is the kernel's and goes with the process.
+"""
+
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from pipemax.proto.errors import AlreadyRunningError, ConfigError
+
+LOCK_FILE = "lock"
+METRICS_PORT_FILE = "metrics.port"
+LOG_DIR = "logs"
+MAX_SOCKET_PATH_BYTES = 107
+
+
+def runtime_root() -> Path:
+    explicit = os.environ.get("PIPEMAX_RUNTIME_DIR")
+    if explicit:
+        return Path(explicit).absolute()
+    session = os.environ.get("XDG_RUNTIME_DIR")
+    if session and Path(session).is_dir():
+        return Path(session) / "pipemax"
+    return Path(tempfile.gettempdir()) / f"pipemax-{os.getuid()}"
+
+
+def run_dir_of(name: str) -> Path:
+    """Where the system `name` lives, whether it runs or not."""
+    return runtime_root() / name
+
+
+def make_private_dir(path: Path) -> None:
+    """Creates `path` with mode 0700, or checks that it is ours and private."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(f"{path} is not a directory of ours; set PIPEMAX_RUNTIME_DIR to one")
+    if found.st_mode & 0o077:
+        raise ConfigError(f"{path} is open to other users; run `chmod 700 {path}`")
+
+
+def create_run_dir(name: str) -> Path:
+    """The run directory of `name`, made ready. Raises ConfigError when it cannot be used."""
+    root = runtime_root()
+    path = root / name
+    try:
+        make_private_dir(root)
+        make_private_dir(path)
+        (path / LOG_DIR).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make run directory {path}: {error}; "
+            "set PIPEMAX_RUNTIME_DIR to a writable folder"
+        ) from error
+    longest = os.fsencode(path / "control.sock")
+    if len(longest) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"run directory {path} is too long for Unix sockets "
+            f"({len(longest)} > {MAX_SOCKET_PATH_BYTES} bytes); "
+            "set PIPEMAX_RUNTIME_DIR to a shorter one"
+        )
+    return path
+
+
+class RunLock:
+    """Held by the launcher for the life of the system; the file holds its pid."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Raises AlreadyRunningError when another launcher holds it."""
+        self._fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            pid = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
+            os.close(self._fd)
+            raise AlreadyRunningError(
+                f"a system named {run_dir.name!r} is already running (launcher pid {pid}); "
+                f"use another --name, or stop it with `pipemax down --name {run_dir.name}`"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def launcher_pid(run_dir: Path) -> int | None:
+    """Pid of the live launcher holding the lock, None when nobody does."""
+    try:
+        fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            text = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            return int(text) if text.isdigit() else None
+        return None
+    finally:
+        os.close(fd)
+
+
+def socket_endpoint(run_dir: Path, name: str) -> str:
+    """ZeroMQ endpoint of the socket `name` (`ingest`, `control`, `kv`, `act-<stage>`)."""
+    return f"ipc://{run_dir / name}.sock"

@@ -1,0 +1,53 @@
+"""ZeroMQ sockets with the limits of the protocol already set."""
+
+import zmq
+
+from pipemax.proto.messages.registry import Channel
+
+HANDSHAKE_TIMEOUT_MS = 3000
+"""A connection that does not complete the ZeroMQ handshake in this time is closed."""
+ROUTER_QUEUE_MESSAGES = 10_000
+
+
+def bind_router(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, channel: Channel
+) -> zmq.Socket[bytes]:
+    """A ROUTER that never drops silently: sending to an unknown or full peer raises ZMQError
+    (EHOSTUNREACH, EAGAIN). A returning peer with the same identity takes its old place."""
+    socket = context.socket(zmq.ROUTER)
+    _limit(socket, channel)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    socket.setsockopt(zmq.BACKLOG, 1024)
+    socket.bind(endpoint)
+    return socket
+
+
+def connect_dealer(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    channel: Channel,
+    identity: bytes | None = None,
+) -> zmq.Socket[bytes]:
+    """A DEALER; `identity` is how the ROUTER addresses it (None: random, for clients)."""
+    socket = context.socket(zmq.DEALER)
+    _limit(socket, channel)
+    if identity is not None:
+        socket.setsockopt(zmq.IDENTITY, identity)
+    socket.setsockopt(zmq.RECONNECT_IVL, 20)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    socket.connect(endpoint)
+    return socket
+
+
+def _limit(socket: zmq.Socket[bytes], channel: Channel) -> None:
+    socket.setsockopt(zmq.MAXMSGSIZE, channel.max_message_bytes)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, ROUTER_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, ROUTER_QUEUE_MESSAGES)
+
+
+def identity_of(role: str, index: int = 0) -> bytes:
+    """Routing identity of a process of the system: `stage-0`, `kv_daemon`, `launcher`."""
+    return f"{role}-{index}".encode() if role == "stage" else role.encode()
