@@ -12,13 +12,13 @@ I32 = bytes
 """A column of little-endian 32-bit integers. Plans carry columns, not lists of objects: a step of
 256 requests is then a few buffers that NumPy reads without copying."""
 
-RequestKey = Annotated[int, Meta(ge=0, lt=2**63)]
+RequestKey = Annotated[int, Meta(ge=0, le=2**62)]
 """The coordinator's number for a request, unique within one coordinator's life."""
-StepId = Annotated[int, Meta(ge=0, lt=2**63)]
-Epoch = Annotated[int, Meta(ge=0, lt=2**63)]
+StepId = Annotated[int, Meta(ge=0, le=2**62)]
+Epoch = Annotated[int, Meta(ge=0, le=2**62)]
 """Counts resets. A message of an older epoch is void: its step never happened."""
 StageIndex = Annotated[int, Meta(ge=0, lt=1024)]
-Count = Annotated[int, Meta(ge=0, lt=2**63)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0.0)]
 ShortText = Annotated[str, Meta(max_length=256)]
 ErrorText = Annotated[str, Meta(max_length=4096)]
