@@ -1,5 +1,6 @@
 """What every process of the system does at its start: take a name, log, leave with the launcher."""
 
+import argparse
 import contextlib
 import ctypes
 import logging
@@ -9,10 +10,63 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from pipemax.proto.errors import PipemaxError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 EXIT_LAUNCHER_GONE = 70
+EXIT_FATAL = 78
+"""The process said in its error file why it cannot work; starting it again would not help."""
+
+log = logging.getLogger(__name__)
+
+
+class ProcessBody(Protocol):
+    """What a process does; returns when told to stop, raises PipemaxError when it cannot work."""
+
+    def __call__(self, run_dir: Path, index: int) -> None: ...
+
+
+def error_file(run_dir: Path, process: str) -> Path:
+    """Where a process that exits with EXIT_FATAL leaves its one-line reason."""
+    return run_dir / f"{process}.error"
+
+
+def run_process(
+    process: str, body: ProcessBody, run_dir: Path, index: int, parent_pipe_fd: int | None
+) -> int:
+    """Runs `body` as the process named `process` (`coordinator`, `kv-daemon`, `stage-0`): OS name,
+    logging, watch on the launcher, one-line reason on failure. Returns the exit status."""
+    set_process_name(f"pm-{process}")
+    set_up_logging(process)
+    leave_with_parent(parent_pipe_fd)
+    raise_fd_limit()
+    error_file(run_dir, process).unlink(missing_ok=True)
+    try:
+        body(run_dir, index)
+    except PipemaxError as error:
+        log.error("%s", error)
+        error_file(run_dir, process).write_text(" ".join(str(error).split()) + "\n")
+        return EXIT_FATAL
+    except Exception:
+        log.exception("unexpected failure")
+        return 1
+    return 0
+
+
+def process_main(process: str, body: ProcessBody, argv: list[str] | None = None) -> int:
+    """Command line of a process: `--run-dir D [--index I] [--parent-pipe-fd N]`. A process of
+    which there are several gets its index appended to its name."""
+    parser = argparse.ArgumentParser(prog=process)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--index", type=int)
+    parser.add_argument("--parent-pipe-fd", type=int)
+    options = parser.parse_args(argv)
+    name = process if options.index is None else f"{process}-{options.index}"
+    return run_process(name, body, options.run_dir, options.index or 0, options.parent_pipe_fd)
 
 
 def set_process_name(name: str) -> None:

@@ -23,7 +23,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least this."""
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Drop tokens less likely than this share of the likeliest one's probability."""
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**62)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     """Same seed, same prompt, same parameters: same tokens, whatever runs beside it."""
     stop: Annotated[
         tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=64)
