@@ -73,6 +73,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 def save_config(config: EngineConfig, run_dir: Path) -> None:
+    """Writes the configuration where every process of the system reads it."""
     (run_dir / CONFIG_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 
@@ -81,5 +82,5 @@ def load_config(run_dir: Path) -> EngineConfig:
     path = run_dir / CONFIG_FILE
     try:
         return msgspec.json.decode(path.read_bytes(), type=EngineConfig)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}; start the system with `pipemax up`") from error

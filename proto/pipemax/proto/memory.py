@@ -61,7 +61,11 @@ class SharedMemory:
         if found.st_ino != handle.inode or found.st_size != handle.size_bytes:
             os.close(fd)
             raise PipemaxSystemError(f"process {handle.pid}'s memory was replaced by another file")
-        return cls(fd, handle.size_bytes)
+        try:
+            return cls(fd, handle.size_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
 
     @property
     def handle(self) -> MemfdHandle:
@@ -74,13 +78,14 @@ class SharedMemory:
         )
 
     def prefault(self) -> None:
-        """Touches every page now (about 1 s per GiB), so that no copy pays for it later."""
+        """Touches every page now (about 1 s per GiB), so that no copy pays for it later. What the
+        segment holds stays."""
         with contextlib.suppress(OSError, AttributeError):
             self._map.madvise(getattr(mmap, "MADV_POPULATE_WRITE", 23))
             return
         page = mmap.PAGESIZE
         for offset in range(0, self.size_bytes, page):
-            self.buffer[offset] = 0
+            self.buffer[offset] = self.buffer[offset]
 
     def close(self) -> None:
         """Unmaps; safe to call twice. Views taken of `buffer` keep the mapping alive until they
@@ -89,6 +94,6 @@ class SharedMemory:
             return
         os.close(self._fd)
         self._fd = -1
-        self.buffer.release()
         with contextlib.suppress(BufferError):
+            self.buffer.release()
             self._map.close()

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from pipemax.proto.errors import PipemaxError
+from pipemax.proto.errors import ConfigError, PipemaxError
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
 EXIT_LAUNCHER_GONE = 70
 EXIT_FATAL = 78
 """The process said in its error file why it cannot work; starting it again would not help."""
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +43,16 @@ def run_process(
     """Runs `body` as the process named `process` (`coordinator`, `kv-daemon`, `stage-0`): OS name,
     logging, watch on the launcher, one-line reason on failure. Returns the exit status."""
     set_process_name(f"pm-{process}")
-    set_up_logging(process)
     leave_with_parent(parent_pipe_fd)
     raise_fd_limit()
     error_file(run_dir, process).unlink(missing_ok=True)
     try:
+        set_up_logging(process)
         body(run_dir, index)
     except PipemaxError as error:
         log.error("%s", error)
-        error_file(run_dir, process).write_text(" ".join(str(error).split()) + "\n")
+        with contextlib.suppress(OSError):  # no run directory: the line above says what is wrong
+            error_file(run_dir, process).write_text(" ".join(str(error).split()) + "\n")
         return EXIT_FATAL
     except Exception:
         log.exception("unexpected failure")
@@ -101,9 +104,13 @@ def raise_fd_limit() -> None:
 
 
 def set_up_logging(process: str) -> None:
-    """One line per event on stderr, which the launcher sends to the process's log file."""
+    """One line per event on stderr, which the launcher sends to the process's log file. Raises
+    ConfigError when PIPEMAX_LOG_LEVEL is not a level."""
+    level = os.environ.get("PIPEMAX_LOG_LEVEL", "INFO")
+    if level not in _LOG_LEVELS:
+        raise ConfigError(f"PIPEMAX_LOG_LEVEL={level!r}; take one of {', '.join(_LOG_LEVELS)}")
     logging.basicConfig(
-        level=os.environ.get("PIPEMAX_LOG_LEVEL", "INFO"),
+        level=level,
         format=f"%(asctime)s.%(msecs)03d {process} %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,

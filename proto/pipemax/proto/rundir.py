@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from pipemax.proto.errors import AlreadyRunningError, ConfigError
@@ -17,6 +18,8 @@ LOCK_FILE = "lock"
 METRICS_PORT_FILE = "metrics.port"
 LOG_DIR = "logs"
 MAX_SOCKET_PATH_BYTES = 107
+_LOCK_ATTEMPTS = 20
+_LOCK_RETRY_S = 0.01
 
 
 def runtime_root() -> Path:
@@ -41,13 +44,23 @@ def make_private_dir(path: Path) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ConfigError(f"{path} is not a directory of ours; set PIPEMAX_RUNTIME_DIR to one")
     if found.st_mode & 0o077:
-        raise ConfigError(f"{path} is open to other users; run `chmod 700 {path}`")
+        raise ConfigError(
+            f"{path} is open to other users (mode {stat.S_IMODE(found.st_mode):o}); "
+            "set PIPEMAX_RUNTIME_DIR to a folder of mode 700"
+        )
 
 
 def create_run_dir(name: str) -> Path:
     """The run directory of `name`, made ready. Raises ConfigError when it cannot be used."""
     root = runtime_root()
     path = root / name
+    longest = os.fsencode(path / "control.sock")
+    if len(longest) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"run directory {path} is too long for Unix sockets "
+            f"({len(longest)} > {MAX_SOCKET_PATH_BYTES} bytes); "
+            "set PIPEMAX_RUNTIME_DIR to a shorter one"
+        )
     try:
         make_private_dir(root)
         make_private_dir(path)
@@ -57,13 +70,6 @@ def create_run_dir(name: str) -> Path:
             f"cannot make run directory {path}: {error}; "
             "set PIPEMAX_RUNTIME_DIR to a writable folder"
         ) from error
-    longest = os.fsencode(path / "control.sock")
-    if len(longest) > MAX_SOCKET_PATH_BYTES:
-        raise ConfigError(
-            f"run directory {path} is too long for Unix sockets "
-            f"({len(longest)} > {MAX_SOCKET_PATH_BYTES} bytes); "
-            "set PIPEMAX_RUNTIME_DIR to a shorter one"
-        )
     return path
 
 
@@ -74,7 +80,7 @@ class RunLock:
         """Raises AlreadyRunningError when another launcher holds it."""
         self._fd = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_exclusively(self._fd)
         except OSError as error:
             pid = os.pread(self._fd, 32, 0).decode(errors="replace").strip()
             os.close(self._fd)
@@ -92,6 +98,19 @@ class RunLock:
             self._fd = -1
 
 
+def _lock_exclusively(fd: int) -> None:
+    """Raises OSError when a launcher holds the lock. Tries for a moment: `launcher_pid` in another
+    process holds it too, for as long as two system calls take."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if attempt == _LOCK_ATTEMPTS - 1:
+                raise
+            time.sleep(_LOCK_RETRY_S)
+
+
 def launcher_pid(run_dir: Path) -> int | None:
     """Pid of the live launcher holding the lock, None when nobody does."""
     try:
@@ -100,7 +119,8 @@ def launcher_pid(run_dir: Path) -> int | None:
         return None
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, so that two who ask at once do not take each other for the launcher.
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             text = os.pread(fd, 32, 0).decode(errors="replace").strip()
             return int(text) if text.isdigit() else None

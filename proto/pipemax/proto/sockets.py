@@ -6,7 +6,8 @@ from pipemax.proto.messages.registry import Channel
 
 HANDSHAKE_TIMEOUT_MS = 3000
 """A connection that does not complete the ZeroMQ handshake in this time is closed."""
-ROUTER_QUEUE_MESSAGES = 10_000
+QUEUE_MESSAGES = 10_000
+"""Messages that wait in a socket for one peer, in each direction."""
 
 
 def bind_router(
@@ -16,6 +17,7 @@ def bind_router(
     (EHOSTUNREACH, EAGAIN). A returning peer with the same identity takes its old place."""
     socket = context.socket(zmq.ROUTER)
     _limit(socket, channel)
+    socket.setsockopt(zmq.RCVHWM, channel.binder_queue_messages)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     socket.setsockopt(zmq.BACKLOG, 1024)
@@ -44,8 +46,8 @@ def _limit(socket: zmq.Socket[bytes], channel: Channel) -> None:
     socket.setsockopt(zmq.MAXMSGSIZE, channel.max_message_bytes)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, ROUTER_QUEUE_MESSAGES)
-    socket.setsockopt(zmq.RCVHWM, ROUTER_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
 
 
 def identity_of(role: str, index: int = 0) -> bytes:

@@ -23,6 +23,8 @@ class Channel:
     """Larger messages are refused by the socket itself and close the connection."""
     to_binder: tuple[type[Message], ...]
     to_peer: tuple[type[Message], ...]
+    binder_queue_messages: int = 10_000
+    """Messages of one peer that wait at the binder; then the peer's own socket queues and blocks."""
 
 
 INGEST = Channel(
@@ -32,6 +34,7 @@ INGEST = Channel(
     max_message_bytes=16 * 2**20,
     to_binder=(ingest.ClientHello, ingest.Submit, ingest.Cancel, ingest.StatusQuery),
     to_peer=(ingest.ServerHello, ingest.Finished, ingest.Refused, ingest.Status),
+    binder_queue_messages=32,  # messages can be large and clients are not ours
 )
 CONTROL = Channel(
     name="control",
