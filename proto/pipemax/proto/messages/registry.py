@@ -24,7 +24,7 @@ class Channel:
     to_binder: tuple[type[Message], ...]
     to_peer: tuple[type[Message], ...]
     binder_queue_messages: int = 10_000
-    """Messages of one peer that wait at the binder; then the peer's own socket queues and blocks."""
+    """Messages of one peer that wait at the binder; further ones wait in the peer's own socket."""
 
 
 INGEST = Channel(

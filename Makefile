@@ -1,0 +1,56 @@
+# `make demo` and `make test` are complete from a fresh clone: they make .venv first.
+# Without a GPU, ops/constraints-cpu.txt keeps pip from fetching 3 GB of CUDA libraries.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c ops/constraints-cpu.txt)
+
+# One thread per process unless the caller knows better: a stage is a process, and they share the cores.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format check clean
+
+help:
+	@echo "make demo    run a small model through two stages, with KV offloading"
+	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it)"
+	@echo "make lint    ruff and mypy"
+	@echo "make check   lint, then test"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove .venv and everything generated"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml ops/constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing pipemax and its dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/pipemax demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --no-error-summary
+
+format: $(STAMP)
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""Every test gets a run directory of its own and may leave nothing behind."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.leaks import (
+    RUNTIME_DIR_VARIABLE,
+    kill_leaked_processes,
+    settled_leaks,
+    snapshot,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_outlives_the_session() -> Iterator[None]:
+    """Catches what fixtures of modules and of the session leave."""
+    before = snapshot()
+    yield
+    found = settled_leaks(before)
+    kill_leaked_processes(before)
+    if found:
+        pytest.fail("the test session left behind:\n  " + "\n  ".join(found))
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """`$PIPEMAX_RUNTIME_DIR` for this test: private, and short enough for Unix sockets."""
+    path = Path(tempfile.mkdtemp(prefix="pm", dir="/tmp"))
+    monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(path))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
+    """Runs around all other fixtures of the test but `runtime_dir`."""
+    before = snapshot()
+    yield
+    found = settled_leaks(before)
+    kill_leaked_processes(before)
+    if found:
+        pytest.fail("this test left behind:\n  " + "\n  ".join(found))
