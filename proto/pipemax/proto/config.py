@@ -57,6 +57,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     activation_transport: Literal["shm", "tcp"] = "shm"
     """How activations travel between stages: a shared-memory ring, or TCP frames (CURVE-encrypted,
     for stages on different hosts)."""
+    activation_host: str = "127.0.0.1"
+    """Address at which stages listen for activations over TCP."""
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
     metrics_host: str = "127.0.0.1"

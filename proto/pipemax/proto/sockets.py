@@ -13,6 +13,13 @@ QUEUE_MESSAGES = 10_000
 def bind_router(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str, channel: Channel
 ) -> zmq.Socket[bytes]:
+    """`make_router`, bound."""
+    socket = make_router(context, channel)
+    socket.bind(endpoint)
+    return socket
+
+
+def make_router(context: zmq.Context[zmq.Socket[bytes]], channel: Channel) -> zmq.Socket[bytes]:
     """A ROUTER that never drops silently: sending to an unknown or full peer raises ZMQError
     (EHOSTUNREACH, EAGAIN). A returning peer with the same identity takes its old place."""
     socket = context.socket(zmq.ROUTER)
@@ -21,7 +28,6 @@ def bind_router(
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     socket.setsockopt(zmq.BACKLOG, 1024)
-    socket.bind(endpoint)
     return socket
 
 
@@ -31,6 +37,15 @@ def connect_dealer(
     channel: Channel,
     identity: bytes | None = None,
 ) -> zmq.Socket[bytes]:
+    """`make_dealer`, connected."""
+    socket = make_dealer(context, channel, identity)
+    socket.connect(endpoint)
+    return socket
+
+
+def make_dealer(
+    context: zmq.Context[zmq.Socket[bytes]], channel: Channel, identity: bytes | None = None
+) -> zmq.Socket[bytes]:
     """A DEALER; `identity` is how the ROUTER addresses it (None: random, for clients)."""
     socket = context.socket(zmq.DEALER)
     _limit(socket, channel)
@@ -38,7 +53,6 @@ def connect_dealer(
         socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 20)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-    socket.connect(endpoint)
     return socket
 
 
