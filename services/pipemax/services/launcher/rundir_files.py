@@ -1,0 +1,66 @@
+"""What a system leaves in its run directory, and how it goes away again."""
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+from pipemax.proto.config import CONFIG_FILE
+from pipemax.proto.errors import PipemaxError
+from pipemax.proto.process import error_file
+from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock
+from pipemax.services.launcher.processes import log_file
+
+_OWNED_PATTERNS = ("*.sock", "*.error", METRICS_PORT_FILE, CONFIG_FILE)
+_OWN_NAME = re.compile(r"[a-z]+-(\d+)")
+_TAIL_BYTES = 4096
+
+
+def clean(run_dir: Path) -> None:
+    """Removes sockets, configuration and error files; logs stay. Call it with the lock held."""
+    for pattern in _OWNED_PATTERNS:
+        for path in run_dir.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def clean_logs(run_dir: Path) -> None:
+    """Removes the logs of the system's last run."""
+    for path in (run_dir / LOG_DIR).glob("*.log"):
+        path.unlink(missing_ok=True)
+
+
+def last_words(run_dir: Path, process: str) -> str | None:
+    """Why a process left: the line of its error file, else the last line of its log."""
+    with contextlib.suppress(OSError):
+        if line := error_file(run_dir, process).read_text(errors="replace").strip():
+            return line
+    with contextlib.suppress(OSError), log_file(run_dir, process).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip()[:500] for line in reversed(lines) if line.strip()), None)
+    return None
+
+
+def own_name(purpose: str) -> str:
+    """Name of a system that lives only as long as this process: `batch-4711`."""
+    return f"{purpose}-{os.getpid()}"
+
+
+def remove(run_dir: Path) -> None:
+    """Removes the whole run directory of a system named by `own_name`."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def sweep(root: Path, purpose: str) -> None:
+    """Removes run directories of `own_name(purpose)` systems whose process was killed."""
+    for path in root.glob(f"{purpose}-*"):
+        match = _OWN_NAME.fullmatch(path.name)
+        if match is None or Path(f"/proc/{match.group(1)}").exists():
+            continue
+        try:
+            lock = RunLock(path)
+        except (OSError, PipemaxError):
+            continue
+        remove(path)
+        lock.release()
