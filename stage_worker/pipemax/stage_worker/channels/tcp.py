@@ -1,0 +1,129 @@
+"""Activations as TCP frames, encrypted and authenticated with CURVE (CurveZMQ, RFC 26).
+
+The receiver binds a free port and writes the endpoint to the run directory. Rows travel as the
+second frame of ActivationReady, from the sender's tensor into the receiver's slot.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from pipemax.proto.errors import ConfigError, WireError
+from pipemax.proto.messages.activations import ActivationReady, RingOffer
+from pipemax.stage_worker.channels.keys import (
+    ActivationKeys,
+    endpoint_file,
+    load_activation_keys,
+    replace_file,
+)
+from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.sender import Frames
+from pipemax.stage_worker.dtypes import torch_dtype
+
+_ZAP_DOMAIN = "pipemax-activations"
+
+
+class TcpWriter:
+    """Sends rows from where they are."""
+
+    transport = "tcp"
+
+    def __init__(self, run_dir: Path, receiver_stage: int) -> None:
+        self._keys = load_activation_keys(run_dir)
+        self._endpoint_file = endpoint_file(run_dir, receiver_stage)
+        self._endpoint: str | None = None
+
+    def secure(self, socket: zmq.Socket[bytes]) -> None:
+        """Sets the keys; before the first `reconnect`."""
+        socket.curve_serverkey = self._keys.receiver_public.encode()
+        socket.curve_publickey = self._keys.sender_public.encode()
+        socket.curve_secretkey = self._keys.sender_secret.encode()
+
+    def offered_memory(self) -> None:
+        return None
+
+    def write(self, slot: int, rows: torch.Tensor) -> Frames:
+        return (rows.contiguous().view(torch.uint8).numpy().data.cast("B"),)
+
+    def reconnect(self, socket: zmq.Socket[bytes]) -> None:
+        """A receiver that was started again listens on another port."""
+        try:
+            endpoint = self._endpoint_file.read_text()
+        except FileNotFoundError:
+            return
+        if endpoint == self._endpoint:
+            return
+        if self._endpoint is not None:
+            socket.disconnect(self._endpoint)
+        socket.connect(endpoint)
+        self._endpoint = endpoint
+
+    def close(self) -> None: ...
+
+
+class _OnlyThisRun:
+    """Admits the sender's key of this run; zmq.auth calls it per connection."""
+
+    def __init__(self, keys: ActivationKeys) -> None:
+        self._admitted = keys.sender_public.encode()
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._admitted
+
+
+class TcpReader:
+    """Receives rows into fixed buffers, one per slot, agreed once."""
+
+    transport = "tcp"
+
+    def __init__(self, run_dir: Path, stage: int, host: str, shape: RingShape) -> None:
+        self._keys = load_activation_keys(run_dir)
+        self._endpoint_file = endpoint_file(run_dir, stage)
+        self._host = host
+        self._shape = shape
+        self._authenticator: ThreadAuthenticator | None = None
+        self._slots = torch.zeros(shape.shape, dtype=torch_dtype(shape.dtype))
+        self._bytes = self._slots.view(torch.uint8).numpy()
+
+    def listen(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
+        """Binds `socket`, admitting only this run's sender, and says where. Raises ConfigError
+        when the host's address is not ours."""
+        self._authenticator = ThreadAuthenticator(context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(
+            domain=_ZAP_DOMAIN, credentials_provider=_OnlyThisRun(self._keys)
+        )
+        socket.zap_domain = _ZAP_DOMAIN.encode()
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        socket.curve_server = True
+        socket.curve_publickey = self._keys.receiver_public.encode()
+        socket.curve_secretkey = self._keys.receiver_secret.encode()
+        try:
+            port = socket.bind_to_random_port(f"tcp://{self._host}")
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"cannot listen for activations on {self._host} ({error}); "
+                "set --activation-host to an address of this machine"
+            ) from error
+        replace_file(self._endpoint_file, f"tcp://{self._host}:{port}".encode())
+
+    def attach(self, offer: RingOffer) -> None:
+        if offer.handle is not None:
+            raise WireError("invalid_field", "ring_offer: tcp has no handle")
+
+    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> torch.Tensor:
+        expected = ready.rows * self._shape.row_bytes
+        if len(extra) != 1 or len(extra[0]) != expected:
+            sizes = [len(frame) for frame in extra]
+            raise WireError("frames", f"step {ready.step}: {expected} bytes of rows, not {sizes}")
+        target = self._bytes[ready.slot, : ready.rows].data.cast("B")
+        target[:] = extra[0].buffer
+        return self._slots[ready.slot, : ready.rows]
+
+    def close(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None

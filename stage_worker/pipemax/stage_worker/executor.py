@@ -1,0 +1,142 @@
+"""The work loop of a stage: steps in order, each from its plan to its results.
+
+Between and inside the waits of a step messages are still handled (`Links.pump`), so a reset or a
+stop gets through at any time but during the computation itself.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+from pipemax.proto.messages.control import StepPlan
+from pipemax.stage_worker.state_clock import State, StateClock
+from pipemax.stage_worker.step_queue import StepQueue
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Output of one step on this stage: exactly one of the two is given."""
+
+    rows: torch.Tensor | None = None
+    """`[T, hidden]` for the next stage."""
+    tokens: list[int] | None = None
+    """From the last stage, one per sample row of the plan."""
+
+
+class StepWork(Protocol[Batch]):
+    """What a step does, apart from when."""
+
+    def prepare(self, plan: StepPlan) -> Batch:
+        """Inputs that depend on the plan alone. Raises WireError when it contradicts itself."""
+
+    def compute(self, plan: StepPlan, batch: Batch, rows: torch.Tensor | None) -> StepResult:
+        """`rows` `[T, hidden]` from the previous stage; None on stage 0."""
+
+
+class Links(Protocol):
+    """The stage's connections to the other processes."""
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody asked this process to leave."""
+
+    def pump(self, *, wait: bool) -> None:
+        """Handles every message that has arrived; with `wait`, first waits until there is one,
+        though never for more than a second."""
+
+    def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
+        """To the next stage."""
+
+    def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+        """To the daemon and the coordinator."""
+
+
+class _StepAbortedError(Exception):
+    """A reset voided the step, or the process is to stop."""
+
+
+class Executor(Generic[Batch]):
+    """Runs the steps of `queue` until told to stop."""
+
+    def __init__(
+        self, queue: StepQueue, work: StepWork[Batch], links: Links, clock: StateClock
+    ) -> None:
+        self._queue = queue
+        self._work = work
+        self._links = links
+        self._clock = clock
+        self._prepared: dict[tuple[int, int], Batch] = {}
+        """By (epoch, step)."""
+
+    def run(self) -> None:
+        """Returns when told to stop; whatever a step raises ends the loop."""
+        while not self._links.stopping:
+            with contextlib.suppress(_StepAbortedError):
+                self._links.pump(wait=False)
+                self._forget_void_inputs()
+                plan = self._next_plan()
+                batch = self._inputs(plan)
+                self._wait_while_missing(plan, "wait_activation")
+                self._wait_while_missing(plan, "wait_kv")
+                result, compute_s = self._compute(plan, batch)
+                self._send(plan, result, compute_s)
+
+    def _next_plan(self) -> StepPlan:
+        self._wait("wait_plan", lambda: self._queue.next_plan is None, self._queue.epoch)
+        plan = self._queue.next_plan
+        assert plan is not None
+        return plan
+
+    def _inputs(self, plan: StepPlan) -> Batch:
+        """Time spent here is `prepare` only if it delays the step: while activations or KV are
+        missing anyway, it is theirs."""
+        self._clock.switch(self._queue.missing(plan) or "prepare")
+        self._prepare(plan)
+        return self._prepared.pop((plan.epoch, plan.step))
+
+    def _wait_while_missing(self, plan: StepPlan, what: State) -> None:
+        self._wait(what, lambda: self._queue.missing(plan) == what, plan.epoch)
+
+    def _compute(self, plan: StepPlan, batch: Batch) -> tuple[StepResult, float]:
+        self._clock.switch("compute")
+        result = self._work.compute(plan, batch, self._queue.rows(plan))
+        return result, self._clock.switch("send")
+
+    def _send(self, plan: StepPlan, result: StepResult, compute_s: float) -> None:
+        """Activations first: the next stage waits for them."""
+        if result.rows is not None:
+            self._links.send_rows(plan, result.rows)
+        self._links.report(plan, compute_s, result.tokens)
+        self._queue.finish(plan)
+
+    def _wait(self, state: State, waiting: Callable[[], bool], epoch: int) -> None:
+        """Handles messages until `waiting` is false. What can be prepared for later steps is
+        prepared meanwhile. Raises _StepAbortedError when `epoch` ends or the process is to stop."""
+        if not waiting():
+            return
+        self._clock.switch(state)
+        while waiting():
+            self._links.pump(wait=not self._prepare_one_ahead())
+            if self._links.stopping or self._queue.epoch != epoch:
+                raise _StepAbortedError
+
+    def _forget_void_inputs(self) -> None:
+        for epoch, step in list(self._prepared):
+            if epoch != self._queue.epoch:
+                del self._prepared[epoch, step]
+
+    def _prepare_one_ahead(self) -> bool:
+        return any(self._prepare(plan) for plan in self._queue.plans[1:])
+
+    def _prepare(self, plan: StepPlan) -> bool:
+        """Whether there was something to do."""
+        key = (plan.epoch, plan.step)
+        if key in self._prepared:
+            return False
+        self._prepared[key] = self._work.prepare(plan)
+        return True

@@ -1,0 +1,243 @@
+"""The stage's sockets: messages in, messages out, and the agreements a reset asks for."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import zmq
+
+from pipemax.proto.messages.control import (
+    Beat,
+    Hello,
+    Reset,
+    ResetDone,
+    StageReady,
+    StepDone,
+    StepPlan,
+    Stop,
+    Welcome,
+)
+from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+from pipemax.proto.messages.registry import Channel
+from pipemax.proto.messages.types import Message, pack_i32
+from pipemax.proto.rundir import socket_endpoint
+from pipemax.proto.sockets import connect_dealer, identity_of
+from pipemax.proto.wire import Codec, encode, single_frame
+from pipemax.stage_worker.channels.connect import Context, Neighbours
+from pipemax.stage_worker.devices.base import SharedTensor
+from pipemax.stage_worker.state_clock import StateClock
+from pipemax.stage_worker.step_queue import StepQueue
+
+TICK_S = 0.5
+"""A beat, or again what was not answered, twice as often as promised."""
+
+log = logging.getLogger(__name__)
+
+
+class Peer:
+    """A DEALER to one of the processes that bind."""
+
+    def __init__(
+        self,
+        context: Context,
+        run_dir: Path,
+        channel: Channel,
+        stage: int,
+    ) -> None:
+        endpoint = socket_endpoint(run_dir, channel.name)
+        self.socket = connect_dealer(context, endpoint, channel, identity_of("stage", stage))
+        self._channel = channel
+        self._codec = Codec(channel, at_binder=False)
+
+    def send(self, message: Message) -> None:
+        """Never blocks. A peer that has taken nothing for ten thousand messages is gone; whoever
+        replaces it resets us, so that the message is void anyway."""
+        try:
+            self.socket.send(encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            log.warning("%s takes no messages; dropped one", self._channel.name)
+
+    def receive(self) -> Message | None:
+        """The next message that has arrived. Raises WireError."""
+        try:
+            frames = self.socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        return self._codec.decode(single_frame(frames, self._channel))
+
+
+class StageShell:
+    """Connects the executor (see `executor.Links`) to coordinator, daemon and neighbours.
+
+    Agreements are repeated until they are answered: whichever process was away at the first
+    attempt gets the next one.
+    """
+
+    def __init__(
+        self,
+        control: Peer,
+        kv: Peer,
+        *,
+        hello: Hello,
+        ready: StageReady,
+        pool: SharedTensor,
+        neighbours: Neighbours,
+        queue: StepQueue,
+        clock: StateClock,
+    ) -> None:
+        self._control = control
+        self._kv = kv
+        self._hello = hello
+        self._ready = ready
+        self._pool = pool
+        self._neighbours = neighbours
+        self._queue = queue
+        self._clock = clock
+        self._instance_id: str | None = None
+        self._pool_attached = False
+        self._reset_done = True
+        self._stopping = False
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._next_tick_s = time.monotonic() + TICK_S
+        self._poller = zmq.Poller()
+        self._handlers: dict[object, Callable[[], None]] = {}
+        self._listen()
+
+    def _listen(self) -> None:
+        """Control first: what it says may void the rest."""
+        sources: list[tuple[zmq.Socket[bytes] | int, Callable[[], None]]] = [
+            (self._stop_fd, lambda: None),
+            (self._control.socket, self._on_control),
+            (self._kv.socket, self._on_kv),
+        ]
+        if self._neighbours.previous is not None:
+            sources.append((self._neighbours.previous.socket, self._on_activations))
+        if self._neighbours.next is not None:
+            sources.append((self._neighbours.next.socket, self._neighbours.next.poll))
+        for source, handler in sources:
+            self._poller.register(source, zmq.POLLIN)
+            self._handlers[source] = handler
+
+    # -- what the executor sees
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def pump(self, *, wait: bool) -> None:
+        timeout_s = max(0.0, self._next_tick_s - time.monotonic()) if wait else 0.0
+        for source, _ in self._poller.poll(math.ceil(timeout_s * 1e3)):
+            self._handlers[source]()
+        self._finish_reset()
+        if time.monotonic() >= self._next_tick_s:
+            self._next_tick_s = time.monotonic() + TICK_S
+            self._tick()
+
+    def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
+        assert self._neighbours.next is not None
+        self._neighbours.next.send(plan.epoch, plan.step, plan.slot, rows)
+
+    def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+        self._kv.send(Computed(epoch=plan.epoch, step=plan.step))
+        self._control.send(
+            StepDone(
+                epoch=plan.epoch,
+                step=plan.step,
+                stage=self._ready.stage,
+                compute_s=compute_s,
+                state_seconds=self._clock.seconds(),
+                tokens=None if tokens is None else pack_i32(tokens),
+            )
+        )
+
+    # -- from outside the work loop
+
+    def stop(self) -> None:
+        """Ends the wait under way and the work loop. May be called from a signal handler."""
+        self._stopping = True
+        os.eventfd_write(self._stop_fd, 1)
+
+    def close(self) -> None:
+        os.close(self._stop_fd)
+
+    # -- messages
+
+    def _on_control(self) -> None:
+        while (message := self._control.receive()) is not None:
+            if isinstance(message, StepPlan):
+                self._queue.add_plan(message)
+            elif isinstance(message, Reset):
+                self._on_reset(message)
+            elif isinstance(message, Welcome):
+                self._on_welcome(message)
+            elif isinstance(message, Stop):
+                self._stopping = True
+
+    def _on_kv(self) -> None:
+        while (message := self._kv.receive()) is not None:
+            if isinstance(message, Loaded):
+                self._queue.add_loaded(message.epoch, message.step)
+            elif isinstance(message, PoolAttached) and message.epoch == self._queue.epoch:
+                self._pool_attached = True
+
+    def _on_activations(self) -> None:
+        assert self._neighbours.previous is not None
+        for arrival in self._neighbours.previous.poll():
+            self._queue.add_rows(arrival.epoch, arrival.step, arrival.rows)
+
+    def _on_welcome(self, welcome: Welcome) -> None:
+        """Another coordinator than before knows nothing of us, and counts its epochs anew."""
+        if welcome.instance_id == self._instance_id:
+            return
+        if self._instance_id is not None:
+            log.info("a new coordinator, instance %s", welcome.instance_id)
+            self._control.send(self._hello)
+            self._reset_to(-1)
+            self._reset_done = True
+        self._instance_id = welcome.instance_id
+        self._control.send(self._ready)
+
+    def _on_reset(self, reset: Reset) -> None:
+        if reset.epoch <= self._queue.epoch:
+            return
+        log.info("reset to epoch %d", reset.epoch)
+        self._reset_to(reset.epoch)
+        self._reset_done = False
+        self._attach_pool()
+        self._neighbours.offer()
+
+    def _reset_to(self, epoch: int) -> None:
+        self._queue.reset(epoch)
+        self._pool_attached = False
+        self._neighbours.reset(epoch)
+
+    def _attach_pool(self) -> None:
+        self._kv.send(
+            AttachPool(
+                epoch=self._queue.epoch,
+                stage=self._ready.stage,
+                handle=self._pool.handle,
+                num_blocks=self._ready.num_blocks,
+                block_bytes=self._ready.block_bytes,
+            )
+        )
+
+    def _finish_reset(self) -> None:
+        if not self._reset_done and self._pool_attached and self._neighbours.agreed:
+            self._reset_done = True
+            self._control.send(ResetDone(epoch=self._queue.epoch))
+
+    def _tick(self) -> None:
+        if self._instance_id is None:
+            self._control.send(self._hello)
+            return
+        self._control.send(Beat(state_seconds=self._clock.seconds()))
+        if self._reset_done:
+            return
+        if not self._pool_attached:
+            self._attach_pool()
+        self._neighbours.offer()
