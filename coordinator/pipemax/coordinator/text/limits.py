@@ -1,0 +1,65 @@
+"""What a request's sampling parameters must satisfy, given its prompt and the model."""
+
+import msgspec
+
+from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import SamplingParams
+
+
+def check_sampling(
+    params: SamplingParams,
+    vocab_size: int,
+    max_model_len: int,
+    prompt_len: int,
+    *,
+    has_tokenizer: bool = True,
+) -> SamplingParams:
+    """`params` with `max_tokens` filled in: given, or all that is left of `max_model_len`.
+
+    Ranges of single fields are the message schema's business; here is what depends on the prompt,
+    on the model or on two fields at once. Raises RequestError with code `too_long` or
+    `invalid_sampling`.
+    """
+    check_prompt_length(prompt_len, max_model_len)
+    left = max_model_len - prompt_len
+    max_tokens = left if params.max_tokens is None else params.max_tokens
+    if max_tokens > left:
+        raise RequestError(
+            "too_long",
+            f"prompt of {prompt_len} tokens plus max_tokens {max_tokens} is "
+            f"{prompt_len + max_tokens}, more than max_model_len {max_model_len}; "
+            f"set max_tokens to at most {left} or shorten the prompt",
+        )
+    if params.min_tokens > max_tokens:
+        raise _invalid(
+            f"min_tokens {params.min_tokens} is more than the {max_tokens} tokens the request may "
+            "produce"
+        )
+    for token_id in params.stop_token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise _invalid(
+                f"stop_token_ids: {token_id} is not in the vocabulary (0 to {vocab_size - 1})"
+            )
+    if params.stop and not has_tokenizer:
+        raise RequestError(
+            "no_tokenizer",
+            "stop strings need a tokenizer, and the model folder has no tokenizer.json; "
+            "use stop_token_ids",
+        )
+    return msgspec.structs.replace(params, max_tokens=max_tokens)
+
+
+def check_prompt_length(prompt_len: int, max_model_len: int) -> None:
+    """Raises RequestError unless the prompt leaves room for one output token."""
+    if prompt_len < 1:
+        raise RequestError("empty_prompt", "the prompt has no tokens; give at least one")
+    if prompt_len + 1 > max_model_len:
+        raise RequestError(
+            "too_long",
+            f"prompt of {prompt_len} tokens plus one output token is more than max_model_len "
+            f"{max_model_len}; shorten the prompt or start with a larger --max-model-len",
+        )
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError("invalid_sampling", message)

@@ -1,0 +1,45 @@
+"""What depends on the prompt, the model or two fields at once is checked before admission."""
+
+import pytest
+
+from pipemax.coordinator.text import check_sampling
+from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import SamplingParams
+
+
+def check(prompt_len: int = 10, **fields: object) -> SamplingParams:
+    params = SamplingParams(**fields)  # type: ignore[arg-type]
+    return check_sampling(params, vocab_size=100, max_model_len=64, prompt_len=prompt_len)
+
+
+def test_max_tokens_is_resolved() -> None:
+    assert check(max_tokens=None).max_tokens == 54
+    assert check(max_tokens=54).max_tokens == 54
+    assert check(prompt_len=63, max_tokens=None).max_tokens == 1
+
+
+def test_the_rest_stays() -> None:
+    params = SamplingParams(temperature=0.5, stop=("a",), seed=3, stop_token_ids=(0, 99))
+    assert check_sampling(params, 100, 64, 10) == params
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "words"),
+    [
+        ({"max_tokens": 55}, "too_long", "prompt of 10 tokens plus max_tokens 55 is 65"),
+        ({"prompt_len": 64, "max_tokens": None}, "too_long", "64 tokens plus one"),
+        ({"prompt_len": 0}, "empty_prompt", "no tokens"),
+        ({"min_tokens": 17}, "invalid_sampling", "min_tokens 17"),
+        ({"min_tokens": 55, "max_tokens": None}, "invalid_sampling", "54 tokens"),
+        ({"stop_token_ids": (5, 100)}, "invalid_sampling", "100 is not in the vocabulary"),
+    ],
+)
+def test_refusals(fields: dict[str, object], code: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        check(**fields)  # type: ignore[arg-type]
+    assert caught.value.code == code
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    with pytest.raises(RequestError, match=r"tokenizer\.json"):
+        check_sampling(SamplingParams(stop=("x",)), 100, 64, 10, has_tokenizer=False)
