@@ -1,0 +1,166 @@
+"""The scheduling core: `handle(event, now) → commands` over explicit state.
+
+No sockets, no clock, no threads: the coordinator process and the simulator run the same core.
+"""
+
+from collections.abc import Iterator
+
+from pipemax.coordinator.events import (
+    BlocksStored,
+    Cancelled,
+    Command,
+    Event,
+    FinishRequest,
+    KvReleased,
+    LinkMeasured,
+    Paused,
+    Resumed,
+    StageComputed,
+    StepReturned,
+    Submitted,
+    ToDaemon,
+)
+from pipemax.coordinator.planner import Planner
+from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
+from pipemax.coordinator.recovery import restart_from
+from pipemax.coordinator.request import Request
+from pipemax.coordinator.state import Item, SchedulerLimits, SchedulerState
+from pipemax.proto.messages.control import Release
+from pipemax.proto.messages.ingest import FinishReason
+
+
+class Scheduler:
+    """The only brain: decides what runs, where KV lives, and when a request is done."""
+
+    def __init__(self, limits: SchedulerLimits, policy: SelectionPolicy | None = None) -> None:
+        self.state = SchedulerState(limits)
+        self._planner = Planner(self.state, policy or OldestFirst())
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Apply one event; `now` is any monotonic clock in seconds."""
+        commands = self._apply(event, now)
+        return commands + self._planner.pump(now)
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError when blocks or requests are lost or counted twice."""
+        self.state.check_invariants()
+
+    def sampled_keys(self, step: int) -> list[int]:
+        """Keys of the requests that get a token from this step, in the plan's order. Empty for a
+        step that is not in flight."""
+        flight = self.state.in_flight.get(step)
+        return [i.request.key for i in flight.items if i.samples] if flight else []
+
+    def _apply(self, event: Event, now: float) -> list[Command]:
+        match event:
+            case Submitted():
+                self._submit(event, now)
+            case Cancelled(key):
+                return self._cancel(key)
+            case StepReturned():
+                return self._step_returned(event, now)
+            case StageComputed(stage, _, compute_s):
+                self.state.budget.step_measured(stage, compute_s)
+            case BlocksStored(kv_keys, indices):
+                for kv_key, index in zip(kv_keys, indices, strict=True):
+                    self.state.block_stored(kv_key, index)
+            case KvReleased(kv_keys):
+                for kv_key in kv_keys:
+                    self.state.released(kv_key)
+            case LinkMeasured(load_bytes, load_seconds):
+                for stage, (size, seconds) in enumerate(zip(load_bytes, load_seconds, strict=True)):
+                    self.state.budget.link_measured(stage, size, seconds)
+            case Paused():
+                self.state.paused = True
+            case Resumed():
+                return restart_from(self.state, event)
+        return []
+
+    def _submit(self, event: Submitted, now: float) -> None:
+        prompt = list(event.prompt_token_ids)
+        request = Request(event.key, prompt, event.sampling, event.seed, now)
+        self.state.waiting.append(request)
+
+    def _cancel(self, key: int) -> list[Command]:
+        state = self.state
+        for request in state.waiting:
+            if request.key == key:
+                state.waiting.remove(request)
+                return [self._result(request, "abort", None)]
+        running = state.running.get(key)
+        if running is None:
+            return []
+        running.cancelled = True
+        return [] if running.in_flight else self._finish(running, "abort", None)
+
+    def _step_returned(self, event: StepReturned, now: float) -> list[Command]:
+        state = self.state
+        flight = state.in_flight.pop(event.step, None)
+        if flight is None:
+            return []
+        state.blocks.settle(event.step)
+        tokens = iter(event.tokens)
+        commands: list[Command] = []
+        for item in flight.items:
+            commands += self._item_returned(item, tokens, event, now)
+        return commands
+
+    def _item_returned(
+        self, item: Item, tokens: Iterator[int], event: StepReturned, now: float
+    ) -> list[Command]:
+        request = item.request
+        request.in_flight -= 1
+        request.computed = item.start + item.num_tokens
+        reason: FinishReason | None = None
+        stop_reason: int | str | None = None
+        if item.samples:
+            token = next(tokens)
+            request.tokens.append(token)
+            self.state.counters.generation_tokens += 1
+            if request.first_token_at is None:
+                request.first_token_at = now
+            reason, stop_reason = self._why_finished(request, token, event)
+        if request.cancelled:
+            return (
+                [] if request.in_flight else self._finish(request, reason or "abort", stop_reason)
+            )
+        return self._finish(request, reason, stop_reason) if reason else []
+
+    def _why_finished(
+        self, request: Request, token: int, event: StepReturned
+    ) -> tuple[FinishReason | None, int | str | None]:
+        sampling, limits = request.sampling, self.state.limits
+        if request.num_outputs >= sampling.min_tokens:
+            if token in limits.eos_token_ids and not sampling.ignore_eos:
+                return "stop", None
+            if token in sampling.stop_token_ids:
+                return "stop", token
+            if request.key in event.stopped:
+                return "stop", event.stopped[request.key]
+        if request.num_outputs >= request.max_tokens or len(request.tokens) >= limits.max_model_len:
+            return "length", None
+        return None, None
+
+    def _finish(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None
+    ) -> list[Command]:
+        commands: list[Command] = []
+        if self.state.forget_kv(request):
+            release = Release(epoch=self.state.epoch, requests=(request.kv_key,))
+            commands.append(ToDaemon(release))
+        if reason in ("stop", "length"):
+            self.state.output_lengths.seen(request.num_outputs)
+        return [*commands, self._result(request, reason, stop_reason)]
+
+    def _result(
+        self, request: Request, reason: FinishReason, stop_reason: int | str | None
+    ) -> FinishRequest:
+        self.state.counters.finished += 1
+        return FinishRequest(
+            request.key,
+            request.output_token_ids,
+            reason,
+            stop_reason,
+            request.admitted_at,
+            request.first_token_at,
+        )

@@ -1,0 +1,62 @@
+"""From the items of a step to the message that goes to the stages."""
+
+from collections.abc import Sequence
+
+from pipemax.coordinator.request import Request
+from pipemax.coordinator.state import Item
+from pipemax.proto.geometry import blocks_for
+from pipemax.proto.messages.control import SampleRow, StepPlan
+from pipemax.proto.messages.types import pack_i32
+
+
+def build_step_plan(
+    items: Sequence[Item],
+    *,
+    epoch: int,
+    step: int,
+    slot: int,
+    wait_for_load: bool,
+    block_size: int,
+    eos_token_ids: frozenset[int],
+) -> StepPlan:
+    """Columns of one step; see StepPlan for their shapes."""
+    counts = [blocks_for(item.start + item.num_tokens, block_size) for item in items]
+    return StepPlan(
+        epoch=epoch,
+        step=step,
+        slot=slot,
+        wait_for_load=wait_for_load,
+        num_tokens=pack_i32(item.num_tokens for item in items),
+        context_lens=pack_i32(item.start for item in items),
+        block_counts=pack_i32(counts),
+        block_tables=b"".join(
+            pack_i32(item.request.table[:count]) for item, count in zip(items, counts, strict=True)
+        ),
+        token_ids=b"".join(
+            pack_i32(item.request.tokens[item.start : item.start + item.num_tokens])
+            for item in items
+        ),
+        sample=tuple(
+            _sample_row(index, item.request, eos_token_ids)
+            for index, item in enumerate(items)
+            if item.samples
+        ),
+    )
+
+
+def _sample_row(index: int, request: Request, eos_token_ids: frozenset[int]) -> SampleRow:
+    sampling = request.sampling
+    banned: tuple[int, ...] = ()
+    if request.num_outputs < sampling.min_tokens:
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else eos_token_ids)
+        banned = tuple(sorted(ends))
+    return SampleRow(
+        index,
+        request.seed,
+        request.num_outputs,
+        sampling.temperature,
+        max(0, sampling.top_k),
+        sampling.top_p,
+        sampling.min_p,
+        banned,
+    )

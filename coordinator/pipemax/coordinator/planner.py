@@ -1,0 +1,353 @@
+"""Plans steps and prefetches over the scheduler's state.
+
+The order of work, for each free slot: admit what fits, compose the step (prefetched requests
+first, then device-resident ones up to the slot's even share, then prompt chunks in what is left of
+the token budget), order the stores of the blocks it fills, then look one turn ahead: order the
+prefetch of the next step, and evict after this step what the one after that needs room for.
+"""
+
+from collections.abc import Iterable
+
+from pipemax.coordinator.events import Command, ToDaemon, ToStages
+from pipemax.coordinator.plan_message import build_step_plan
+from pipemax.coordinator.policy import Candidate, SelectionPolicy, SlotTarget
+from pipemax.coordinator.request import NO_STEP, HostState, Request
+from pipemax.coordinator.state import Item, SchedulerState, StepInFlight
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import blocks_for
+from pipemax.proto.messages.control import BlockMove, Prefetch, Release, Store
+
+MIN_PREFILL_CHUNK_TOKENS = 64
+"""Prompts are not cut finer than this to even out slots: each chunk reads all weights again."""
+STAGING_SHARE = 0.5
+"""Most of the device pool that one step's prefetch may take. Two prefetches are alive at a time
+(one being read, one being loaded), so more than half could never be used."""
+TAIL_SHARE = 0.25
+"""Most of the device pool that the tails of offloaded requests may take: tails never leave it."""
+OFFLOAD_PRESSURE = 0.9
+"""Write-through starts when the expected need exceeds this share of the device pool."""
+
+
+class Planner:
+    def __init__(self, state: SchedulerState, policy: SelectionPolicy) -> None:
+        self._state = state
+        self._policy = policy
+        self._commands: list[Command] = []
+
+    def pump(self, now: float) -> list[Command]:
+        """Plan whatever can be planned now."""
+        state = self._state
+        self._commands = []
+        if state.paused:
+            return []
+        while True:
+            while len(state.in_flight) < state.limits.num_slots and self._plan_step(now):
+                pass
+            self._plan_prefetch(latest=state.next_step - 2)
+            if not self._is_stuck() or not self._preempt():
+                return self._commands
+
+    # One step
+
+    def _plan_step(self, now: float) -> bool:
+        state = self._state
+        self._skip_orphaned_staging()
+        self._admit(now)
+        items = self._compose()
+        if not items and state.staged_step == NO_STEP:
+            # Nothing on the device can run: order a prefetch although this step will wait for it.
+            self._plan_prefetch(latest=state.next_step - 1, urgent=True)
+            items = self._compose()
+        if not items:
+            return False
+        step = state.next_step
+        slot = self._free_slot()
+        for item in items:
+            self._account(item, step)
+        plan = build_step_plan(
+            items,
+            epoch=state.epoch,
+            step=step,
+            slot=slot,
+            wait_for_load=state.staged_step == step,
+            block_size=state.limits.block_size,
+            eos_token_ids=state.limits.eos_token_ids,
+        )
+        self._commands.append(ToStages(plan))
+        state.in_flight[step] = StepInFlight(slot, items)
+        state.next_step += 1
+        state.counters.steps += 1
+        state.budget.advance()
+        self._close_staging()
+        self._store(items, step)
+        self._plan_prefetch(latest=step - 1)
+        self._make_room(items)
+        return True
+
+    def _compose(self) -> list[Item]:
+        """The items of the next step; allocates the blocks they fill."""
+        state = self._state
+        idle = [r for r in state.running.values() if r.remaining > 0 and r.is_device_complete]
+        decodes = [r for r in idle if r.remaining == 1]
+        staged = [r for r in idle if r.staged_for == state.next_step]
+        residents = [r for r in decodes if r.staged_for == NO_STEP and not r.in_flight]
+        target = self._slot_target(decodes)
+        by_key = {r.key: r for r in residents}
+        keys = self._policy.choose_residents(
+            [self._candidate(r) for r in residents], [self._candidate(r) for r in staged], target
+        )
+        items: list[Item] = []
+        tokens = 0
+        limits = state.limits
+        for request in [*staged, *(by_key[key] for key in keys)]:
+            if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
+                tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
+        chunk = min(limits.max_num_batched_tokens - tokens, self._prefill_share(idle))
+        for request in idle:
+            if chunk <= 0 or len(items) >= limits.max_num_seqs:
+                break
+            if request.remaining > 1 and request.staged_for == NO_STEP:
+                chunk -= self._add(items, request, chunk)
+        return items
+
+    def _add(self, items: list[Item], request: Request, most_tokens: int) -> int:
+        """Adds up to `most_tokens` of the request if blocks for them are to be had; returns how
+        many."""
+        count = min(request.remaining, most_tokens)
+        short = request.blocks_short(count, self._state.limits.block_size)
+        if short:
+            blocks = self._state.blocks.take_for_write(short)
+            if blocks is None:
+                return 0
+            request.extend_table(blocks)
+        items.append(Item(request, request.planned, count, samples=count == request.remaining))
+        return count
+
+    def _account(self, item: Item, step: int) -> None:
+        request, counters = item.request, self._state.counters
+        counters.context_tokens += item.start
+        loaded = 0
+        if request.staged_for == step:
+            loaded = len(request.loading) * self._state.limits.block_size
+        counters.prefetched_tokens += loaded
+        if request.is_decode:
+            counters.decode_context_tokens += item.start
+            counters.decode_prefetched_tokens += loaded
+        elif item.start < request.num_prompt and request.num_outputs == 0:
+            counters.prompt_tokens += item.num_tokens
+        else:
+            counters.recomputed_tokens += item.num_tokens
+        request.planned += item.num_tokens
+        request.in_flight += 1
+        request.last_step = max(request.last_step, step)
+        request.last_turn = step
+
+    def _close_staging(self) -> None:
+        """The staged step is planned: what was prefetched and did not get in is resident now."""
+        state = self._state
+        if state.staged_step == NO_STEP:
+            return
+        for request in state.running.values():
+            if request.staged_for != NO_STEP:
+                request.last_step = max(request.last_step, request.staged_for)
+                request.staged_for = NO_STEP
+        state.staged_step = NO_STEP
+
+    def _skip_orphaned_staging(self) -> None:
+        """When all requests of an ordered prefetch are gone (cancelled, preempted), leave its step
+        number unused: a step has one prefetch only. Their blocks are held until the daemon says
+        that no copy touches them, so no step needs to wait for these loads."""
+        state = self._state
+        if state.staged_step == NO_STEP:
+            return
+        if all(r.staged_for == NO_STEP for r in state.running.values()):
+            state.staged_step = NO_STEP
+            state.next_step += 1
+
+    def _slot_target(self, decodes: Iterable[Request]) -> SlotTarget:
+        """An even share of all requests that decode this round, in flight ones included."""
+        slots = self._state.limits.num_slots
+        requests = [r for r in decodes if not r.in_flight]
+        flying = [
+            item for step in self._state.in_flight.values() for item in step.items if item.samples
+        ]
+        context = sum(r.planned for r in requests) + sum(item.start for item in flying)
+        return SlotTarget(-(-(len(requests) + len(flying)) // slots), -(-context // slots))
+
+    def _prefill_share(self, idle: Iterable[Request]) -> int:
+        """Prompt tokens per step that spread what is left over all slots."""
+        left = sum(r.remaining for r in idle if r.remaining > 1)
+        return max(MIN_PREFILL_CHUNK_TOKENS, -(-left // self._state.limits.num_slots))
+
+    def _free_slot(self) -> int:
+        used = {step.slot for step in self._state.in_flight.values()}
+        return next(s for s in range(self._state.limits.num_slots) if s not in used)
+
+    # Admission
+
+    def _admit(self, now: float) -> None:
+        state = self._state
+        while state.waiting and self._fits(state.waiting[0]):
+            request = state.waiting.popleft()
+            state.admit(request, now)
+            blocks = state.blocks.take_for_write(self._prompt_blocks(request))
+            if blocks is None:
+                raise InvariantError("admitted a request without device blocks for it")
+            request.extend_table(blocks)
+
+    def _fits(self, request: Request) -> bool:
+        """Room on the device for the prompt now, and in device plus host for the growth expected
+        of all."""
+        state = self._state
+        need = self._prompt_blocks(request)
+        # Decoding requests need a new block every `block_size` steps; keep one for each. And leave
+        # room for whoever waits longest on the host: newcomers must not keep it out for ever.
+        reserve = len(state.running) + self._longest_wait_blocks()
+        if need + reserve > state.blocks.num_free:
+            return False
+        if not state.running:
+            return True
+        outputs = state.output_lengths.forecast(request.max_tokens, request.num_outputs)
+        size = state.limits.block_size
+        final = blocks_for(min(request.num_prompt + outputs, state.limits.max_model_len), size)
+        forecast = state.total_blocks() + state.forecast_growth_blocks() + max(need, final)
+        on_device = state.blocks.num_blocks
+        if forecast > on_device and len(state.running) >= TAIL_SHARE * on_device:
+            return False
+        return forecast <= on_device + state.num_host_blocks
+
+    def _longest_wait_blocks(self) -> int:
+        waiting = self._host_resident()
+        if not waiting:
+            return 0
+        return min(waiting, key=lambda r: (r.last_turn, r.key)).num_missing
+
+    def _prompt_blocks(self, request: Request) -> int:
+        return blocks_for(len(request.tokens), self._state.limits.block_size)
+
+    # KV movement
+
+    def _store(self, items: Iterable[Item], step: int) -> None:
+        """Write-through of full blocks: once each, ordered with the step that fills them."""
+        state = self._state
+        if not self._under_pressure():
+            return
+        moves: list[BlockMove] = []
+        for item in items:
+            request = item.request
+            full = request.planned // state.limits.block_size
+            while request.next_store < full and state.host_used < state.num_host_blocks:
+                index = request.next_store
+                request.next_store += 1
+                request.host[index] = HostState.STORING
+                state.host_used += 1
+                moves.append(BlockMove(request.kv_key, index, request.table[index]))
+        if moves:
+            self._commands.append(
+                ToDaemon(Store(epoch=state.epoch, after=step, blocks=tuple(moves)))
+            )
+
+    def _under_pressure(self) -> bool:
+        """Whether the device pool alone may not do. Until then nothing is stored: copies that
+        nobody will read only take memory bandwidth."""
+        state = self._state
+        if not state.num_host_blocks:
+            return False
+        if state.waiting or state.host_used:
+            return True
+        expected = state.total_blocks() + state.forecast_growth_blocks()
+        return expected > OFFLOAD_PRESSURE * state.blocks.num_blocks
+
+    def _plan_prefetch(self, latest: int, urgent: bool = False) -> None:
+        """Order the prefetch of the next step into blocks that steps up to `latest` leave free.
+        `urgent`: the step has nothing else, so at least one request may exceed the budget."""
+        state = self._state
+        self._skip_orphaned_staging()
+        requests = self._host_resident()
+        if state.staged_step != NO_STEP:
+            return
+        if not requests:
+            return
+        candidates = [self._candidate(r) for r in requests]
+        largest = max(c.load_blocks for c in candidates)
+        growth = sum(1 for r in state.running.values() if r.is_device_complete)
+        free = min(
+            state.blocks.num_ready(latest) - growth,
+            max(int(STAGING_SHARE * state.blocks.num_blocks), largest),
+        )
+        granted = state.budget.grant(largest)
+        if urgent:
+            granted = max(granted, largest)
+        keys = self._policy.choose_prefetch(candidates, granted, free)
+        step = state.next_step
+        moves: list[BlockMove] = []
+        after = NO_STEP
+        for key in keys:
+            request = state.running[key]
+            taken = state.blocks.take_for_copy(request.num_missing, latest)
+            if taken is None:
+                break
+            blocks, ready_after = taken
+            after = max(after, ready_after)
+            for index, block in state.load_into(request, blocks, step):
+                moves.append(BlockMove(request.kv_key, index, block))
+        state.budget.spend(len(moves))
+        if moves:
+            state.staged_step = step
+            self._commands.append(
+                ToDaemon(Prefetch(epoch=state.epoch, step=step, after=after, blocks=tuple(moves)))
+            )
+
+    def _make_room(self, items: Iterable[Item]) -> None:
+        """Evict members of the step just planned, so that a later prefetch, or a waiting prompt,
+        finds room once the step is computed. They have the longest way to their next turn."""
+        state = self._state
+        missing = [r.num_missing for r in self._host_resident()]
+        staging = int(STAGING_SHARE * state.blocks.num_blocks)
+        wanted = min(sum(missing), max(staging, *missing)) if missing else 0
+        if state.waiting:
+            wanted += self._prompt_blocks(state.waiting[0])
+        if wanted:
+            wanted += sum(1 for r in state.running.values() if r.is_device_complete)
+        for item in items:
+            if state.blocks.num_free >= wanted:
+                return
+            if item.samples:
+                state.evict(item.request)
+
+    def _host_resident(self) -> list[Request]:
+        """Idle requests that need a prefetch before they can run."""
+        return [
+            r for r in self._state.running.values() if not r.is_device_complete and not r.in_flight
+        ]
+
+    def _candidate(self, request: Request) -> Candidate:
+        return Candidate(request.key, request.last_turn, request.num_missing, request.planned)
+
+    # When nothing moves
+
+    def _is_stuck(self) -> bool:
+        """No event is on its way that could change anything, and there is work."""
+        state = self._state
+        if state.in_flight or state.releasing or not (state.running or state.waiting):
+            return False
+        storing = any(HostState.STORING in r.host for r in state.running.values())
+        return not storing
+
+    def _preempt(self) -> bool:
+        """Make room: evict an idle request if that frees anything, else recompute the newest one
+        later. The oldest is never preempted, so it finishes, and with it everybody."""
+        state = self._state
+        requests = sorted(state.running.values(), key=lambda r: r.key)
+        for request in reversed(requests[1:]):
+            if request.staged_for == NO_STEP and state.evict(request):
+                return True
+        if len(requests) < 2:
+            raise InvariantError("the only request left cannot run although nothing else does")
+        victim = requests[-1]
+        if state.forget_kv(victim):
+            release = Release(epoch=state.epoch, requests=(victim.kv_key,))
+            self._commands.append(ToDaemon(release))
+        state.counters.preemptions += 1
+        state.waiting.appendleft(victim)
+        return True

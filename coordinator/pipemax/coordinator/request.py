@@ -1,0 +1,143 @@
+"""One request's state in the scheduling core.
+
+Lengths, in tokens: `computed` ≤ `planned` ≤ `len(tokens)`. `computed` counts tokens whose KV is
+written by steps that came back, `planned` those that steps in flight will have written. A request
+whose `planned` is one short of its tokens decodes; one that lacks more prefills (or recomputes,
+after a preemption or a crash: there is no difference).
+"""
+
+from enum import IntEnum
+
+from pipemax.proto.geometry import blocks_for
+from pipemax.proto.messages.ingest import SamplingParams
+
+NO_BLOCK = -1
+NO_STEP = -1
+
+
+class HostState(IntEnum):
+    NONE = 0
+    STORING = 1
+    STORED = 2
+
+
+class Request:
+    """Owned and changed by the core and its planner only."""
+
+    __slots__ = (
+        "admitted_at",
+        "arrived_at",
+        "cancelled",
+        "computed",
+        "evicting",
+        "first_token_at",
+        "host",
+        "in_flight",
+        "key",
+        "kv_key",
+        "last_step",
+        "last_turn",
+        "load_step",
+        "loading",
+        "max_tokens",
+        "next_store",
+        "num_missing",
+        "num_prompt",
+        "planned",
+        "sampling",
+        "seed",
+        "staged_for",
+        "table",
+        "tokens",
+    )
+
+    def __init__(
+        self, key: int, prompt: list[int], sampling: SamplingParams, seed: int, now: float
+    ) -> None:
+        assert sampling.max_tokens is not None
+        self.key = key
+        self.tokens = prompt
+        self.num_prompt = len(prompt)
+        self.sampling = sampling
+        self.max_tokens = sampling.max_tokens
+        self.seed = seed
+        self.arrived_at = now
+        self.admitted_at: float | None = None
+        self.first_token_at: float | None = None
+        self.cancelled = False
+        self.last_turn = NO_STEP
+        """Last step that moved the request forward; orders who waited longest."""
+        self.forget_kv(kv_key=0)
+
+    def forget_kv(self, kv_key: int) -> None:
+        """Start over with no KV at all. `kv_key` names the new KV to the daemon: a fresh one at
+        every start, so that what is still being released cannot be mistaken for it."""
+        self.kv_key = kv_key
+        self.computed = 0
+        self.planned = 0
+        self.in_flight = 0
+        self.last_step = NO_STEP
+        """Last step, planned or being prefetched for, that touches the device blocks."""
+        self.table: list[int] = []
+        """Device block by index; NO_BLOCK where only the host holds it."""
+        self.host: list[HostState] = []
+        self.num_missing = 0
+        self.next_store = 0
+        """First index not yet ordered to be stored."""
+        self.staged_for = NO_STEP
+        """Step a prefetch was ordered for and that has not been planned yet."""
+        self.load_step = NO_STEP
+        self.loading: list[int] = []
+        """Indices last prefetched, for step `load_step`; on the device for sure once that step has
+        come back."""
+        self.evicting = False
+        """Blocks leave the device as soon as they are stored."""
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_token_ids(self) -> tuple[int, ...]:
+        return tuple(self.tokens[self.num_prompt :])
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled, not counting steps in flight."""
+        return len(self.tokens) - self.planned
+
+    @property
+    def is_decode(self) -> bool:
+        return self.remaining == 1 and self.num_outputs > 0
+
+    @property
+    def is_device_complete(self) -> bool:
+        return self.num_missing == 0
+
+    @property
+    def num_device_blocks(self) -> int:
+        return len(self.table) - self.num_missing
+
+    def blocks_short(self, num_tokens: int, block_size: int) -> int:
+        """Blocks to allocate before `num_tokens` more tokens can be computed."""
+        return max(0, blocks_for(self.planned + num_tokens, block_size) - len(self.table))
+
+    def extend_table(self, blocks: list[int]) -> None:
+        self.table += blocks
+        self.host += [HostState.NONE] * len(blocks)
+
+    def stored_prefix(self) -> int:
+        """Blocks from the first on that the host holds."""
+        count = 0
+        for state in self.host:
+            if state != HostState.STORED:
+                break
+            count += 1
+        return count
+
+    def device_prefix(self) -> int:
+        """Blocks from the first on that the device holds."""
+        try:
+            return self.table.index(NO_BLOCK)
+        except ValueError:
+            return len(self.table)

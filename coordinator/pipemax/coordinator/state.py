@@ -1,0 +1,249 @@
+"""The scheduling core's state and the moves that keep its books: who owns which block.
+
+Every device block is free, or in exactly one request's table, or held until the daemon says that
+no copy touches it. Host blocks are counted, not placed: placement is the daemon's business.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pipemax.coordinator.device_blocks import DeviceBlocks
+from pipemax.coordinator.link_budget import LinkBudget
+from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import blocks_for
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What the configuration fixes for the core."""
+
+    block_size: int
+    num_slots: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request's part in a step."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    slot: int
+    items: list[Item]
+
+
+@dataclass(slots=True)
+class Releasing:
+    """KV of a finished or preempted request that the daemon has not confirmed free."""
+
+    host_blocks: int
+    device_blocks: list[int]
+    ready_after: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Monotonic totals, in requests, steps and tokens."""
+
+    finished: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    context_tokens: int = 0
+    prefetched_tokens: int = 0
+    decode_context_tokens: int = 0
+    decode_prefetched_tokens: int = 0
+    recomputed_tokens: int = 0
+
+
+class OutputLengths:
+    """Forecast of output lengths from those already seen: their running mean."""
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._count = 0
+
+    def seen(self, num_outputs: int) -> None:
+        self._total += num_outputs
+        self._count += 1
+
+    def forecast(self, max_tokens: int, num_outputs: int) -> int:
+        """Final output length expected of a request that has `num_outputs` already. Before any
+        request has finished, the largest possible."""
+        if not self._count:
+            return max_tokens
+        mean = -(-self._total // self._count)
+        return max(min(max_tokens, mean), num_outputs)
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    limits: SchedulerLimits
+    epoch: int = 0
+    paused: bool = True
+    next_step: int = 0
+    next_kv_key: int = 1
+    num_host_blocks: int = 0
+    host_used: int = 0
+    blocks: DeviceBlocks = field(default_factory=lambda: DeviceBlocks(0))
+    budget: LinkBudget = field(default_factory=lambda: LinkBudget(()))
+    waiting: deque[Request] = field(default_factory=deque)
+    running: dict[int, Request] = field(default_factory=dict)
+    """By key, in order of admission."""
+    by_kv_key: dict[int, Request] = field(default_factory=dict)
+    in_flight: dict[int, StepInFlight] = field(default_factory=dict)
+    releasing: dict[int, Releasing] = field(default_factory=dict)
+    staged_step: int = NO_STEP
+    """Step that a prefetch was ordered for and that is not planned yet; NO_STEP for none."""
+    counters: Counters = field(default_factory=Counters)
+    output_lengths: OutputLengths = field(default_factory=OutputLengths)
+
+    def admit(self, request: Request, now: float) -> None:
+        request.forget_kv(self.next_kv_key)
+        self.next_kv_key += 1
+        if request.admitted_at is None:
+            request.admitted_at = now
+        self.running[request.key] = request
+        self.by_kv_key[request.kv_key] = request
+
+    def forget_kv(self, request: Request) -> bool:
+        """Take a running request's KV away. Returns whether the daemon must be told to release
+        its host blocks; blocks that a copy may still touch are held until it has."""
+        touched: list[int] = []
+        free: list[int] = []
+        staged = request.staged_for != NO_STEP
+        for block, state in zip(request.table, request.host, strict=True):
+            if block != NO_BLOCK:
+                held = state == HostState.STORING or (staged and state == HostState.STORED)
+                (touched if held else free).append(block)
+        on_host = sum(state != HostState.NONE for state in request.host)
+        self.blocks.release(free, request.last_step)
+        del self.running[request.key]
+        del self.by_kv_key[request.kv_key]
+        if not on_host:
+            return False
+        self.releasing[request.kv_key] = Releasing(on_host, touched, request.last_step)
+        return True
+
+    def released(self, kv_key: int) -> None:
+        """The daemon confirmed; unknown keys belong to an epoch that ended."""
+        entry = self.releasing.pop(kv_key, None)
+        if entry is not None:
+            self.host_used -= entry.host_blocks
+            self.blocks.release(entry.device_blocks, entry.ready_after)
+
+    def evict(self, request: Request) -> int:
+        """Forget the device copies of what the host holds, now and as further blocks get stored.
+        Returns how many blocks that freed."""
+        request.evicting = True
+        freed = [
+            index
+            for index, (block, state) in enumerate(zip(request.table, request.host, strict=True))
+            if block != NO_BLOCK and state == HostState.STORED
+        ]
+        self._free_indices(request, freed)
+        return len(freed)
+
+    def block_stored(self, kv_key: int, index: int) -> None:
+        request = self.by_kv_key.get(kv_key)
+        if request is None:
+            return
+        request.host[index] = HostState.STORED
+        if request.evicting and request.staged_for == NO_STEP:
+            self._free_indices(request, [index])
+
+    def load_into(
+        self, request: Request, blocks: Iterable[int], step: int
+    ) -> list[tuple[int, int]]:
+        """Assign `blocks` to the indices the device lacks; returns (index, block) pairs."""
+        supply = iter(blocks)
+        pairs = []
+        for index, block in enumerate(request.table):
+            if block == NO_BLOCK:
+                request.table[index] = next(supply)
+                pairs.append((index, request.table[index]))
+        request.num_missing = 0
+        request.evicting = False
+        request.staged_for = step
+        request.load_step = step
+        request.loading = [index for index, _ in pairs]
+        return pairs
+
+    def forecast_growth_blocks(self) -> int:
+        """Blocks that running requests are expected to add until they finish."""
+        size = self.limits.block_size
+        total = 0
+        for request in self.running.values():
+            outputs = self.output_lengths.forecast(request.max_tokens, request.num_outputs)
+            total += blocks_for(request.num_prompt + outputs, size) - len(request.table)
+        return max(0, total)
+
+    def total_blocks(self) -> int:
+        """Blocks of running requests, each counted once wherever it lives."""
+        return sum(len(request.table) for request in self.running.values())
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError when the books contradict themselves."""
+        self.blocks.check()
+        owned = self.blocks.free_blocks()
+        owned += [b for entry in self.releasing.values() for b in entry.device_blocks]
+        for request in self.running.values():
+            owned += [b for b in request.table if b != NO_BLOCK]
+            self._check_request(request)
+        if sorted(owned) != list(range(self.blocks.num_blocks)):
+            raise InvariantError("device blocks are lost or owned twice")
+        on_host = sum(
+            sum(state != HostState.NONE for state in request.host)
+            for request in self.running.values()
+        )
+        if on_host + sum(e.host_blocks for e in self.releasing.values()) != self.host_used:
+            raise InvariantError("host blocks are miscounted")
+        if self.host_used > self.num_host_blocks:
+            raise InvariantError("more host blocks in use than there are")
+        keys = [r.key for r in self.waiting] + list(self.running)
+        if len(set(keys)) != len(keys):
+            raise InvariantError("a request is both waiting and running")
+        slots = [step.slot for step in self.in_flight.values()]
+        if len(set(slots)) != len(slots) or len(slots) > self.limits.num_slots:
+            raise InvariantError("two steps in flight share a slot")
+
+    def _check_request(self, request: Request) -> None:
+        size = self.limits.block_size
+        if not request.computed <= request.planned <= len(request.tokens):
+            raise InvariantError(f"request {request.key}: lengths out of order")
+        if len(request.table) != len(request.host) or request.num_missing != request.table.count(
+            NO_BLOCK
+        ):
+            raise InvariantError(f"request {request.key}: block table miscounted")
+        if len(request.table) < blocks_for(request.planned, size):
+            raise InvariantError(f"request {request.key}: tokens without a block")
+        for index, (block, state) in enumerate(zip(request.table, request.host, strict=True)):
+            if block == NO_BLOCK and state != HostState.STORED:
+                raise InvariantError(f"request {request.key}: block {index} is nowhere")
+            if state != HostState.NONE and (index + 1) * size > request.planned:
+                raise InvariantError(f"request {request.key}: block {index} stored unfilled")
+        flights = sum(
+            item.request is request for step in self.in_flight.values() for item in step.items
+        )
+        if flights != request.in_flight:
+            raise InvariantError(f"request {request.key}: steps in flight miscounted")
+
+    def _free_indices(self, request: Request, indices: Iterable[int]) -> None:
+        freed = []
+        for index in indices:
+            freed.append(request.table[index])
+            request.table[index] = NO_BLOCK
+        request.num_missing += len(freed)
+        self.blocks.release(freed, request.last_step)
