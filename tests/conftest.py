@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.leaks import (
     RUNTIME_DIR_VARIABLE,
     kill_leaked_processes,

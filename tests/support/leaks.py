@@ -120,8 +120,8 @@ def _orphans() -> Iterator[psutil.Process]:
 
 def _fds() -> Iterator[tuple[int, str]]:
     kept = {
-        getattr(resource_tracker._resource_tracker, "_fd", None),  # type: ignore[attr-defined]
-        getattr(forkserver._forkserver, "_forkserver_alive_fd", None),  # type: ignore[attr-defined]
+        getattr(resource_tracker._resource_tracker, "_fd", None),
+        getattr(forkserver._forkserver, "_forkserver_alive_fd", None),
     }
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)

@@ -62,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
     metrics_host: str = "127.0.0.1"
+    """Address /metrics listens on. It has no password: anything but loopback is seen by others."""
     metrics_port: PortNumber = 0
     """/metrics port; 0 takes a free one, written to `metrics.port` in the run directory."""
     client_credits: Positive = 4096

@@ -20,6 +20,8 @@ class RingOffer(Message, frozen=True, kw_only=True, tag="ring_offer"):
 
 
 class RingAccepted(Message, frozen=True, kw_only=True, tag="ring_accepted"):
+    """The receiver maps the ring (or took note of the shapes) and waits for rows."""
+
     epoch: Epoch
 
 

@@ -195,6 +195,8 @@ class Release(Message, frozen=True, kw_only=True, tag="release"):
 
 
 class Stored(Message, frozen=True, kw_only=True, tag="stored"):
+    """These blocks lie in host memory, every stage's part of them."""
+
     epoch: Epoch
     requests: tuple[RequestKey, ...]
     indices: tuple[Count, ...]
@@ -208,7 +210,7 @@ class Released(Message, frozen=True, kw_only=True, tag="released"):
     requests: tuple[RequestKey, ...]
 
 
-class LinkTotals(msgspec.Struct, frozen=True, kw_only=True):
+class LinkTotals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One stage's link since the daemon started. Seconds count time with a copy under way."""
 
     load_bytes: int = 0

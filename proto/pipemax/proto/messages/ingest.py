@@ -108,7 +108,9 @@ class StatusQuery(Message, frozen=True, kw_only=True, tag="status_query"):
     """Asks for a Status."""
 
 
-class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
+class StageStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One stage's part of Status."""
+
     stage: int
     pid: int
     layers: tuple[int, int]

@@ -15,6 +15,8 @@ class AttachPool(Message, frozen=True, kw_only=True, tag="attach_pool"):
 
 
 class PoolAttached(Message, frozen=True, kw_only=True, tag="pool_attached"):
+    """The daemon maps the stage's pool and will copy to and from it in this epoch."""
+
     epoch: Epoch
 
 

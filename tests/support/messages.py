@@ -1,0 +1,173 @@
+"""One instance of every message, every field away from its default. New messages are added here;
+`tests/proto/test_conformance.py` fails until they are."""
+
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages import activations, control, ingest, kv
+from pipemax.proto.messages.types import Message, pack_i32
+
+_HANDLE = MemfdHandle(pid=4242, fd=7, inode=99, size_bytes=2**40)
+_MOVES = (
+    control.BlockMove(request=3, index=0, device_block=17),
+    control.BlockMove(request=2**40, index=300, device_block=0),
+)
+_SAMPLING = ingest.SamplingParams(
+    temperature=0.5,
+    top_k=40,
+    top_p=0.9,
+    min_p=0.05,
+    seed=-7,
+    stop=("\n\n", "ende"),
+    stop_token_ids=(1, 2),
+    min_tokens=2,
+    max_tokens=None,
+    ignore_eos=True,
+    include_stop_str_in_output=True,
+    skip_special_tokens=False,
+)
+_ROW = control.SampleRow(
+    item=1,
+    seed=2**64 - 1,
+    position=5,
+    temperature=0.7,
+    top_k=50,
+    top_p=0.95,
+    min_p=0.01,
+    banned_token_ids=(0, 2),
+)
+_STATES = {"compute": 1.5, "wait_kv": 0.25}
+
+EXAMPLES: tuple[Message, ...] = (
+    ingest.ClientHello(protocol=1, client="example"),
+    ingest.ServerHello(
+        protocol=1, instance_id="a1", model_name="tiny", max_model_len=512, credits=64
+    ),
+    ingest.Submit(
+        request_id="r-1",
+        prompt_token_ids=(0, 1, 127, 128, 65536, 2**31 - 1),
+        prompt="Grüße",
+        messages=({"role": "user", "content": "hello"},),
+        sampling=_SAMPLING,
+    ),
+    ingest.Cancel(request_id="r-1"),
+    ingest.Finished(
+        request_id="r-1",
+        token_ids=(5, 6),
+        text="two tokens",
+        finish_reason="stop",
+        stop_reason="ende",
+        num_prompt_tokens=4,
+        queue_s=0.001,
+        first_token_s=0.5,
+        total_s=1.25,
+        error="none, this is an example",
+    ),
+    ingest.Refused(request_id="r-2", code="too_long", message="prompt of 9 tokens"),
+    ingest.StatusQuery(),
+    ingest.Status(
+        instance_id="a1",
+        phase="ready",
+        model_name="tiny",
+        uptime_s=3.5,
+        requests_waiting=1,
+        requests_running=2,
+        requests_finished=3,
+        preemptions=4,
+        prompt_tokens=5,
+        generation_tokens=6,
+        prefetched_tokens=7,
+        context_tokens=8,
+        decode_context_tokens=9,
+        decode_prefetched_tokens=10,
+        device_blocks_total=11,
+        device_blocks_used=12,
+        host_blocks_total=13,
+        host_blocks_used=14,
+        load_bytes=15,
+        store_bytes=16,
+        load_seconds=1.7,
+        store_seconds=1.8,
+        epoch=1,
+        missing=("stage-1",),
+        stages=(
+            ingest.StageStatus(
+                stage=0,
+                pid=4242,
+                layers=(0, 4),
+                state_seconds=_STATES,
+                steps=9,
+                activation_transport="shm",
+            ),
+        ),
+    ),
+    control.Hello(protocol=1, role="stage", index=1, pid=4242, incarnation="i7"),
+    control.Welcome(instance_id="a1"),
+    control.StageReady(
+        stage=1,
+        layers=(4, 8),
+        num_blocks=100,
+        block_bytes=4096,
+        weights_bytes=2**33,
+        load_s=2.5,
+        activation_transport="shm",
+    ),
+    control.KvReady(pool_bytes=2**30),
+    control.Reset(epoch=2, keep_host_blocks=False),
+    control.ResetDone(epoch=2, num_host_blocks=400),
+    control.StepPlan(
+        epoch=2,
+        step=11,
+        slot=1,
+        wait_for_load=True,
+        num_tokens=pack_i32([3, 1]),
+        context_lens=pack_i32([0, 16]),
+        block_counts=pack_i32([1, 2]),
+        block_tables=pack_i32([4, 9, 2]),
+        token_ids=pack_i32([10, 11, 12, 13]),
+        sample=(_ROW,),
+    ),
+    control.StepDone(
+        epoch=2, step=11, stage=1, compute_s=0.01, state_seconds=_STATES, tokens=pack_i32([42])
+    ),
+    control.Beat(state_seconds=_STATES),
+    control.Failure(error="out of memory"),
+    control.Prefetch(epoch=2, step=12, after=-1, blocks=_MOVES),
+    control.Store(epoch=2, after=11, blocks=_MOVES),
+    control.Drop(epoch=2, request=3, first_index=5),
+    control.Release(epoch=2, requests=(3, 4)),
+    control.Stored(epoch=2, requests=(3, 3), indices=(0, 1)),
+    control.Released(epoch=2, requests=(3, 4)),
+    control.KvReport(
+        host_blocks_total=400,
+        host_blocks_used=30,
+        links=(
+            control.LinkTotals(
+                load_bytes=1,
+                load_seconds=0.5,
+                load_copies=2,
+                store_bytes=3,
+                store_seconds=0.25,
+                store_copies=4,
+            ),
+        ),
+        queued_load_bytes=(4096,),
+    ),
+    control.Drain(),
+    control.Drained(),
+    control.SystemReady(epoch=2),
+    control.Stop(),
+    kv.AttachPool(epoch=2, stage=1, handle=_HANDLE, num_blocks=100, block_bytes=4096),
+    kv.PoolAttached(epoch=2),
+    kv.Computed(epoch=2, step=11),
+    kv.Loaded(epoch=2, step=12),
+    activations.RingOffer(
+        epoch=2,
+        transport="shm",
+        num_slots=2,
+        max_rows=1024,
+        hidden_size=4096,
+        dtype="bfloat16",
+        handle=_HANDLE,
+    ),
+    activations.RingAccepted(epoch=2),
+    activations.ActivationReady(epoch=2, step=11, slot=1, rows=4),
+)
