@@ -1,0 +1,257 @@
+"""Compiled CPU kernels that read and write the paged KV pool in place.
+
+`pool` is `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, contiguous: float32 as it is,
+bfloat16 passed as int16 and float16 as uint16, because NumPy and numba know neither; the element
+type tells `to_float32` which of the three it reads. Everything is computed in float32.
+
+All of it stands in one file on purpose: numba's cache on disk notices a change of this file only.
+The cache is the `__pycache__` next to it, or the user's own cache folder: never a shared one.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+Pool: TypeAlias = npt.NDArray[Any]
+F32Array: TypeAlias = npt.NDArray[np.float32]
+I32Array: TypeAlias = npt.NDArray[np.int32]
+I64Array: TypeAlias = npt.NDArray[np.int64]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# Sums may be reordered, which is what lets LLVM vectorise them. Infinities and NaNs keep their
+# meaning.
+_FAST_SUMS = {"reassoc", "contract", "nsz"}
+
+
+def _compiled(**options: Any) -> Callable[[_Function], _Function]:
+    """`njit`, cached on disk where a private folder can be written."""
+
+    def compile_lazily(function: _Function) -> _Function:
+        try:
+            compiled = njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no such folder: compile at every start
+            compiled = njit(nogil=True, **options)(function)
+        return cast(_Function, compiled)
+
+    return compile_lazily
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _to_float32(typing_context: Any, value: Any) -> Any:
+    """float32 of a pool element, chosen by its type."""
+    codegen = {
+        types.float32: _identity,
+        types.int16: _widen_bfloat16,
+        types.uint16: _widen_float16,
+    }[value]
+    return types.float32(value), codegen
+
+
+def _identity(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return args[0]
+
+
+def _widen_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """A bfloat16 is the upper half of a float32."""
+    word = ir.IntType(32)
+    bits = builder.shl(builder.zext(args[0], word), word(16))
+    return builder.bitcast(bits, ir.FloatType())
+
+
+def _widen_float16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Moves exponent and mantissa to float32's places and corrects the exponent's bias (15 to 127)
+    by a multiplication, which also makes subnormals right. No infinities: KV has none."""
+    word, real = ir.IntType(32), ir.FloatType()
+    bits = builder.zext(args[0], word)
+    sign = builder.shl(builder.and_(bits, word(0x8000)), word(16))
+    magnitude = builder.shl(builder.and_(bits, word(0x7FFF)), word(13))
+    scaled = builder.fmul(builder.bitcast(magnitude, real), ir.Constant(real, 2.0**112))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, word), sign), real)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _float_of_bits(typing_context: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    """exp of a float32 at most 88, to about 1e-7 of its value.
+
+    exp(x) = 2^n · exp(r) with |r| ≤ ln(2)/2; the Taylor polynomial of degree 7 is then exact to
+    5e-9. Unlike a call of the C library, LLVM vectorises it.
+    """
+    x = max(x, np.float32(-87.0))
+    n = math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375)
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1.0 / 5040.0)
+    p = p * r + np.float32(1.0 / 720.0)
+    p = p * r + np.float32(1.0 / 120.0)
+    p = p * r + np.float32(1.0 / 24.0)
+    p = p * r + np.float32(1.0 / 6.0)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1.0)
+    p = p * r + np.float32(1.0)
+    return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@_compiled()
+def write_kv(pool: Pool, layer: int, keys: Pool, values: Pool, slots: I64Array) -> None:
+    """Writes `keys` and `values` `[T, kv_heads, head_dim]` to `slots` `[T]` of one layer.
+
+    A slot is block id · block_size + offset. The caller has checked that all of them exist.
+    """
+    block_size = pool.shape[3]
+    for row in range(slots.shape[0]):
+        block = slots[row] // block_size
+        offset = slots[row] % block_size
+        for head in range(keys.shape[1]):
+            for d in range(keys.shape[2]):
+                pool[block, layer, 0, offset, head, d] = keys[row, head, d]
+                pool[block, layer, 1, offset, head, d] = values[row, head, d]
+
+
+@_compiled(fastmath=_FAST_SUMS)
+def _softmax(scores: F32Array, first: int, last: int, softcap: Any) -> None:
+    """Softmax of every row of `scores[:, first:last]` in place, after an optional soft-cap."""
+    for head in range(scores.shape[0]):
+        if softcap > 0.0:
+            for t in range(first, last):
+                # tanh(x) = 1 - 2 / (exp(2x) + 1); beyond ±40 it is ±1 in float32
+                x = scores[head, t] / softcap
+                x = min(max(x, np.float32(-40.0)), np.float32(40.0))
+                tanh = np.float32(1.0) - np.float32(2.0) / (
+                    _exp(np.float32(2.0) * x) + np.float32(1.0)
+                )
+                scores[head, t] = softcap * tanh
+        top = np.float32(-np.inf)
+        for t in range(first, last):
+            top = max(top, scores[head, t])
+        total = np.float32(0.0)
+        for t in range(first, last):
+            weight = _exp(scores[head, t] - top)
+            scores[head, t] = weight
+            total += weight
+        inverse = np.float32(1.0) / total
+        for t in range(first, last):
+            scores[head, t] *= inverse
+
+
+@_compiled(fastmath=_FAST_SUMS)
+def attend_part(
+    pool: Pool,
+    layer: int,
+    query: F32Array,
+    tables: I32Array,
+    lens: I32Array,
+    blocks: I32Array,
+    scaling: Any,
+    softcap: Any,
+    window: int,
+    out: F32Array,
+    part: int,
+    parts: int,
+) -> None:
+    """Attention of single-token items `part, part + parts, ...`.
+
+    query, out: float32 `[R, heads, head_dim]`. Item i attends to its first `lens[i]` tokens, in the
+    blocks `blocks[tables[i]:]`; with `window` > 0 to the last `window` of them. `softcap` 0 is
+    none. The caller has checked that all block ids exist.
+    """
+    block_size, kv_heads, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+    num_heads = query.shape[1]
+    group = num_heads // kv_heads
+    longest = 0
+    for i in range(part, lens.shape[0], parts):
+        longest = max(longest, lens[i])
+    scores = np.empty((num_heads, longest), np.float32)
+    scaled = np.empty((num_heads, head_dim), np.float32)
+    total = np.empty((num_heads, head_dim), np.float32)
+    for i in range(part, lens.shape[0], parts):
+        table, length = tables[i], lens[i]
+        first = max(0, length - window) if window > 0 else 0
+        for head in range(num_heads):
+            for d in range(head_dim):
+                scaled[head, d] = query[i, head, d] * scaling
+                total[head, d] = 0.0
+        # Tokens outermost: the pool is then read front to back, all heads of a token together.
+        for t in range(first, length):
+            block = blocks[table + t // block_size]
+            offset = t % block_size
+            for kv_head in range(kv_heads):
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    dot = np.float32(0.0)
+                    for d in range(head_dim):
+                        key = _to_float32(pool[block, layer, 0, offset, kv_head, d])
+                        dot += scaled[head, d] * key
+                    scores[head, t] = dot
+        _softmax(scores, first, length, softcap)
+        for t in range(first, length):
+            block = blocks[table + t // block_size]
+            offset = t % block_size
+            for kv_head in range(kv_heads):
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    weight = scores[head, t]
+                    for d in range(head_dim):
+                        value = _to_float32(pool[block, layer, 1, offset, kv_head, d])
+                        total[head, d] += weight * value
+        for head in range(num_heads):
+            for d in range(head_dim):
+                out[i, head, d] = total[head, d]
+
+
+@_compiled(parallel=True)
+def _attend_parallel(
+    pool: Pool,
+    layer: int,
+    query: F32Array,
+    tables: I32Array,
+    lens: I32Array,
+    blocks: I32Array,
+    scaling: Any,
+    softcap: Any,
+    window: int,
+    out: F32Array,
+    parts: int,
+) -> None:
+    for part in prange(parts):
+        attend_part(
+            pool, layer, query, tables, lens, blocks, scaling, softcap, window, out, part, parts
+        )
+
+
+def attend(
+    pool: Pool,
+    layer: int,
+    query: F32Array,
+    tables: I32Array,
+    lens: I32Array,
+    blocks: I32Array,
+    *,
+    scaling: float,
+    softcap: float,
+    window: int,
+    out: F32Array,
+    threads: int,
+) -> None:
+    """`attend_part` for all items. One thread does without the parallel runtime, whose start and
+    barrier would cost every layer."""
+    scale, cap = np.float32(scaling), np.float32(softcap)
+    arguments = (pool, layer, query, tables, lens, blocks, scale, cap, window, out)
+    if threads == 1:
+        attend_part(*arguments, 0, 1)
+        return
+    numba.set_num_threads(threads)
+    _attend_parallel(*arguments, threads)

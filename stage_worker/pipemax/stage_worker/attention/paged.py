@@ -1,0 +1,213 @@
+"""Paged attention of one stage, and its place in transformers' attention interface."""
+
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import BlockGeometry
+from pipemax.stage_worker.attention import kernels
+from pipemax.stage_worker.attention.prefill import prefill, visible
+from pipemax.stage_worker.attention.reference import reference_attention
+from pipemax.stage_worker.batch import StepBatch
+
+IMPLEMENTATION: Final = "pipemax_paged"
+"""The name in `attn_implementation`."""
+Backend: TypeAlias = Literal["kernel", "reference"]
+
+_AS_NUMPY: Final = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.uint16,
+}
+
+
+class PagedAttention:
+    """The KV pool of one stage and the step that runs over it.
+
+    Each StageModel has its own, hung on its attention modules as a `PagedLayer`, so that two models
+    in one process share nothing.
+    """
+
+    def __init__(self, geometry: BlockGeometry, dtype: torch.dtype, backend: Backend) -> None:
+        self.geometry = geometry
+        self.dtype = dtype
+        self.backend = backend
+        self._pool: torch.Tensor | None = None
+        self._batch: StepBatch | None = None
+        self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
+        self._threads = torch.get_num_threads()
+
+    def bind_pool(self, pool: torch.Tensor) -> None:
+        """Takes a contiguous `[num_blocks, layers, 2, block_size, kv_heads, head_dim]` pool."""
+        if pool.dim() != 6 or tuple(pool.shape[1:]) != self.geometry.block_shape:
+            raise InvariantError(
+                f"pool of shape {tuple(pool.shape)} for blocks of {self.geometry.block_shape}"
+            )
+        if pool.dtype != self.dtype or not pool.is_contiguous():
+            raise InvariantError(f"pool of {pool.dtype}, contiguous {pool.is_contiguous()}")
+        self._pool = pool
+        self._array = pool_array(pool)
+
+    def begin(self, batch: StepBatch) -> None:
+        """Makes `batch` the step that the layers' next calls belong to."""
+        if self._pool is None:
+            raise InvariantError("a step before the pool was bound")
+        if batch.block_size != self.geometry.block_size:
+            raise InvariantError(f"a step with blocks of {batch.block_size} tokens")
+        if batch.max_block >= self._pool.shape[0]:
+            raise InvariantError(
+                f"block {batch.max_block} of a pool of {self._pool.shape[0]} blocks"
+            )
+        self._batch = batch
+        self._masks.clear()
+        self._threads = torch.get_num_threads()
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        """Writes the step's K and V, then attends. query `[T, heads, head_dim]`, key and value
+        `[T, kv_heads, head_dim]`; the same shape as `query` comes back."""
+        batch, pool = self._batch, self._pool
+        if batch is None or pool is None:
+            raise InvariantError("attention outside a step")
+        kernels.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
+        if self.backend == "reference":
+            return reference_attention(
+                pool, layer, batch, query, scaling=scaling, softcap=softcap, window=window
+            )
+        if not batch.prefills:
+            return self._decode(layer, batch, query, scaling, window, softcap)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if batch.decode_rows.size:
+            decodes = torch.from_numpy(batch.decode_rows)
+            out[decodes] = self._decode(layer, batch, query[decodes], scaling, window, softcap)
+        for index, item in enumerate(batch.prefills):
+            rows = slice(item.first_row, item.first_row + item.num_tokens)
+            if (index, window) not in self._masks:
+                self._masks[index, window] = visible(item, window, batch.block_size)
+            out[rows] = prefill(
+                pool,
+                layer,
+                item,
+                query[rows],
+                self._masks[index, window],
+                scaling=scaling,
+                softcap=softcap,
+                window=window,
+                block_size=batch.block_size,
+            )
+        return out
+
+    def _decode(
+        self,
+        layer: int,
+        batch: StepBatch,
+        query: torch.Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+    ) -> torch.Tensor:
+        out = torch.empty(query.shape, dtype=torch.float32)
+        kernels.attend(
+            self._array,
+            layer,
+            query.float().contiguous().numpy(),
+            batch.decode_tables,
+            batch.decode_lens,
+            batch.block_tables,
+            scaling=scaling,
+            softcap=softcap,
+            window=window,
+            out=out.numpy(),
+            threads=self._threads,
+        )
+        return out.to(query.dtype)
+
+
+class PagedLayer:
+    """What an attention module needs to find its part of the pool."""
+
+    def __init__(self, attention: PagedAttention, layer: int) -> None:
+        self.attention = attention
+        self.layer = layer
+        """Within the stage."""
+
+
+def pool_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A NumPy view of a contiguous tensor, 16-bit floats as the integers `kernels` expects."""
+    return tensor.contiguous().view(_AS_NUMPY[tensor.dtype]).numpy()
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface. query `[1, heads, T, head_dim]`, key and value
+    `[1, kv_heads, T, head_dim]`; returns `[1, T, heads, head_dim]`."""
+    if attention_mask is not None or dropout:
+        raise InvariantError("paged attention takes neither a mask nor dropout")
+    paged: PagedLayer = module.paged_layer  # type: ignore[assignment]
+    out = paged.attention.attend(
+        paged.layer,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return out[None], None
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """transformers' mask interface: who sees what follows from the step, so there is no mask."""
+
+
+def register() -> None:
+    """Makes IMPLEMENTATION known to transformers; doing it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compiles the kernels for `dtype` (or loads them from the cache on disk), so that the first
+    step does not wait for it."""
+    pool = pool_array(torch.zeros(1, 1, 2, 8, 1, 8, dtype=dtype))
+    rows = torch.zeros(1, 1, 8, dtype=dtype)
+    kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), np.zeros(1, np.int64))
+    zero = np.zeros(1, np.int32)
+    query = np.zeros((1, 1, 8), np.float32)
+    out = np.zeros((1, 1, 8), np.float32)
+    threads = torch.get_num_threads()
+    kernels.attend(
+        pool,
+        0,
+        query,
+        zero,
+        zero + np.int32(1),
+        zero,
+        scaling=1.0,
+        softcap=0.0,
+        window=0,
+        out=out,
+        threads=threads,
+    )

@@ -1,0 +1,202 @@
+"""Builds one stage's part of a model: transformers' own modules for its layers, its tensors only.
+
+The model is built on the meta device, where it costs no memory. Layers of other stages are replaced
+by a module that passes its input on, rather than left out, because some models choose a layer's
+type by its index. Embedding, final norm and head stay where they are used.
+"""
+
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from pipemax.proto.errors import InvariantError, ModelError
+from pipemax.proto.geometry import BlockGeometry, Dtype
+from pipemax.stage_worker.attention import paged
+from pipemax.stage_worker.model.checkpoint import Checkpoint
+from pipemax.stage_worker.model.families import Family, supported_family
+from pipemax.stage_worker.model.inspect import inspect_model, read_config
+from pipemax.stage_worker.model.stage_model import StageModel
+
+__all__ = ["StageModel", "load_stage_model"]
+
+TORCH_DTYPES: Final[dict[Dtype, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_HEAD: Final = "lm_head.weight"
+
+
+class PassThrough(nn.Module):
+    """In the place of a layer that another stage runs."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def load_stage_model(
+    model_dir: Path,
+    *,
+    stage: int,
+    layer_split: tuple[int, ...],
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    block_size: int,
+    backend: paged.Backend = "kernel",
+) -> StageModel:
+    """Stage `stage` of a model whose layers are split as `layer_split`.
+
+    Raises ModelError for a folder that cannot be used and UnsupportedModelError for a model PipeMax
+    does not run.
+    """
+    info = inspect_model(model_dir)
+    family = supported_family(read_config(model_dir))
+    if sum(layer_split) != info.num_layers or not 0 <= stage < len(layer_split):
+        raise InvariantError(
+            f"stage {stage} of layers split {layer_split}, the model has {info.num_layers}"
+        )
+    first = sum(layer_split[:stage])
+    layers = (first, first + layer_split[stage])
+    dtype_name: Dtype = info.dtype if dtype == "auto" else dtype
+    geometry = BlockGeometry(
+        num_layers=layer_split[stage],
+        block_size=block_size,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        dtype=dtype_name,
+    )
+    is_first, is_last = stage == 0, stage == len(layer_split) - 1
+    weights_dtype = TORCH_DTYPES[dtype_name]
+    attention = paged.PagedAttention(geometry, weights_dtype, backend)
+    model = _build(model_dir, family)
+    try:
+        _trim(model, family, layers, is_first=is_first, is_last=is_last)
+        _attach(model, family, layers, attention)
+        with Checkpoint(model_dir, family) as checkpoint:
+            _load_weights(model, family, checkpoint, weights_dtype)
+        _compute_buffers(model, family)
+        if not is_first:
+            _check_input_passes_unchanged(model, family, info.hidden_size, weights_dtype)
+    except AttributeError as error:
+        raise ModelError(
+            f"{family.architecture}: this transformers builds it in a way PipeMax does not know "
+            f"({error}); install the version in ops/constraints-cpu.txt"
+        ) from error
+    return StageModel(
+        model,
+        attention,
+        layers=layers,
+        hidden_size=info.hidden_size,
+        vocab_size=info.vocab_size,
+        is_first=is_first,
+        is_last=is_last,
+        tensors_read=tuple(checkpoint.names_read),
+    )
+
+
+def _build(model_dir: Path, family: Family) -> Any:
+    """The whole model on the meta device, with our attention. Never code from the model folder."""
+    paged.register()
+    try:
+        config = CONFIG_MAPPING[family.model_type].from_pretrained(model_dir)
+        config.return_dict = True
+        config.output_router_logits = False
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=paged.IMPLEMENTATION
+            )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"transformers cannot build {family.architecture} from {model_dir}: {reason}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _trim(
+    model: Any, family: Family, layers: tuple[int, int], *, is_first: bool, is_last: bool
+) -> None:
+    """Leaves of the model what this stage computes."""
+    base = model.base_model
+    for index in range(len(base.layers)):
+        if not layers[0] <= index < layers[1]:
+            base.layers[index] = PassThrough()
+    if not is_first:
+        _replace(base, family.embedding, None)
+        if family.embedding_multiplier is not None:
+            _replace(base, family.embedding_multiplier, 1.0)
+    if not is_last:
+        _replace(base, family.norm, nn.Identity())
+        _replace(model, "lm_head", None)
+
+
+def _replace(module: nn.Module, name: str, value: Any) -> None:
+    getattr(module, name)  # AttributeError when transformers calls it something else
+    setattr(module, name, value)
+
+
+def _attach(
+    model: Any, family: Family, layers: tuple[int, int], attention: paged.PagedAttention
+) -> None:
+    """Hangs the paged cache on this stage's attention modules."""
+    for index in range(*layers):
+        module = getattr(model.base_model.layers[index], family.attention)
+        if module.layer_idx != index:
+            raise InvariantError(f"layer {index} calls itself {module.layer_idx}")
+        module.paged_layer = paged.PagedLayer(attention, index - layers[0])
+
+
+def _load_weights(model: Any, family: Family, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Replaces every parameter of the trimmed model by the checkpoint's.
+
+    With tied embeddings the head is the embedding, whichever of the two the checkpoint holds; one
+    that holds both is taken at its word, as transformers does.
+    """
+    embedding = f"{model.base_model_prefix}.{family.embedding}.weight"
+    tied = {embedding: _HEAD, _HEAD: embedding} if model.config.tie_word_embeddings else {}
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.state_dict().items():
+        source = name
+        if name in tied and not checkpoint.has(name):
+            source = tied[name]
+        if source in state:
+            state[name] = state[source]
+        else:
+            state[name] = checkpoint.read(source, parameter.shape, dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _compute_buffers(model: Any, family: Family) -> None:
+    """Computes what no checkpoint holds: rotary frequencies, which stay float32 whatever the
+    weights are, and the scale of a scaled embedding."""
+    base = model.base_model
+    base.rotary_emb = type(base.rotary_emb)(config=model.config)
+    embedding = getattr(base, family.embedding)
+    if hasattr(embedding, "scalar_embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise AttributeError(f"{name} was not computed")
+
+
+@torch.inference_mode()
+def _check_input_passes_unchanged(
+    model: Any, family: Family, hidden_size: int, dtype: torch.dtype
+) -> None:
+    """With its layers and norm taken out, the base model must give back what a later stage feeds
+    it. Guards against a transformers whose forward scales its input where we do not know of it."""
+    base = model.base_model
+    layers, norm = base.layers, getattr(base, family.norm)
+    probe = torch.linspace(-1.0, 1.0, 2 * hidden_size).to(dtype).view(1, 2, hidden_size)
+    try:
+        base.layers = nn.ModuleList(PassThrough() for _ in layers)
+        setattr(base, family.norm, nn.Identity())
+        out = base(inputs_embeds=probe, position_ids=torch.arange(2)[None], use_cache=False)
+    finally:
+        base.layers = layers
+        setattr(base, family.norm, norm)
+    if not torch.equal(out.last_hidden_state, probe):
+        raise AttributeError("it changes the input of later stages")

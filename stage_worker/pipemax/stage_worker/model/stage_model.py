@@ -1,0 +1,111 @@
+"""One stage's part of a model, ready to run steps."""
+
+from typing import Any
+
+import torch
+
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import BlockGeometry
+from pipemax.proto.messages.control import SampleRow, StepPlan
+from pipemax.proto.messages.types import pack_i32
+from pipemax.stage_worker.attention.paged import PagedAttention, warm_up
+from pipemax.stage_worker.batch import StepBatch, prepare_batch
+
+
+class StageModel:
+    """Layers `[layers[0], layers[1])` of a model; made by `load_stage_model`.
+
+    The first stage also embeds, the last also applies final norm and head.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention: PagedAttention,
+        *,
+        layers: tuple[int, int],
+        hidden_size: int,
+        vocab_size: int,
+        is_first: bool,
+        is_last: bool,
+        tensors_read: tuple[str, ...],
+    ) -> None:
+        self._model = model
+        self._base = model.base_model
+        self._attention = attention
+        self.layers = layers
+        """[first, last + 1) of the model's layers."""
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.is_first = is_first
+        self.is_last = is_last
+        self.tensors_read = tensors_read
+        """The checkpoint's tensors that this stage read, under the checkpoint's names."""
+        self.weights_bytes = sum(
+            {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()
+        )
+        """Memory of this stage's weights; a tied tensor counts once."""
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        return self._attention.geometry
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and KV."""
+        return self._attention.dtype
+
+    def bind_pool(self, pool: torch.Tensor) -> None:
+        """Uses `pool`, `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, contiguous, of
+        this stage's dtype. Whoever else writes to it must not do so to a block in use."""
+        self._attention.bind_pool(pool)
+
+    def warm_up(self) -> None:
+        """Runs one token through block 0, so that the first real step compiles and allocates
+        nothing. Call it after `bind_pool`, before the pool holds anything."""
+        warm_up(self.dtype)
+        plan = StepPlan(
+            epoch=0,
+            step=0,
+            slot=0,
+            wait_for_load=False,
+            num_tokens=pack_i32([1]),
+            context_lens=pack_i32([0]),
+            block_counts=pack_i32([1]),
+            block_tables=pack_i32([0]),
+            token_ids=pack_i32([0]),
+            sample=(SampleRow(0, 0, 0, 0.0, 0, 1.0, 0.0),),
+        )
+        hidden = None if self.is_first else torch.zeros(1, self.hidden_size, dtype=self.dtype)
+        self.forward(prepare_batch(plan, self.geometry.block_size), hidden)
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch, hidden: torch.Tensor | None) -> torch.Tensor:
+        """One step. `hidden` is `[T, hidden_size]` from the stage before, None on the first.
+
+        Returns `[T, hidden_size]` in this stage's dtype, or from the last stage float32 logits
+        `[len(batch.sample_rows), vocab_size]`.
+        """
+        inputs = self._inputs(batch, hidden)
+        self._attention.begin(batch)
+        arguments = {**inputs, "position_ids": batch.position_ids, "use_cache": False}
+        if not self.is_last or batch.sample_rows.shape[0] == 0:
+            out: torch.Tensor = self._base(**arguments).last_hidden_state[0]
+            return out if not self.is_last else out.new_empty((0, self.vocab_size)).float()
+        # The model's own head: it knows about logit scaling and soft-capping.
+        logits: torch.Tensor = self._model(**arguments, logits_to_keep=batch.sample_rows).logits
+        return logits[0].float()
+
+    def _inputs(self, batch: StepBatch, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        if self.is_first:
+            if int(batch.token_ids.max()) >= self.vocab_size:
+                raise InvariantError(
+                    f"token {int(batch.token_ids.max())} of a vocabulary of {self.vocab_size}"
+                )
+            return {"input_ids": batch.token_ids}
+        if hidden is None or hidden.shape != (batch.num_tokens, self.hidden_size):
+            shape = None if hidden is None else tuple(hidden.shape)
+            raise InvariantError(
+                f"activations of shape {shape} for {batch.num_tokens} tokens of {self.hidden_size}"
+            )
+        return {"inputs_embeds": hidden[None]}
