@@ -104,6 +104,7 @@ class TcpReader:
         try:
             port = socket.bind_to_random_port(f"tcp://{self._host}")
         except zmq.ZMQError as error:
+            self.close()
             raise ConfigError(
                 f"cannot listen for activations on {self._host} ({error}); "
                 "set --activation-host to an address of this machine"
