@@ -1,0 +1,39 @@
+"""Entry of the coordinator process."""
+
+import logging
+from pathlib import Path
+
+from prometheus_client import start_http_server
+
+from pipemax.coordinator.shell import CoordinatorShell
+from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.proto.config import load_config
+from pipemax.proto.errors import ConfigError
+from pipemax.proto.process import on_stop_signals
+from pipemax.proto.rundir import METRICS_PORT_FILE
+
+log = logging.getLogger(__name__)
+
+
+def body(run_dir: Path, index: int) -> None:
+    """Serve the system whose configuration lies in `run_dir` until SIGTERM."""
+    config = load_config(run_dir)
+    text = TextProcessor(Path(config.model))
+    shell = CoordinatorShell(config, run_dir, text)
+    on_stop_signals(shell.stop)
+    try:
+        server, thread = start_http_server(
+            config.metrics_port, addr=config.metrics_host, registry=shell.metrics.registry
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve /metrics on {config.metrics_host}:{config.metrics_port}: {error}; "
+            "choose another --metrics-port"
+        ) from error
+    (run_dir / METRICS_PORT_FILE).write_text(f"{server.server_port}\n")
+    try:
+        shell.run()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,160 @@
+"""Clients: what each may still send, what waits to be delivered, and what is wrong with a message.
+
+A client has no session until it has an unfinished request, so that connections which say nothing
+cost nothing here. Results that a client's socket cannot take yet wait in its session; there are
+never more of them than the client has credits.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipemax.coordinator.events import FinishRequest, Submitted
+from pipemax.coordinator.text.detokenizer import StopChecker
+from pipemax.coordinator.text.limits import check_sampling
+from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import Finished, Submit
+from pipemax.proto.messages.types import Message
+
+ClientId = bytes
+_SEED_MASK = 2**64 - 1
+
+
+@dataclass(slots=True)
+class Session:
+    keys: dict[str, int] = field(default_factory=dict)
+    """Unfinished requests: the client's id to ours."""
+    outbox: deque[Message] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
+class Entry:
+    """One accepted request, from the client's side."""
+
+    client: ClientId
+    request_id: str
+    num_prompt_tokens: int
+    submitted_at: float
+    text: StopChecker
+
+
+class Sessions:
+    """Pure: sockets are the shell's. `send` may raise BlockingIOError when the client's queue is
+    full and ConnectionError when the client is gone."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        text: TextProcessor,
+        send: Callable[[ClientId, Message], None],
+    ) -> None:
+        self._config = config
+        self._text = text
+        self._send = send
+        self._sessions: dict[ClientId, Session] = {}
+        self._entries: dict[int, Entry] = {}
+        self._with_outbox: set[ClientId] = set()
+        self._next_key = 0
+        self.undelivered = 0
+        """Results whose client was gone."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is unfinished and nothing waits to be delivered."""
+        return not self._sessions
+
+    def accept(self, client: ClientId, submit: Submit, now: float) -> Submitted:
+        """Check a request and remember whose it is. Raises RequestError."""
+        session = self._sessions.get(client)
+        if session is not None:
+            if submit.request_id in session.keys:
+                raise RequestError(
+                    "duplicate_id", f"request id {submit.request_id!r} is still unfinished"
+                )
+            if len(session.keys) + len(session.outbox) >= self._config.client_credits:
+                raise RequestError(
+                    "no_credit",
+                    f"more than {self._config.client_credits} unfinished requests; "
+                    "wait for results before sending more",
+                )
+        limit = self._config.max_model_len
+        prompt = self._text.encode(submit, limit)
+        sampling = check_sampling(
+            submit.sampling,
+            self._text.vocab_size,
+            limit,
+            len(prompt),
+            has_tokenizer=self._text.has_tokenizer,
+        )
+        key = self._next_key
+        self._next_key += 1
+        decoder = self._text if self._text.has_tokenizer else None
+        checker = StopChecker(decoder, sampling)
+        self._sessions.setdefault(client, Session()).keys[submit.request_id] = key
+        self._entries[key] = Entry(client, submit.request_id, len(prompt), now, checker)
+        seed = sampling.seed
+        if seed is None:
+            seed = derived_seed(self._config.seed, submit.request_id)
+        return Submitted(key, prompt, sampling, seed & _SEED_MASK)
+
+    def key_of(self, client: ClientId, request_id: str) -> int | None:
+        """Our number of a client's unfinished request."""
+        session = self._sessions.get(client)
+        return session.keys.get(request_id) if session else None
+
+    def token(self, key: int, token_id: int) -> str | None:
+        """Take one sampled token; returns the stop string it completes, if any."""
+        return self._entries[key].text.append(token_id)
+
+    def finish(self, result: FinishRequest, now: float) -> Finished:
+        """Turn a result into the client's message, queued for delivery."""
+        entry = self._entries.pop(result.key)
+        admitted = result.admitted_at if result.admitted_at is not None else now
+        first = result.first_token_at if result.first_token_at is not None else now
+        by_token = result.finish_reason == "stop" and not isinstance(result.stop_reason, str)
+        message = Finished(
+            request_id=entry.request_id,
+            token_ids=result.output_token_ids,
+            text=entry.text.text(stopped_by_token=by_token),
+            finish_reason=result.finish_reason,
+            stop_reason=result.stop_reason,
+            num_prompt_tokens=entry.num_prompt_tokens,
+            queue_s=admitted - entry.submitted_at,
+            first_token_s=first - entry.submitted_at,
+            total_s=now - entry.submitted_at,
+        )
+        session = self._sessions[entry.client]
+        del session.keys[entry.request_id]
+        session.outbox.append(message)
+        self._with_outbox.add(entry.client)
+        return message
+
+    def deliver(self) -> list[int]:
+        """Send what waits. Returns the keys of unfinished requests whose client is gone."""
+        orphans: list[int] = []
+        for client in list(self._with_outbox):
+            session = self._sessions[client]
+            try:
+                while session.outbox:
+                    self._send(client, session.outbox[0])
+                    session.outbox.popleft()
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                self.undelivered += len(session.outbox)
+                session.outbox.clear()
+                orphans += session.keys.values()
+            self._with_outbox.discard(client)
+            if not session.keys:
+                del self._sessions[client]
+        return orphans
+
+
+def derived_seed(seed: int, request_id: str) -> int:
+    """A seed for a request that brought none: of the system's seed and the request's id, so that
+    neither the order of submission nor what else runs changes its tokens."""
+    digest = hashlib.blake2b(f"{seed}:{request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,342 @@
+"""The coordinator process: feeds sockets into the cores and carries out what they answer."""
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import zmq
+
+from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
+from pipemax.coordinator.core import Scheduler
+from pipemax.coordinator.events import (
+    BlocksStored,
+    Cancelled,
+    Command,
+    Event,
+    FinishRequest,
+    KvReleased,
+    LinkMeasured,
+    Paused,
+    Resumed,
+    StageComputed,
+    StepReturned,
+    ToDaemon,
+    ToStages,
+)
+from pipemax.coordinator.metrics import Metrics
+from pipemax.coordinator.sessions import ClientId, Sessions
+from pipemax.coordinator.state import SchedulerLimits
+from pipemax.coordinator.status import StatusView
+from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.proto import PROTOCOL_VERSION
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import ConfigError, RequestError, WireError
+from pipemax.proto.geometry import blocks_for
+from pipemax.proto.messages import control, ingest
+from pipemax.proto.messages.registry import CONTROL, INGEST
+from pipemax.proto.messages.types import Message, unpack_i32
+from pipemax.proto.rundir import socket_endpoint
+from pipemax.proto.sizes import format_size
+from pipemax.proto.sockets import bind_router, identity_of, make_router
+from pipemax.proto.wire import Codec, encode, single_frame
+
+log = logging.getLogger(__name__)
+
+INGEST_BATCH = 64
+"""Client messages handled before control messages get their turn again."""
+IDLE_POLL_MS = 200
+SNAPSHOT_INTERVAL_S = 0.2
+
+
+class CoordinatorShell:
+    """One thread, one poll loop. Control messages go first: they keep the pipeline full."""
+
+    def __init__(self, config: EngineConfig, run_dir: Path, text: TextProcessor) -> None:
+        self._config = config
+        self._instance_id = uuid.uuid4().hex
+        self._scheduler = Scheduler(
+            SchedulerLimits(
+                block_size=config.block_size,
+                num_slots=config.num_slots,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=config.max_model_len,
+                eos_token_ids=text.eos_token_ids,
+            )
+        )
+        self._assembly = Assembly(config.pipeline_parallel_size)
+        self._sessions = Sessions(config, text, self._send_client)
+        self._view = StatusView(config, self._instance_id, self._scheduler.state, self._assembly)
+        self.metrics = Metrics(config.served_model_name, lambda: self._view.latest)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._control = bind_router(self._context, socket_endpoint(run_dir, "control"), CONTROL)
+        self._ingest = make_router(self._context, INGEST)
+        self._ingest.setsockopt(zmq.ROUTER_HANDOVER, 0)  # no client may take another's place
+        self._ingest.bind(socket_endpoint(run_dir, "ingest"))
+        self._control_codec = Codec(CONTROL, at_binder=True)
+        self._ingest_codec = Codec(INGEST, at_binder=True)
+        self._names = {
+            identity_of("stage", i): stage_name(i) for i in range(config.pipeline_parallel_size)
+        } | {identity_of("kv_daemon"): DAEMON}
+        self._launcher = False
+        self._draining = False
+        self._drained = False
+        self._stopping = False
+        self._next_snapshot = 0.0
+
+    def stop(self) -> None:
+        """End the loop; safe from a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until stopped. Raises PipemaxError when the system cannot work as configured."""
+        poller = zmq.Poller()
+        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._ingest, zmq.POLLIN)
+        more = False
+        try:
+            while not self._stopping:
+                poller.poll(0 if more else IDLE_POLL_MS)
+                self._receive_control()
+                more = self._receive_ingest()
+                self._finish_round()
+        finally:
+            self._context.destroy(linger=200)
+
+    # Control
+
+    def _receive_control(self) -> None:
+        while True:
+            try:
+                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = self._control_codec.decode(single_frame(frames, CONTROL))
+            except WireError as error:
+                log.error("control message of %r refused: %s", identity, error)
+                continue
+            self._on_control(identity, message)
+
+    def _on_control(self, identity: bytes, message: Message) -> None:
+        match message:
+            case control.Hello():
+                self._on_hello(identity, message)
+            case control.Drain():
+                log.info("draining: no new requests are accepted")
+                self._draining = self._view.draining = True
+            case _ if identity not in self._names:
+                log.error("control message of unknown process %r", identity)
+            case control.StepDone():
+                self._on_step_done(message)
+            case control.Beat():
+                self._view.stage_seconds(self._names[identity], message.state_seconds)
+            case control.StageReady() | control.KvReady():
+                self._act(self._assembly.ready(self._names[identity], message))
+            case control.ResetDone(epoch=epoch, num_host_blocks=num_host_blocks):
+                name = self._names[identity]
+                self._act(self._assembly.reset_done(name, epoch, num_host_blocks))
+            case control.Stored(requests=keys, indices=indices) if self._is_current(message.epoch):
+                self._tell(BlocksStored(keys, indices))
+            case control.Released(requests=keys) if self._is_current(message.epoch):
+                self._tell(KvReleased(keys))
+            case control.KvReport():
+                self._on_kv_report(message)
+            case control.Failure(error=error):
+                log.error("%s failed: %s", self._names[identity], error)
+            case _:
+                pass  # of an epoch that ended
+
+    def _on_hello(self, identity: bytes, message: control.Hello) -> None:
+        if message.protocol != PROTOCOL_VERSION:
+            raise ConfigError(
+                f"{message.role} {message.index} speaks protocol {message.protocol}, this "
+                f"coordinator {PROTOCOL_VERSION}; start all processes from one installation"
+            )
+        if message.role == "launcher":
+            self._launcher = True
+            self._send_control(identity, control.Welcome(instance_id=self._instance_id))
+            if self._assembly.running:
+                ready = control.SystemReady(epoch=self._assembly.epoch)
+                self._send_control(identity, ready)
+            return
+        if identity not in self._names:
+            log.error("Hello of a process that is not configured: %r", identity)
+            return
+        self._send_control(identity, control.Welcome(instance_id=self._instance_id))
+        self._act(self._assembly.hello(self._names[identity], message))
+
+    def _on_step_done(self, message: control.StepDone) -> None:
+        self._view.stage_step(message.stage, message.state_seconds)
+        if not self._is_current(message.epoch):
+            return
+        self._tell(StageComputed(message.stage, message.step, message.compute_s))
+        if message.tokens is None:
+            return
+        tokens = unpack_i32(message.tokens)
+        keys = self._scheduler.sampled_keys(message.step)
+        if len(keys) != len(tokens):
+            log.error("step %d brought %d tokens, not %d", message.step, len(tokens), len(keys))
+            return
+        stopped: dict[int, str] = {}
+        for key, token in zip(keys, tokens, strict=True):
+            stop = self._sessions.token(key, token)
+            if stop is not None:
+                stopped[key] = stop
+        self._tell(StepReturned(message.step, tokens, stopped))
+
+    def _on_kv_report(self, report: control.KvReport) -> None:
+        grown_bytes, grown_seconds = self._view.kv_report(report)
+        self._tell(LinkMeasured(grown_bytes, grown_seconds))
+
+    def _is_current(self, epoch: int) -> bool:
+        return self._assembly.running and epoch == self._assembly.epoch
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case ResetAll(message):
+                    log.info("reset to epoch %d", message.epoch)
+                    for identity in self._names:
+                        self._send_control(identity, message)
+                case Paused():
+                    log.warning("paused: waiting for %s", ", ".join(self._assembly.missing))
+                    self._tell(action)
+                case Resumed():
+                    self._check_capacity(action)
+                    log.info("ready, epoch %d", action.epoch)
+                    self._tell(action)
+                    if self._launcher:
+                        ready = control.SystemReady(epoch=action.epoch)
+                        self._send_control(identity_of("launcher"), ready)
+
+    def _check_capacity(self, resumed: Resumed) -> None:
+        config = self._config
+        needed = blocks_for(config.max_model_len, config.block_size) + 1
+        if resumed.num_device_blocks < needed:
+            largest = max(resumed.block_bytes)
+            raise ConfigError(
+                f"the device KV pool holds {resumed.num_device_blocks} blocks, one request of "
+                f"max_model_len {config.max_model_len} needs {needed}: raise "
+                f"--kv-cache-memory-bytes to {format_size(needed * largest)} or lower "
+                "--max-model-len"
+            )
+
+    # Clients
+
+    def _receive_ingest(self) -> bool:
+        """Handle some client messages; returns whether there may be more."""
+        for _ in range(INGEST_BATCH):
+            try:
+                identity, *frames = self._ingest.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            try:
+                self._on_client(identity, self._ingest_codec.decode(single_frame(frames, INGEST)))
+            except WireError as error:
+                self._answer(identity, _refused(None, error.code, str(error)))
+        return True
+
+    def _on_client(self, client: ClientId, message: Message) -> None:
+        match message:
+            case ingest.ClientHello(protocol=protocol):
+                if protocol != PROTOCOL_VERSION:
+                    text = f"this server speaks protocol {PROTOCOL_VERSION}, not {protocol}"
+                    self._answer(client, _refused(None, "protocol", text))
+                else:
+                    self._answer(client, self._server_hello())
+            case ingest.Submit():
+                self._on_submit(client, message)
+            case ingest.Cancel(request_id=request_id):
+                key = self._sessions.key_of(client, request_id)
+                if key is None:
+                    text = f"no unfinished request has the id {request_id!r}"
+                    self._answer(client, _refused(request_id, "unknown_id", text))
+                else:
+                    self._tell(Cancelled(key))
+            case ingest.StatusQuery():
+                self._answer(client, self._view.refresh())
+            case _:
+                raise WireError("unknown_type", f"{type(message).__name__} is not expected here")
+
+    def _on_submit(self, client: ClientId, submit: ingest.Submit) -> None:
+        try:
+            if self._draining:
+                raise RequestError("draining", "the system is shutting down and takes no requests")
+            event = self._sessions.accept(client, submit, time.monotonic())
+        except RequestError as error:
+            self._answer(client, _refused(submit.request_id, error.code, str(error)))
+            return
+        self._tell(event)
+
+    def _server_hello(self) -> ingest.ServerHello:
+        return ingest.ServerHello(
+            protocol=PROTOCOL_VERSION,
+            instance_id=self._instance_id,
+            model_name=self._config.served_model_name,
+            max_model_len=self._config.max_model_len,
+            credits=self._config.client_credits,
+        )
+
+    # Carrying out
+
+    def _tell(self, event: Event) -> None:
+        """Feed the scheduling core and carry out its commands."""
+        for command in self._scheduler.handle(event, time.monotonic()):
+            self._carry_out(command)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case ToStages(message):
+                frame = encode(message)
+                for stage in range(self._config.pipeline_parallel_size):
+                    self._send_frame(identity_of("stage", stage), frame)
+            case ToDaemon(message):
+                self._send_control(identity_of("kv_daemon"), message)
+            case FinishRequest():
+                self.metrics.request_finished(self._sessions.finish(command, time.monotonic()))
+
+    def _finish_round(self) -> None:
+        for key in self._sessions.deliver():
+            self._tell(Cancelled(key))
+        self.metrics.collector.undelivered = self._sessions.undelivered
+        if self._draining and not self._drained and self._sessions.is_idle:
+            self._drained = True
+            self._send_control(identity_of("launcher"), control.Drained())
+        now = time.monotonic()
+        if now >= self._next_snapshot:
+            self._view.refresh()
+            self._next_snapshot = now + SNAPSHOT_INTERVAL_S
+
+    def _send_control(self, identity: bytes, message: Message) -> None:
+        self._send_frame(identity, encode(message))
+
+    def _send_frame(self, identity: bytes, frame: bytes) -> None:
+        """A process that is gone will say Hello when it is back and be reset; until then what it
+        misses is void."""
+        try:
+            self._control.send_multipart((identity, frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("message to %s is lost: %s", identity.decode(), error)
+
+    def _send_client(self, client: ClientId, message: Message) -> None:
+        """Raises BlockingIOError or ConnectionError; see Sessions."""
+        try:
+            self._ingest.send_multipart((client, encode(message)), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise BlockingIOError(str(error)) from error
+        except zmq.ZMQError as error:
+            raise ConnectionError(str(error)) from error
+
+    def _answer(self, client: ClientId, message: Message) -> None:
+        """An immediate answer; a client that cannot take it loses it."""
+        try:
+            self._send_client(client, message)
+        except (BlockingIOError, ConnectionError) as error:
+            log.warning("answer to a client is lost: %s", error)
+
+
+def _refused(request_id: str | None, code: str, message: str) -> ingest.Refused:
+    return ingest.Refused(request_id=request_id, code=code, message=message[:4096])

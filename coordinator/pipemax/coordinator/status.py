@@ -1,0 +1,117 @@
+"""What the system is doing now, as one snapshot for `pipemax status` and /metrics."""
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from pipemax.coordinator.assembly import Assembly, stage_name
+from pipemax.coordinator.state import SchedulerState
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.messages.control import KvReport, LinkTotals
+from pipemax.proto.messages.ingest import StageStatus, Status
+
+
+class StatusView:
+    """Collects what the other processes report and reads the scheduler's own books.
+
+    `latest` is replaced, never changed, so that the metrics thread may read it at any time.
+    """
+
+    def __init__(
+        self, config: EngineConfig, instance_id: str, state: SchedulerState, assembly: Assembly
+    ) -> None:
+        self._config = config
+        self._instance_id = instance_id
+        self._state = state
+        self._assembly = assembly
+        self._started = time.monotonic()
+        self._seconds: dict[str, dict[str, float]] = {}
+        self._before: dict[str, dict[str, float]] = {}
+        self._steps = [0] * config.pipeline_parallel_size
+        self._links: tuple[LinkTotals, ...] = ()
+        self.draining = False
+        self.latest: Status | None = None
+
+    def stage_step(self, stage: int, seconds: dict[str, float]) -> None:
+        """A stage finished a step; `seconds` by state are cumulative since its start."""
+        self._steps[stage] += 1
+        self.stage_seconds(stage_name(stage), seconds)
+
+    def stage_seconds(self, name: str, seconds: dict[str, float]) -> None:
+        if not seconds:
+            return
+        known = self._seconds.get(name, {})
+        if sum(seconds.values()) < sum(known.values()):  # the process was restarted
+            before = self._before.setdefault(name, {})
+            for state, value in known.items():
+                before[state] = before.get(state, 0.0) + value
+        self._seconds[name] = seconds
+
+    def kv_report(self, report: KvReport) -> tuple[Sequence[int], Sequence[float]]:
+        """Take the daemon's totals; returns what loads grew by since the last report, in bytes and
+        seconds per stage."""
+        before = self._links or tuple(LinkTotals() for _ in report.links)
+        self._links = report.links
+        return (
+            [
+                max(0, n.load_bytes - b.load_bytes)
+                for n, b in zip(report.links, before, strict=True)
+            ],
+            [
+                max(0.0, n.load_seconds - b.load_seconds)
+                for n, b in zip(report.links, before, strict=True)
+            ],
+        )
+
+    def refresh(self) -> Status:
+        state, counters, blocks = self._state, self._state.counters, self._state.blocks
+        self.latest = Status(
+            instance_id=self._instance_id,
+            phase=self._phase(),
+            model_name=self._config.served_model_name,
+            uptime_s=time.monotonic() - self._started,
+            requests_waiting=len(state.waiting),
+            requests_running=len(state.running),
+            requests_finished=counters.finished,
+            preemptions=counters.preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            prefetched_tokens=counters.prefetched_tokens,
+            context_tokens=counters.context_tokens,
+            decode_context_tokens=counters.decode_context_tokens,
+            decode_prefetched_tokens=counters.decode_prefetched_tokens,
+            device_blocks_total=blocks.num_blocks,
+            device_blocks_used=blocks.num_blocks - blocks.num_free,
+            host_blocks_total=state.num_host_blocks,
+            host_blocks_used=state.host_used,
+            load_bytes=sum(link.load_bytes for link in self._links),
+            store_bytes=sum(link.store_bytes for link in self._links),
+            load_seconds=sum(link.load_seconds for link in self._links),
+            store_seconds=sum(link.store_seconds for link in self._links),
+            epoch=self._assembly.epoch,
+            missing=() if self._assembly.running else self._assembly.missing,
+            stages=tuple(
+                self._stage(i, name)
+                for i, name in enumerate(map(stage_name, range(len(self._steps))))
+            ),
+        )
+        return self.latest
+
+    def _phase(self) -> Literal["starting", "ready", "recovering", "draining"]:
+        if not self._assembly.running:
+            return "recovering" if self._state.epoch else "starting"
+        return "draining" if self.draining else "ready"
+
+    def _stage(self, index: int, name: str) -> StageStatus:
+        peer = self._assembly.peers[name]
+        ready = next((r for r in self._assembly.stages if r.stage == index), None)
+        before = self._before.get(name, {})
+        now = self._seconds.get(name, {})
+        return StageStatus(
+            stage=index,
+            pid=peer.pid,
+            layers=ready.layers if ready else (0, 0),
+            state_seconds={s: now.get(s, 0.0) + before.get(s, 0.0) for s in now | before},
+            steps=self._steps[index],
+            activation_transport=ready.activation_transport if ready else "",
+        )
