@@ -1,0 +1,450 @@
+"""The KV daemon's core: state and decisions, no I/O, no clock.
+
+One pass through the file: a Store gives its blocks host blocks and queues their copies on every
+stage; a Prefetch queues copies the other way; `Computed` opens the gates of both; each end of a
+copy starts the next one and may complete a Store (Stored), a Prefetch (Loaded) or a Release
+(Released). A reset voids all of it except what is wholly stored.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pipemax.kv_daemon import invariants
+from pipemax.kv_daemon.events import (
+    DIRECTIONS,
+    Command,
+    ContradictionError,
+    CopyDone,
+    Direction,
+    Event,
+    FromStage,
+    LayOutHost,
+    MapPool,
+    PoolMapped,
+    Run,
+    SendToCoordinator,
+    SendToStage,
+    StartCopy,
+)
+from pipemax.kv_daemon.host_blocks import UNPLACED, HostBlock, HostTable
+from pipemax.kv_daemon.transfers import Copy, Job, Lane, Move, merge
+from pipemax.proto.errors import InvariantError, PipemaxSystemError
+from pipemax.proto.messages.control import (
+    BlockMove,
+    Drop,
+    Prefetch,
+    Release,
+    Released,
+    Reset,
+    ResetDone,
+    Store,
+    Stored,
+)
+from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+
+PIECE_BYTES = 4 * 2**20
+"""Most bytes of one StartCopy (but at least a block). More urgent work waits at most this long."""
+
+
+@dataclass(slots=True, eq=False)
+class Stage:
+    """What the core knows about one stage."""
+
+    index: int
+    block_bytes: int = 0
+    num_blocks: int = 0
+    attached: bool = False
+    """In this epoch."""
+    computed: int = -1
+    """Last step of this epoch that the stage computed."""
+    lanes: dict[Direction, Lane] = field(default_factory=lambda: {d: Lane() for d in DIRECTIONS})
+
+    @property
+    def bit(self) -> int:
+        return 1 << self.index
+
+
+class KvCore:
+    """State of the daemon. `handle` is the only way to change it.
+
+    num_stages: stages of the pipeline; all must attach before anything is stored.
+    host_bytes: size of the host pool; 0 works and stores nothing.
+    merge_runs: how moves become copies; `transfers.unmerged` is the plain form.
+    """
+
+    def __init__(
+        self,
+        num_stages: int,
+        host_bytes: int,
+        piece_bytes: int = PIECE_BYTES,
+        merge_runs: Callable[[Iterable[Move]], tuple[Run, ...]] = merge,
+    ) -> None:
+        self.epoch = -1
+        self.stages = tuple(Stage(index) for index in range(num_stages))
+        self.table = HostTable(0)
+        self.waiting: deque[tuple[int, Move]] = deque()
+        """(after, move) of stores that wait for a draining host block. The coordinator counts a
+        host block free as soon as it sends Drop, which may be a copy's length before it is."""
+        self.postponed: dict[HostBlock, list[tuple[Stage, Job, Move]]] = {}
+        """Loads that wait for the store of their block on their stage."""
+        self._host_bytes = host_bytes
+        self._piece_bytes = piece_bytes
+        self._merge = merge_runs
+        self._laid_out = False
+        self.pending_releases: set[int] = set()
+        """Requests whose Release waits for copies to end."""
+        self._reset_seen = False
+        self._reset_done = False
+        self.void_running = 0
+        """Copies under way that a reset made void."""
+        self._all_bits = (1 << num_stages) - 1
+        self._store_order = itertools.count()
+        self._out: list[Command] = []
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """What to do about `event`, in this order. `now` is the cores' common clock argument; no
+        decision here depends on the time.
+
+        Raises ContradictionError when the coordinator asks for what cannot be, PipemaxSystemError
+        when a stage changed its geometry. The state is undefined afterwards.
+        """
+        self._out = []
+        match event:
+            case CopyDone():
+                self._on_copy_done(self.stages[event.stage], event.direction)
+            case FromStage(message=Computed() as message):
+                self._on_computed(self.stages[event.stage], message)
+            case Prefetch() if event.epoch == self.epoch:
+                self._on_prefetch(event)
+            case Store() if event.epoch == self.epoch:
+                self._on_store(event)
+            case Drop() if event.epoch == self.epoch:
+                self._forget(self.table.blocks_from(event.request, event.first_index))
+                self._place_waiting()
+            case Release() if event.epoch == self.epoch:
+                self._on_release(event)
+            case Reset():
+                self._on_reset(event)
+            case FromStage(message=AttachPool() as message):
+                self._on_attach(message)
+            case PoolMapped():
+                self._on_pool_mapped(event.offer)
+            case _:
+                # An older epoch never happened. A newer one without its Reset was meant for the
+                # daemon that ran before this one: the coordinator has yet to hear of the restart.
+                pass
+        return self._out
+
+    # What the shell reports.
+
+    @property
+    def busy(self) -> bool:
+        """Copies are under way or queued."""
+        return any(lane.busy for stage in self.stages for lane in stage.lanes.values())
+
+    @property
+    def host_blocks_total(self) -> int:
+        return self.table.free.total
+
+    @property
+    def host_blocks_used(self) -> int:
+        """Stored, being stored or draining."""
+        return self.table.free.total - self.table.free.num_free
+
+    def queued_load_bytes(self) -> tuple[int, ...]:
+        """By stage: bytes of Prefetches not yet copied."""
+        return tuple(s.lanes["load"].outstanding * s.block_bytes for s in self.stages)
+
+    def check_invariants(self) -> None:
+        """Raises InvariantError when the state contradicts itself. O(everything): for tests."""
+        invariants.check(self)
+
+    # Resets and attachments.
+
+    def _on_reset(self, event: Reset) -> None:
+        if event.epoch > self.epoch:
+            self._void_everything(event.epoch)
+        elif event.epoch < self.epoch or self._reset_seen:
+            return
+        # Else an AttachPool overtook this Reset; nothing was planned in this epoch before it.
+        self._reset_seen = True
+        if not event.keep_host_blocks:
+            self._forget(list(self.table))
+        self._answer_reset()
+
+    def _void_everything(self, epoch: int) -> None:
+        """Enters `epoch`. Copies under way run on, but their end only sets their blocks free."""
+        self.epoch = epoch
+        self._reset_seen = self._reset_done = False
+        for stage in self.stages:
+            stage.attached = False
+            stage.computed = -1
+            self.void_running += sum(lane.void() for lane in stage.lanes.values())
+        self.postponed.clear()
+        self.waiting.clear()
+        self.pending_releases.clear()
+        self._forget(list(self.table.storing))
+
+    def _on_attach(self, offer: AttachPool) -> None:
+        if offer.epoch > self.epoch:
+            self._void_everything(offer.epoch)
+        if offer.epoch == self.epoch:
+            self._out.append(MapPool(offer))
+
+    def _on_pool_mapped(self, offer: AttachPool) -> None:
+        if offer.epoch != self.epoch:
+            return
+        stage = self.stages[offer.stage]
+        if stage.block_bytes not in (0, offer.block_bytes):
+            raise PipemaxSystemError(
+                f"stage {stage.index} came back with blocks of {offer.block_bytes} bytes instead "
+                f"of {stage.block_bytes}; restart the whole system after changing model or dtype"
+            )
+        stage.block_bytes = offer.block_bytes
+        stage.num_blocks = offer.num_blocks
+        stage.attached = True
+        self._out.append(SendToStage(stage.index, PoolAttached(epoch=self.epoch)))
+        if all(stage.attached for stage in self.stages):
+            self._lay_out()
+            self._answer_reset()
+        self._pump(stage)
+
+    def _lay_out(self) -> None:
+        if self._laid_out:
+            return
+        self._laid_out = True
+        block_bytes = tuple(stage.block_bytes for stage in self.stages)
+        self.table = HostTable(self._host_bytes // sum(block_bytes))
+        self._out.append(LayOutHost(self.table.free.total, block_bytes))
+
+    def _answer_reset(self) -> None:
+        ready = self._reset_seen and all(stage.attached for stage in self.stages)
+        if ready and not self.void_running and not self._reset_done:
+            self._reset_done = True
+            done = ResetDone(epoch=self.epoch, num_host_blocks=self.table.free.total)
+            self._out.append(SendToCoordinator(done))
+
+    # What the coordinator asks for.
+
+    def _on_prefetch(self, event: Prefetch) -> None:
+        moves = []
+        for move in self._checked(event.blocks):
+            block = self.table.find(move.request, move.index)
+            if block is None:
+                raise ContradictionError(
+                    f"prefetch for step {event.step} names block {move.index} of request "
+                    f"{move.request}, which the host does not hold"
+                )
+            moves.append(Move(block, move.device_block))
+        moves.sort(key=lambda move: (move.block.host_id, move.device_block))
+        shared = tuple(moves)
+        for stage in self.stages:
+            job = Job(event.step, event.after, shared, len(shared))
+            if not shared:
+                self._loaded(stage, job)
+                continue
+            stage.lanes["load"].add(job, stage.computed)
+            self._pump_lane(stage, "load")
+
+    def _on_store(self, event: Store) -> None:
+        in_order = sorted(self._checked(event.blocks), key=lambda move: (move.request, move.index))
+        stored: list[HostBlock] = []
+        moves: list[Move] = []
+        for _, group in itertools.groupby(in_order, key=lambda move: move.request):
+            of_request = list(group)
+            for position, (request, index, device_block) in enumerate(map(_fields, of_request)):
+                block = self.table.find(request, index)
+                if block is None:
+                    block = self.table.add(request, index, self._all_bits)
+                    move = Move(block, device_block)
+                    if self._place(move, len(of_request) - position, event.after):
+                        moves.append(move)
+                elif not block.to_store:
+                    stored.append(block)
+        self._queue_stores(event.after, moves)
+        self._answer_stored(stored)
+
+    def _on_release(self, event: Release) -> None:
+        requests = tuple(dict.fromkeys(event.requests))
+        self._forget([b for key in requests for b in self.table.blocks_from(key, 0)])
+        self.pending_releases.update(key for key in requests if self.table.is_draining(key))
+        self._answer_released(tuple(key for key in requests if key not in self.pending_releases))
+        self._place_waiting()
+
+    def _checked(self, moves: Sequence[BlockMove]) -> Sequence[BlockMove]:
+        num_blocks = min(stage.num_blocks for stage in self.stages)
+        beyond = max((move.device_block for move in moves), default=-1)
+        if beyond >= num_blocks:
+            raise ContradictionError(f"device block {beyond} of {num_blocks} was named")
+        return moves
+
+    # Host blocks.
+
+    def _place(self, move: Move, wanted: int, after: int) -> bool:
+        """Gives a new block a host block, or lets it wait for one that is draining."""
+        if self.table.free.num_free:
+            self.table.place(move.block, wanted)
+            return True
+        if len(self.waiting) >= len(self.table.draining):
+            raise ContradictionError(
+                f"all {self.table.free.total} host blocks are taken, and block "
+                f"{move.block.index} of request {move.block.request} is to be stored"
+            )
+        self.waiting.append((after, move))
+        return False
+
+    def _place_waiting(self) -> None:
+        while self.waiting and self.table.free.num_free:
+            after, move = self.waiting.popleft()
+            self.table.place(move.block, 1)
+            self._queue_stores(after, [move])
+
+    def _queue_stores(self, after: int, moves: list[Move]) -> None:
+        if not moves:
+            return
+        moves.sort(key=lambda move: move.block.host_id)
+        shared = tuple(moves)
+        for stage in self.stages:
+            job = Job(next(self._store_order), after, shared, len(shared))
+            stage.lanes["store"].add(job, stage.computed)
+            self._pump_lane(stage, "store")
+
+    def _forget(self, blocks: list[HostBlock]) -> None:
+        """Drops `blocks`: their queued copies will be skipped, their host blocks are free once no
+        copy touches them."""
+        if not blocks:
+            return
+        for block in blocks:
+            for stage, job, _ in self.postponed.pop(block, ()):
+                if stage.lanes["load"].settle(job, 1):
+                    self._loaded(stage, job)
+        self.table.forget(blocks, self._under_copy())
+        if any(block.host_id == UNPLACED for block in blocks):
+            self.waiting = deque(entry for entry in self.waiting if not entry[1].block.dropped)
+
+    def _under_copy(self) -> Iterator[HostBlock]:
+        for stage in self.stages:
+            for lane in stage.lanes.values():
+                if lane.running is not None:
+                    yield from (move.block for move in lane.running.moves)
+
+    # Copies.
+
+    def _on_computed(self, stage: Stage, message: Computed) -> None:
+        if message.epoch != self.epoch or message.step <= stage.computed:
+            return
+        stage.computed = message.step
+        for lane in stage.lanes.values():
+            lane.open_gates(stage.computed)
+        self._pump(stage)
+
+    def _pump(self, stage: Stage) -> None:
+        for direction in DIRECTIONS:
+            self._pump_lane(stage, direction)
+
+    def _pump_lane(self, stage: Stage, direction: Direction) -> None:
+        """Starts the most urgent piece if nothing is under way."""
+        lane = stage.lanes[direction]
+        if lane.running is not None or not stage.attached:
+            return
+        limit = max(1, self._piece_bytes // stage.block_bytes)
+        while (job := lane.first()) is not None:
+            moves = self._take_piece(stage, direction, job, limit)
+            if moves:
+                lane.running = Copy(job, moves)
+                self._out.append(StartCopy(stage.index, direction, self._merge(moves)))
+                return
+
+    def _take_piece(self, stage: Stage, direction: Direction, job: Job, limit: int) -> list[Move]:
+        """The next moves of `job`, at most `limit`; fewer, or none, where blocks were dropped or
+        must be stored first."""
+        not_yet = stage.bit if direction == "load" else 0
+        moves: list[Move] = []
+        cancelled = 0
+        while len(moves) < limit and not job.exhausted:
+            for move in job.take(limit - len(moves)):
+                if move.block.dropped:
+                    cancelled += 1
+                elif move.block.to_store & not_yet:
+                    self.postponed.setdefault(move.block, []).append((stage, job, move))
+                else:
+                    moves.append(move)
+        if cancelled and stage.lanes[direction].settle(job, cancelled) and direction == "load":
+            self._loaded(stage, job)
+        return moves
+
+    def _on_copy_done(self, stage: Stage, direction: Direction) -> None:
+        lane = stage.lanes[direction]
+        copy = lane.running
+        if copy is None:
+            raise InvariantError(f"a {direction} on stage {stage.index} ended that never started")
+        lane.running = None
+        stored: list[HostBlock] = []
+        if copy.void:
+            self.void_running -= 1
+        else:
+            if lane.settle(copy.job, len(copy.moves)) and direction == "load":
+                self._loaded(stage, copy.job)
+            if direction == "store":
+                stored = self._part_stored(stage, copy)
+        self._pump(stage)
+        released = []
+        for block, _ in copy.moves:
+            if (
+                block.dropped
+                and self.table.copy_ended(block)
+                and block.request in self.pending_releases
+            ):
+                self.pending_releases.remove(block.request)
+                released.append(block.request)
+        self._answer_stored(stored)
+        self._answer_released(tuple(released))
+        self._place_waiting()
+        self._answer_reset()
+
+    def _part_stored(self, stage: Stage, copy: Copy) -> list[HostBlock]:
+        """Stage `stage`'s part of these blocks is in host memory. Returns those wholly stored."""
+        stored = []
+        for block, _ in copy.moves:
+            if block.dropped:
+                continue
+            if self.table.part_stored(block, stage.bit):
+                stored.append(block)
+            self._resume_loads(block, stage)
+        return stored
+
+    def _resume_loads(self, block: HostBlock, stage: Stage) -> None:
+        loads = self.postponed.pop(block, None)
+        if loads is None:
+            return
+        elsewhere = []
+        for load in loads:
+            if load[0] is stage:
+                stage.lanes["load"].resume(load[1], load[2])
+            else:
+                elsewhere.append(load)
+        if elsewhere:
+            self.postponed[block] = elsewhere
+
+    # Answers.
+
+    def _loaded(self, stage: Stage, job: Job) -> None:
+        message = Loaded(epoch=self.epoch, step=job.priority)
+        self._out.append(SendToStage(stage.index, message))
+
+    def _answer_stored(self, blocks: list[HostBlock]) -> None:
+        if blocks:
+            requests = tuple(block.request for block in blocks)
+            indices = tuple(block.index for block in blocks)
+            message = Stored(epoch=self.epoch, requests=requests, indices=indices)
+            self._out.append(SendToCoordinator(message))
+
+    def _answer_released(self, requests: tuple[int, ...]) -> None:
+        if requests:
+            self._out.append(SendToCoordinator(Released(epoch=self.epoch, requests=requests)))
+
+
+def _fields(move: BlockMove) -> tuple[int, int, int]:
+    return move.request, move.index, move.device_block

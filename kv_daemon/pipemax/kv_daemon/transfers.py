@@ -1,0 +1,145 @@
+"""The queue of copies of one stage in one direction, and how neighbours merge into one copy."""
+
+import heapq
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipemax.kv_daemon.events import Run
+from pipemax.kv_daemon.host_blocks import HostBlock
+
+
+class Move(NamedTuple):
+    """One block and where it lies, or shall lie, on the devices."""
+
+    block: HostBlock
+    device_block: int
+
+
+def merge(moves: Iterable[Move]) -> tuple[Run, ...]:
+    """Moves as copies: blocks that follow each other on both sides become one run."""
+    runs: list[Run] = []
+    host = device = count = 0
+    for block, device_block in moves:
+        if count and block.host_id == host + count and device_block == device + count:
+            count += 1
+            continue
+        if count:
+            runs.append(Run(host, device, count))
+        host, device, count = block.host_id, device_block, 1
+    if count:
+        runs.append(Run(host, device, count))
+    return tuple(runs)
+
+
+def unmerged(moves: Iterable[Move]) -> tuple[Run, ...]:
+    """The plain form of `merge`: one copy per block. For comparison in tests and benchmarks."""
+    return tuple(Run(move.block.host_id, move.device_block, 1) for move in moves)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One Prefetch or Store on one stage."""
+
+    priority: int
+    """Smaller goes first: the step of a Prefetch, the order of arrival of a Store."""
+    after: int
+    """The last step that must be computed before the first copy."""
+    moves: tuple[Move, ...]
+    """In the order of host blocks; shared by the jobs of all stages."""
+    outstanding: int
+    """Moves not done and not cancelled."""
+    cursor: int = 0
+    """Moves before this one were started, cancelled or postponed."""
+    late: list[Move] = field(default_factory=list)
+    """Moves that were postponed until the block was stored on this stage, and now may start."""
+    queued: bool = True
+    """In the lane's queue; False when all that is left is under way or postponed."""
+
+    @property
+    def exhausted(self) -> bool:
+        return self.cursor == len(self.moves) and not self.late
+
+    def take(self, most: int) -> Sequence[Move]:
+        """Up to `most` next moves, at least one. The job must not be exhausted."""
+        if self.cursor < len(self.moves):
+            taken: Sequence[Move] = self.moves[self.cursor : self.cursor + most]
+            self.cursor += len(taken)
+            return taken
+        taken = self.late[:most]
+        del self.late[:most]
+        return taken
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """One StartCopy under way."""
+
+    job: Job
+    moves: list[Move]
+    void: bool = False
+    """Started before the last reset: its end means nothing but that its blocks are at rest."""
+
+
+class Lane:
+    """Jobs of one stage in one direction, gated by computed steps, in priority order."""
+
+    def __init__(self) -> None:
+        self.running: Copy | None = None
+        self.outstanding = 0
+        """Moves of all jobs not done and not cancelled."""
+        self.ready: list[tuple[int, int, Job]] = []
+        self.gated: list[tuple[int, int, Job]] = []
+        self._order = itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        return self.running is not None or self.outstanding > 0
+
+    def add(self, job: Job, computed: int) -> None:
+        self.outstanding += job.outstanding
+        if job.after <= computed:
+            self._push_ready(job)
+        else:
+            heapq.heappush(self.gated, (job.after, next(self._order), job))
+
+    def open_gates(self, computed: int) -> None:
+        while self.gated and self.gated[0][0] <= computed:
+            self._push_ready(heapq.heappop(self.gated)[2])
+
+    def first(self) -> Job | None:
+        """The most urgent job that may start copies now; taken off the queue once exhausted."""
+        while self.ready:
+            job = self.ready[0][2]
+            if not job.exhausted:
+                return job
+            heapq.heappop(self.ready)
+            job.queued = False
+        return None
+
+    def resume(self, job: Job, move: Move) -> None:
+        """A postponed move of `job` may start now."""
+        job.late.append(move)
+        if not job.queued:
+            self._push_ready(job)
+
+    def settle(self, job: Job, count: int) -> bool:
+        """`count` moves of `job` are done or cancelled; says whether these were the last."""
+        job.outstanding -= count
+        self.outstanding -= count
+        return job.outstanding == 0
+
+    def void(self) -> bool:
+        """Forgets all jobs; says whether a copy that had not been void runs on."""
+        self.ready.clear()
+        self.gated.clear()
+        self.outstanding = 0
+        if self.running is None or self.running.void:
+            return False
+        self.running.void = True
+        return True
+
+    def _push_ready(self, job: Job) -> None:
+        job.queued = True
+        heapq.heappush(self.ready, (job.priority, next(self._order), job))

@@ -1,0 +1,451 @@
+"""The core against a model of the world: a lawful coordinator, stages that compute steps in order,
+and memories whose blocks hold tokens (request, index, version) instead of KV.
+
+A block under copy holds TORN at its target until the copy ends. So a copy that starts too early,
+a host block given away too soon or a Loaded sent too soon shows up as a wrong token.
+"""
+
+from dataclasses import dataclass, field
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from pipemax.kv_daemon.core import KvCore
+from pipemax.kv_daemon.events import (
+    DIRECTIONS,
+    Command,
+    CopyDone,
+    Event,
+    FromStage,
+    LayOutHost,
+    MapPool,
+    PoolMapped,
+    SendToCoordinator,
+    SendToStage,
+    StartCopy,
+)
+from pipemax.kv_daemon.transfers import merge, unmerged
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages.control import (
+    BlockMove,
+    Drop,
+    Prefetch,
+    Release,
+    Released,
+    Reset,
+    ResetDone,
+    Store,
+    Stored,
+)
+from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+
+Token = tuple[int, int, int]
+TORN: Token = (-1, -1, -1)
+NUM_DEVICE = 10
+HANDLE = MemfdHandle(pid=1, fd=1, inode=1, size_bytes=1)
+
+
+@dataclass(eq=False)
+class Block:
+    token: Token
+    device: int | None
+    filled_by: int
+    store_sent: bool = False
+    stored: bool = False
+
+
+@dataclass
+class Step:
+    step: int
+    reads: dict[int, Token] = field(default_factory=dict)
+    fills: dict[int, Token] = field(default_factory=dict)
+    wait_for_load: bool = False
+
+
+@dataclass(eq=False)
+class CopyUnderWay:
+    device: dict[int, Token]
+    """The device pool as it was mapped when the copy started."""
+    command: StartCopy
+    tokens: list[Token]
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        num_stages=st.integers(1, 3),
+        host_blocks=st.integers(0, 9),
+        piece_blocks=st.integers(1, 4),
+        merging=st.booleans(),
+    )
+    def start(self, num_stages: int, host_blocks: int, piece_blocks: int, merging: bool) -> None:
+        self.num_stages = num_stages
+        self.block_bytes = [64 * (s + 1) for s in range(num_stages)]
+        host_bytes = host_blocks * sum(self.block_bytes) + 63
+        merge_runs = merge if merging else unmerged
+        self.core = KvCore(num_stages, host_bytes, piece_blocks * 64, merge_runs)
+        self.host_blocks = host_blocks
+        self.host: list[dict[int, Token]] = [{} for _ in range(num_stages)]
+        self.device: list[dict[int, Token]] = [{} for _ in range(num_stages)]
+        self.laid_out = False
+        self.copies: dict[tuple[int, str], CopyUnderWay] = {}
+        self.requests: dict[int, list[Block]] = {}
+        self.next_request = self.version = 0
+        self.to_drop: list[tuple[int, int]] = []
+        """(request, first index) lost in a reset."""
+        self.expected_store: dict[int, Token] = {}
+        """Device block → what its last Store says it holds."""
+        self.epoch = -1
+        self.steps: list[Step] = []
+        self.first_step = 0
+        self.begin_epoch(keep=True)
+        self.feed(Reset(epoch=self.epoch))
+        for stage in range(num_stages):
+            self.attach_stage(stage)
+
+    # The world.
+
+    def begin_epoch(self, keep: bool) -> None:
+        self.epoch += 1
+        self.first_step += len(self.steps)
+        self.steps = []
+        self.computed = [self.first_step - 1] * self.num_stages
+        self.loaded: list[set[int]] = [set() for _ in range(self.num_stages)]
+        self.prefetches: dict[int, dict[int, Token]] = {}
+        self.last_use = dict.fromkeys(range(NUM_DEVICE), -1)
+        self.free = set(range(NUM_DEVICE))
+        self.gone: set[Token] = set()
+        self.releasing: dict[int, list[Block]] = {}
+        self.released_copies: dict[int, list[CopyUnderWay]] = {}
+        self.attached: set[int] = set()
+        self.ready = False
+        for request, blocks in list(self.requests.items()):
+            kept = []
+            for block in blocks:
+                if not (keep and block.stored):
+                    break
+                block.device = None
+                kept.append(block)
+            if len(kept) < len(blocks):
+                # What was stored beyond the first lost block is of no use: dropped once ready.
+                self.to_drop.append((request, len(kept)))
+            self.requests[request] = kept
+
+    def feed(self, event: Event) -> None:
+        commands = self.core.handle(event, 0.0)
+        self.core.check_invariants()
+        for command in commands:
+            self.obey(command)
+
+    def obey(self, command: Command) -> None:
+        match command:
+            case MapPool():
+                self.feed(PoolMapped(command.offer))
+            case LayOutHost():
+                assert not self.laid_out
+                self.laid_out = True
+                assert command.num_blocks == self.host_blocks
+                assert command.block_bytes == tuple(self.block_bytes)
+            case StartCopy():
+                self.start_copy(command)
+            case SendToStage(message=PoolAttached() as message):
+                assert message.epoch == self.epoch
+                self.attached.add(command.stage)
+            case SendToStage(message=Loaded() as message):
+                self.on_loaded(command.stage, message)
+            case SendToCoordinator(message=message):
+                assert message.epoch == self.epoch
+                self.on_answer(message)
+
+    def start_copy(self, command: StartCopy) -> None:
+        key = (command.stage, command.direction)
+        assert key not in self.copies
+        assert command.stage in self.attached
+        device, host = self.device[command.stage], self.host[command.stage]
+        copy = CopyUnderWay(device, command, [])
+        for host_block, device_block in pairs(command):
+            assert 0 <= host_block < self.host_blocks
+            for other in self.copies.values():
+                if other.command.stage == command.stage:
+                    touched = [h for h, _ in pairs(other.command)]
+                    if "store" in (command.direction, other.command.direction):
+                        assert host_block not in touched
+            if command.direction == "store":
+                token = device[device_block]
+                assert token == self.expected_store[device_block], "stored too early"
+                host[host_block] = TORN
+            else:
+                token = host[host_block]
+                assert token != TORN
+                device[device_block] = TORN
+            copy.tokens.append(token)
+        self.copies[key] = copy
+
+    def on_loaded(self, stage: int, message: Loaded) -> None:
+        assert message.epoch == self.epoch
+        assert message.step not in self.loaded[stage], "Loaded twice"
+        self.loaded[stage].add(message.step)
+        for device_block, token in self.prefetches[message.step].items():
+            if token not in self.gone:
+                assert self.device[stage][device_block] == token
+
+    def on_answer(self, message: ResetDone | Stored | Released) -> None:
+        if isinstance(message, ResetDone):
+            assert not self.ready
+            assert self.attached == set(range(self.num_stages))
+            assert not self.copies
+            assert message.num_host_blocks == self.host_blocks
+            self.ready = True
+            return
+        if isinstance(message, Released):
+            for request in message.requests:
+                for copy in self.copies.values():
+                    assert copy not in self.released_copies[request]
+                for block in self.releasing.pop(request):
+                    self.give_up_device(block)
+            return
+        for request, index in zip(message.requests, message.indices, strict=True):
+            block = self.requests[request][index]
+            assert block.store_sent
+            block.stored = True
+
+    def give_up_device(self, block: Block) -> None:
+        if block.device is not None:
+            self.free.add(block.device)
+            block.device = None
+
+    @property
+    def host_used(self) -> int:
+        """As a coordinator counts: a Release frees when answered, a Drop at once."""
+        held = [*self.requests.values(), *self.releasing.values()]
+        return sum(block.store_sent for blocks in held for block in blocks)
+
+    def plan(self) -> Step:
+        step = Step(self.first_step + len(self.steps))
+        self.steps.append(step)
+        return step
+
+    def send_store(self, blocks: list[Block]) -> None:
+        moves = []
+        for block in blocks:
+            assert block.device is not None
+            block.store_sent = True
+            self.expected_store[block.device] = block.token
+            moves.append(BlockMove(block.token[0], block.token[1], block.device))
+        after = max(block.filled_by for block in blocks)
+        self.feed(Store(epoch=self.epoch, after=after, blocks=tuple(moves)))
+
+    # What may happen.
+
+    @precondition(lambda self: self.ready and self.free)
+    @rule(data=st.data(), store_now=st.booleans())
+    def fill(self, data: st.DataObject, store_now: bool) -> None:
+        """A step fills new blocks of some requests."""
+        step = self.plan()
+        new: list[Block] = []
+        wanted = data.draw(st.integers(1, min(4, len(self.free))))
+        for _ in range(wanted):
+            request = data.draw(st.sampled_from([self.next_request, *sorted(self.requests)]))
+            if request in self.releasing:
+                continue
+            self.next_request = max(self.next_request, request + 1)
+            blocks = self.requests.setdefault(request, [])
+            device = data.draw(st.sampled_from(sorted(self.free)))
+            self.free.remove(device)
+            self.version += 1
+            block = Block((request, len(blocks), self.version), device, step.step)
+            blocks.append(block)
+            new.append(block)
+            step.fills[device] = block.token
+            self.last_use[device] = step.step
+        if store_now and new and self.host_used + len(new) <= self.host_blocks:
+            self.send_store(new)
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def store(self, data: st.DataObject) -> None:
+        """Stores blocks on the device; some may be stored or being stored already."""
+        there = [b for bs in self.requests.values() for b in bs if b.device is not None]
+        if not there:
+            return
+        chosen = data.draw(st.lists(st.sampled_from(there), min_size=1, max_size=5, unique=True))
+        if self.host_used + sum(not b.store_sent for b in chosen) <= self.host_blocks:
+            self.send_store(chosen)
+
+    @precondition(lambda self: self.ready)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        """Forgets device copies of stored blocks."""
+        there = [b for bs in self.requests.values() for b in bs if b.stored]
+        for block in data.draw(st.lists(st.sampled_from(there), unique=True)) if there else ():
+            self.give_up_device(block)
+
+    @precondition(lambda self: self.ready and self.free)
+    @rule(data=st.data(), in_order=st.booleans())
+    def prefetch(self, data: st.DataObject, in_order: bool) -> None:
+        """A step reads blocks that a Prefetch brings for it, stored or being stored."""
+        there = [b for bs in self.requests.values() for b in bs if b.store_sent]
+        chosen = data.draw(st.lists(st.sampled_from(there), unique=True)) if there else []
+        chosen = chosen[: len(self.free)]
+        targets = sorted(self.free)
+        if not in_order:
+            targets = data.draw(st.permutations(targets))
+        step = self.plan()
+        step.wait_for_load = True
+        step.reads = {d: b.token for d, b in zip(targets, chosen, strict=False)}
+        self.prefetches[step.step] = step.reads
+        after = max((self.last_use[d] for d in step.reads), default=-1)
+        moves = tuple(BlockMove(t[0], t[1], d) for d, t in step.reads.items())
+        self.last_use.update(dict.fromkeys(step.reads, step.step))
+        self.feed(Prefetch(epoch=self.epoch, step=step.step, after=after, blocks=moves))
+
+    @precondition(lambda self: self.ready and self.requests)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.requests)))
+        first = data.draw(st.integers(0, len(self.requests[request])))
+        self.drop_from(request, first)
+
+    def drop_from(self, request: int, first: int) -> None:
+        dropped = self.requests[request][first:]
+        del self.requests[request][first:]
+        self.gone.update(block.token for block in dropped)
+        for block in dropped:
+            self.give_up_device(block)
+        self.feed(Drop(epoch=self.epoch, request=request, first_index=first))
+
+    @precondition(lambda self: self.ready and self.requests)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.requests)), unique=True))
+        for request in chosen:
+            blocks = self.requests.pop(request)
+            self.releasing[request] = blocks
+            self.gone.update(block.token for block in blocks)
+            self.released_copies[request] = [
+                copy
+                for copy in self.copies.values()
+                if any(token[0] == request for token in copy.tokens)
+            ]
+        self.feed(Release(epoch=self.epoch, requests=tuple(chosen)))
+
+    def can_compute(self, stage: int) -> bool:
+        position = self.computed[stage] + 1 - self.first_step
+        if not self.ready or position == len(self.steps):
+            return False
+        step = self.steps[position]
+        if stage and self.computed[stage - 1] < step.step:
+            return False
+        return not step.wait_for_load or step.step in self.loaded[stage]
+
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        able = [stage for stage in range(self.num_stages) if self.can_compute(stage)]
+        if able:
+            self.compute_on(data.draw(st.sampled_from(able)))
+
+    def compute_on(self, stage: int) -> None:
+        self.computed[stage] += 1
+        step = self.steps[self.computed[stage] - self.first_step]
+        for device_block, token in step.reads.items():
+            assert token in self.gone or self.device[stage][device_block] == token
+        self.device[stage].update(step.fills)
+        self.feed(FromStage(stage, Computed(epoch=self.epoch, step=step.step)))
+
+    @precondition(lambda self: self.copies)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.finish_copy(data.draw(st.sampled_from(sorted(self.copies))))
+
+    def finish_copy(self, key: tuple[int, str]) -> None:
+        copy = self.copies.pop(key)
+        stage = copy.command.stage
+        pair_list = pairs(copy.command)
+        for (host_block, device_block), token in zip(pair_list, copy.tokens, strict=True):
+            if copy.command.direction == "store":
+                self.host[stage][host_block] = token
+            else:
+                copy.device[device_block] = token
+        self.feed(CopyDone(stage, copy.command.direction))
+
+    @rule(data=st.data(), keep=st.booleans())
+    def reset(self, data: st.DataObject, keep: bool) -> None:
+        """Any stages restart; some offers reach the daemon before the coordinator's Reset."""
+        stages = range(self.num_stages)
+        restarted = data.draw(st.sets(st.sampled_from(stages)))
+        early = data.draw(st.sets(st.sampled_from(stages)))
+        old_epoch = self.epoch
+        self.begin_epoch(keep)
+        for stage in restarted:
+            self.device[stage] = {}
+        for stage in sorted(early):
+            self.attach_stage(stage)
+        self.feed(Reset(epoch=self.epoch, keep_host_blocks=keep))
+        self.feed(FromStage(0, Computed(epoch=old_epoch, step=10**6)))
+        self.feed(Store(epoch=old_epoch, after=-1, blocks=(BlockMove(9, 9, 0),)))
+
+    @precondition(lambda self: len(self.attached) < self.num_stages)
+    @rule(data=st.data())
+    def attach(self, data: st.DataObject) -> None:
+        missing = sorted(set(range(self.num_stages)) - self.attached)
+        self.attach_stage(data.draw(st.sampled_from(missing)))
+
+    def attach_stage(self, stage: int) -> None:
+        offer = AttachPool(
+            epoch=self.epoch,
+            stage=stage,
+            handle=HANDLE,
+            num_blocks=NUM_DEVICE,
+            block_bytes=self.block_bytes[stage],
+        )
+        self.feed(FromStage(stage, offer))
+
+    @invariant()
+    def blocks_beyond_the_lost_are_dropped(self) -> None:
+        if getattr(self, "ready", False):
+            while self.to_drop:
+                request, first = self.to_drop.pop()
+                self.feed(Drop(epoch=self.epoch, request=request, first_index=first))
+
+    def teardown(self) -> None:
+        """Left alone, everything asked for is done."""
+        if not hasattr(self, "core"):
+            return
+        for stage in range(self.num_stages):
+            if stage not in self.attached:
+                self.attach_stage(stage)
+        if not self.core._reset_seen:
+            self.feed(Reset(epoch=self.epoch))
+        progress = True
+        while progress:
+            progress = bool(self.copies)
+            for key in sorted(self.copies):
+                self.finish_copy(key)
+            for stage in range(self.num_stages):
+                while self.can_compute(stage):
+                    self.compute_on(stage)
+                    progress = True
+        self.blocks_beyond_the_lost_are_dropped()
+        assert self.ready
+        assert not self.core.busy
+        assert not self.releasing
+        for stage in range(self.num_stages):
+            assert self.computed[stage] == self.first_step + len(self.steps) - 1
+            assert self.loaded[stage] >= set(self.prefetches)
+        blocks = [block for blocks in self.requests.values() for block in blocks]
+        assert all(block.stored for block in blocks if block.store_sent)
+        assert self.core.host_blocks_used == self.host_used
+        assert self.core.queued_load_bytes() == (0,) * self.num_stages
+
+
+def pairs(command: StartCopy) -> list[tuple[int, int]]:
+    """(host block, device block) of every block of a copy."""
+    return [
+        (run.host_block + i, run.device_block + i)
+        for run in command.runs
+        for i in range(run.length)
+    ]
+
+
+Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)
+TestCore = Machine.TestCase
