@@ -1,0 +1,357 @@
+"""The client: prompts in, completions out, in order or as they finish."""
+
+import itertools
+import operator
+import time
+import uuid
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from pipemax.client.completion import Completion
+from pipemax.client.connection import Connection
+from pipemax.proto.errors import NotRunningError, PipemaxSystemError, RequestError, WireError
+from pipemax.proto.messages.ingest import (
+    Cancel,
+    Finished,
+    Refused,
+    SamplingParams,
+    ServerHello,
+    Status,
+    StatusQuery,
+    Submit,
+)
+from pipemax.proto.messages.types import Message
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+Chat = Sequence[Mapping[str, Any]]
+"""Messages `{"role": …, "content": …}`."""
+
+_MAX_ATTEMPTS = 4
+"""A request that was unfinished at so many starts of the coordinator is given up."""
+_LOW_LEVEL = 0
+"""Owner of what `submit` submitted; each stream is an owner of its own."""
+_PUMP_S = 1.0
+
+
+@dataclass(slots=True)
+class _Pending:
+    submit: Submit
+    owner: int
+    index: int
+    attempts: int = 1
+
+
+class Client:
+    """A connection to a running system, found by `name`, or by the `endpoint` of its ingest socket.
+
+    `timeout_s` is how long nobody may answer before the system counts as gone. Requests that are
+    unfinished when the coordinator starts anew are submitted again; each prompt gets exactly one
+    completion. Not for use by several threads at once.
+
+    Raises NotRunningError when there is no such system, also later, when it ends while there is
+    something to wait for; WireError when its version does not fit ours.
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        *,
+        endpoint: str | None = None,
+        timeout_s: float = 30.0,
+        label: str = "python",
+    ) -> None:
+        self._connection = Connection(name, endpoint, timeout_s, label)
+        self._timeout_s = timeout_s
+        self._session = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count()
+        self._owners = itertools.count(_LOW_LEVEL + 1)
+        self._pending: dict[str, _Pending] = {}
+        self._abandoned: set[str] = set()
+        """Cancelled requests of streams nobody reads any more; they hold credits until they end."""
+        self._done: defaultdict[int, deque[Completion]] = defaultdict(deque)
+        self._status: Status | None = None
+        try:
+            self._server: ServerHello = self._connection.open()
+        except BaseException:
+            self._connection.terminate()
+            raise
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels what is unfinished and disconnects; safe to call twice."""
+        try:
+            self._abandon(list(self._pending))
+        except PipemaxSystemError:
+            pass  # nobody is left to tell
+        finally:
+            self._connection.terminate()
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the system serves its model."""
+        return self._server.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        return self._server.max_model_len
+
+    @property
+    def free_credits(self) -> int:
+        """Requests that may be submitted before another one must finish."""
+        return max(0, self._server.credits - len(self._pending) - len(self._abandoned))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Completes all prompts; the completions come in the order of the prompts.
+
+        `prompts` is one prompt or several; a list of integers is one prompt of token ids.
+        `sampling_params` is one for all, or one per prompt; None is `SamplingParams()`. A prompt
+        that cannot be served gives a completion whose `finish_reason` is `error`.
+        """
+        return _in_order(self.stream(prompts, sampling_params))
+
+    def chat(
+        self,
+        conversations: Chat | Sequence[Chat],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """As `generate`, for one chat or several, rendered with the model's chat template."""
+        chats = _chats(conversations)
+        params = _one_per_prompt(sampling_params, len(chats))
+        return _in_order(
+            self._run(
+                Submit(request_id=self.new_request_id(), messages=chat, sampling=sampling)
+                for chat, sampling in zip(chats, params, strict=True)
+            )
+        )
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Completion]:
+        """As `generate`, but each completion as soon as it is finished; `index` says which prompt
+        it belongs to. Closing the iterator cancels what is unfinished."""
+        several = _prompts(prompts)
+        params = _one_per_prompt(sampling_params, len(several))
+        return self._run(
+            _submit_of(self.new_request_id(), prompt, sampling)
+            for prompt, sampling in zip(several, params, strict=True)
+        )
+
+    def new_request_id(self) -> str:
+        """An id no other request of this client has."""
+        return f"{self._session}-{next(self._numbers)}"
+
+    def submit(self, submit: Submit) -> None:
+        """Submits one request, whose completion `poll` will give.
+
+        Raises RequestError for a request that is malformed, whose id is taken (`duplicate`), or
+        when no credit is free (`credits`); it is then not submitted.
+        """
+        self._submit(submit, _LOW_LEVEL, 0)
+
+    def poll(self, timeout_s: float | None = None) -> Completion | None:
+        """The next completion of what `submit` submitted; None when none came in time, or none is
+        to come. `timeout_s` None waits for as long as the system lives."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        done = self._done[_LOW_LEVEL]
+        while not done:
+            left = _PUMP_S if deadline is None else deadline - time.monotonic()
+            self._pump(max(0.0, min(left, _PUMP_S)))
+            expected = any(p.owner == _LOW_LEVEL for p in self._pending.values())
+            if not done and (left <= 0 or not expected):
+                return None
+        return done.popleft()
+
+    def cancel(self, request_id: str) -> None:
+        """Stops a request of `submit`; it still gets its completion, with what it has produced."""
+        if request_id in self._pending:
+            self._connection.send(Cancel(request_id=request_id))
+
+    def status(self) -> Status:
+        """What the system is doing now."""
+        self._status = None
+        self._connection.send(StatusQuery())
+        deadline = time.monotonic() + self._timeout_s
+        while self._status is None:
+            if time.monotonic() > deadline:
+                raise NotRunningError(f"no status came within {self._timeout_s:g} s")
+            self._pump(_PUMP_S)
+        return self._status
+
+    def _run(self, submits: Iterable[Submit]) -> Iterator[Completion]:
+        """Keeps as many requests submitted as there are credits, and yields what finishes."""
+        owner = next(self._owners)
+        done = self._done[owner]
+        waiting = enumerate(submits)
+        unfinished = 0
+        more = True
+        try:
+            while more or unfinished:
+                while more and self.free_credits:
+                    index, submit = next(waiting, (0, None))
+                    if submit is None:
+                        more = False
+                        continue
+                    try:
+                        self._submit(submit, owner, index)
+                        unfinished += 1
+                    except RequestError as error:
+                        yield Completion.refused(submit.request_id, index, error.code, str(error))
+                if more or unfinished:
+                    self._pump(_PUMP_S)
+                while done:
+                    unfinished -= 1
+                    yield done.popleft()
+        finally:
+            del self._done[owner]
+            self._abandon([i for i, p in self._pending.items() if p.owner == owner])
+
+    def _submit(self, submit: Submit, owner: int, index: int) -> None:
+        if submit.request_id in self._pending or submit.request_id in self._abandoned:
+            raise RequestError("duplicate", f"request {submit.request_id!r} is not finished yet")
+        if not self.free_credits:
+            raise RequestError(
+                "credits",
+                f"{self._server.credits} requests are unfinished, which is all this system allows "
+                "a client; poll until one finishes",
+            )
+        self._connection.send_request(submit)
+        self._pending[submit.request_id] = _Pending(submit, owner, index)
+
+    def _abandon(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            del self._pending[request_id]
+            self._abandoned.add(request_id)
+            self._connection.send(Cancel(request_id=request_id))
+
+    def _pump(self, timeout_s: float) -> None:
+        """Waits for a message, then takes all that are there."""
+        message = self._connection.receive(timeout_s)
+        while message is not None:
+            self._take(message)
+            message = self._connection.receive(0.0)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Finished():
+                pending = self._finish(message.request_id)
+                if pending is not None:
+                    self._done[pending.owner].append(Completion.of(message, pending.index))
+            case Refused(request_id=None):
+                self._greet_again(message)
+            case Refused(request_id=str(request_id), code=code, message=reason):
+                pending = self._finish(request_id)
+                if pending is not None:
+                    self._fail(pending, code, reason)
+            case Status():
+                self._status = message
+                if message.instance_id != self._server.instance_id:
+                    self._greet_again(None)
+            case _:
+                pass  # a second answer to a greeting sent twice
+
+    def _finish(self, request_id: str) -> _Pending | None:
+        self._abandoned.discard(request_id)
+        return self._pending.pop(request_id, None)
+
+    def _fail(self, pending: _Pending, code: str, reason: str) -> None:
+        self._done[pending.owner].append(
+            Completion.refused(pending.submit.request_id, pending.index, code, reason)
+        )
+
+    def _greet_again(self, refused: Refused | None) -> None:
+        """The coordinator does not know us: it is a new one, so what was unfinished is submitted
+        again. If it is the old one after all, it refused something for another reason."""
+        instance_id = self._server.instance_id
+        self._server = self._connection.open()
+        self._abandoned.clear()
+        pending, self._pending = self._pending, {}
+        for request_id, request in pending.items():
+            request.attempts += 1
+            if request.attempts > _MAX_ATTEMPTS:
+                self._fail(request, "failed", f"unfinished at {_MAX_ATTEMPTS} starts of the system")
+            else:
+                self._connection.send_request(request.submit)
+                self._pending[request_id] = request
+        if refused is not None and self._server.instance_id == instance_id:
+            raise WireError(refused.code, f"the system refused a message: {refused.message}")
+
+
+def _in_order(completions: Iterator[Completion]) -> list[Completion]:
+    return sorted(completions, key=lambda completion: completion.index)
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one. Raises TypeError for anything that is no prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several = list(prompts)
+    if several and all(_is_int(item) for item in several):
+        return [tuple(map(operator.index, several))]  # type: ignore[arg-type]
+    for position, prompt in enumerate(several):
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, Iterable) and all(map(_is_int, prompt))
+        ):
+            raise TypeError(
+                f"prompt {position} is a {type(prompt).__name__}; a prompt is a string or a "
+                "sequence of token ids"
+            )
+    return several  # type: ignore[return-value]
+
+
+def _chats(conversations: Chat | Sequence[Chat]) -> list[tuple[dict[str, Any], ...]]:
+    """One chat as a list of one."""
+    chats: list[tuple[dict[str, Any], ...]] = []
+    single: list[dict[str, Any]] = []
+    for item in conversations:
+        if isinstance(item, Mapping):
+            single.append(dict(item))
+        else:
+            chats.append(tuple(dict(message) for message in item))
+    if single and chats:
+        raise TypeError("messages and lists of messages are mixed; give one chat or several")
+    return [tuple(single)] if single else chats
+
+
+def _is_int(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _submit_of(request_id: str, prompt: Prompt, sampling: SamplingParams) -> Submit:
+    if isinstance(prompt, str):
+        return Submit(request_id=request_id, prompt=prompt, sampling=sampling)
+    token_ids = tuple(map(operator.index, prompt))
+    return Submit(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+
+
+def _one_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Raises ValueError when there are several, but not one for each prompt."""
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one for each")
+    return list(params)

@@ -1,0 +1,58 @@
+"""What becomes of a request."""
+
+from dataclasses import dataclass
+
+from pipemax.proto.messages.ingest import Finished, FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A request's result. One that could not be served has `finish_reason` `error`, says why in
+    `error`, and keeps no other request from running."""
+
+    request_id: str
+    index: int = 0
+    """Position of the prompt in the call that submitted it; 0 for `Client.submit`."""
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    finish_reason: FinishReason
+    """`stop` (end-of-sequence, stop token or stop string), `length`, `abort` (cancelled) or
+    `error`."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string met."""
+    num_prompt_tokens: int = 0
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    error: str | None = None
+    error_code: str | None = None
+    """Short and stable: the code of the refusal, or `failed` for a request that was accepted and
+    could not be finished."""
+
+    @classmethod
+    def of(cls, finished: Finished, index: int) -> "Completion":
+        failed = finished.finish_reason == "error"
+        return cls(
+            request_id=finished.request_id,
+            index=index,
+            token_ids=finished.token_ids,
+            text=finished.text,
+            finish_reason=finished.finish_reason,
+            stop_reason=finished.stop_reason,
+            num_prompt_tokens=finished.num_prompt_tokens,
+            queue_s=finished.queue_s,
+            first_token_s=finished.first_token_s,
+            total_s=finished.total_s,
+            error=(finished.error or "failed without a reason") if failed else None,
+            error_code="failed" if failed else None,
+        )
+
+    @classmethod
+    def refused(cls, request_id: str, index: int, code: str, message: str) -> "Completion":
+        return cls(
+            request_id=request_id,
+            index=index,
+            finish_reason="error",
+            error=message,
+            error_code=code,
+        )
