@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,16 +22,6 @@ from pipemax.services.launcher.system import System
 
 FAKE = Path(__file__).parent / "fake_process.py"
 PATIENCE_S = 60.0
-
-
-@pytest.fixture(autouse=True)
-def _runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Unix socket paths are short; tmp_path's are not.
-    root = Path(f"/tmp/pm-test-{os.getpid()}")
-    root.mkdir(mode=0o700, exist_ok=True)
-    monkeypatch.setenv("PIPEMAX_RUNTIME_DIR", str(root))
-    yield
-    subprocess.run(["rm", "-rf", str(root)], check=True)
 
 
 def config(name: str = "t", stages: int = 2) -> EngineConfig:
@@ -163,9 +153,7 @@ def test_deadline_names_the_late_process() -> None:
     policy = Policy(ready_timeout_s=6.0)
     with (
         System(config(), processes=fakes(stage_1="never-ready"), policy=policy) as system,
-        pytest.raises(
-            ProcessFailedError, match=r"not ready after 6 s: still waiting for .*stage-1"
-        ),
+        pytest.raises(ProcessFailedError, match=r"not ready after 6 s: .* for .*stage-1"),
     ):
         system.wait_ready()
 

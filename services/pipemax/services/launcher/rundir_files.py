@@ -11,14 +11,22 @@ from pipemax.proto.errors import PipemaxError
 from pipemax.proto.process import error_file
 from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock
 from pipemax.services.launcher.processes import log_file
+from pipemax.stage_worker.channels.keys import KEYS_FILE
 
-_OWNED_PATTERNS = ("*.sock", "*.error", METRICS_PORT_FILE, CONFIG_FILE)
+_OWNED_PATTERNS = (
+    "*.sock",
+    "*.error",
+    "act-*.endpoint*",
+    f"{KEYS_FILE}*",
+    METRICS_PORT_FILE,
+    CONFIG_FILE,
+)
 _OWN_NAME = re.compile(r"[a-z]+-(\d+)")
 _TAIL_BYTES = 4096
 
 
 def clean(run_dir: Path) -> None:
-    """Removes sockets, configuration and error files; logs stay. Call it with the lock held."""
+    """Removes all but the logs and the lock. Call it with the lock held."""
     for pattern in _OWNED_PATTERNS:
         for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from pipemax.services.launcher.supervisor import (
     Policy,
     Supervisor,
 )
+from pipemax.stage_worker.channels.keys import create_activation_keys
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class System:
             rundir_files.clean(self.run_dir)
             rundir_files.clean_logs(self.run_dir)
             save_config(self.config, self.run_dir)
+            if self.config.activation_transport == "tcp":
+                create_activation_keys(self.run_dir)
             specs = tuple(self._processes(self.config, self.run_dir))
             self._supervisor = Supervisor([spec.name for spec in specs], self._policy)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -1,0 +1,7 @@
+"""`python -m pipemax` is `pipemax`."""
+
+import sys
+
+from pipemax.services.cli import main
+
+sys.exit(main())

@@ -1,0 +1,222 @@
+"""The engine's flags, defined once for every command that starts a system.
+
+Names are those vLLM's users know. Defaults are the configuration's own.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from pipemax.proto.config import EngineConfig
+
+_CONFIG = EngineConfig(model="", served_model_name="", layer_split=(1,), max_model_len=1)
+_MODEL, _PIPELINE, _MEMORY, _BATCH, _LAUNCH = (
+    "Model",
+    "Pipeline",
+    "KV memory",
+    "Batching",
+    "Launching",
+)
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes // 2**20}MiB"
+
+
+SystemName = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="Which system, where several run.")
+]
+DEFAULT_NAME = _CONFIG.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What a user asked for, not yet validated; `engine_config.build_config` does that."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model folder: config.json, *.safetensors, tokenizer.json.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Model name in results and metrics.",
+            show_default="as given to --model",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="Weights, activations and KV; auto takes the checkpoint's own.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = _CONFIG.dtype
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Longest prompt plus output of one request.",
+            show_default="the model's limit, or what one stage's KV pool can hold",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", help="For requests that bring no seed.", rich_help_panel=_MODEL),
+    ] = _CONFIG.seed
+
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel-size",
+            "-pp",
+            metavar="STAGES",
+            help="Stages, one process each.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = _CONFIG.pipeline_parallel_size
+    layer_split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Layers per stage.",
+            show_default="as even as can be",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|cuda",
+            help="Where stages compute. cuda is not implemented yet and refused.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = _CONFIG.device
+    threads_per_stage: Annotated[
+        int | None,
+        typer.Option(
+            metavar="THREADS",
+            help="CPU threads of each stage.",
+            show_default="cores divided by stages",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
+    activation_transport: Annotated[
+        str,
+        typer.Option(
+            metavar="shm|tcp",
+            help="How activations travel between stages: shared memory, or encrypted TCP.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = _CONFIG.activation_transport
+
+    block_size: Annotated[
+        int,
+        typer.Option(metavar="TOKENS", help="Tokens per KV block.", rich_help_panel=_MEMORY),
+    ] = _CONFIG.block_size
+    kv_cache_memory_bytes: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Device KV pool of each stage, for example 64MiB.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = _mebibytes(_CONFIG.kv_cache_memory_bytes)
+    kv_offloading_size: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Host KV pool for all stages together; 0 turns offloading off.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = _mebibytes(_CONFIG.kv_offloading_bytes)
+    emulate_link_bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Per second and direction: slow each stage's link down to this, for example 2GiB.",
+            show_default="as fast as memory copies go",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
+
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(metavar="N", help="Most requests in one micro-batch.", rich_help_panel=_BATCH),
+    ] = _CONFIG.max_num_seqs
+    max_num_batched_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            help="Most tokens in one micro-batch; longer prompts are prefilled in chunks.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = _CONFIG.max_num_batched_tokens
+
+    metrics_host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address of /metrics.", rich_help_panel=_LAUNCH)
+    ] = _CONFIG.metrics_host
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT", help="Port of /metrics; 0 takes a free one.", rich_help_panel=_LAUNCH
+        ),
+    ] = _CONFIG.metrics_port
+    ready_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Give up when the system is not ready after this time.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = 300.0
+
+    def given(self) -> tuple[str, ...]:
+        """Flags whose value is not the default."""
+        return tuple(
+            "--" + field.name.replace("_", "-")
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        )
+
+
+def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a Typer command the engine's flags. `command` takes an EngineOptions as its first
+    parameter; its other parameters are its own flags and come first in its help."""
+    first, *own = inspect.signature(command).parameters.values()
+    if first.annotation is not EngineOptions:
+        raise TypeError(f"{command.__name__}: the first parameter takes EngineOptions")
+    hints = get_type_hints(EngineOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(EngineOptions)
+    ]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        engine = EngineOptions(**{field.name: values.pop(field.name) for field in shared})
+        command(engine, **values)
+
+    keyword_only = [part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in own]
+    signature = inspect.Signature([*keyword_only, *shared])
+    with_options.__signature__ = signature  # type: ignore[attr-defined]
+    with_options.__annotations__ = {
+        part.name: part.annotation for part in signature.parameters.values()
+    }
+    return with_options

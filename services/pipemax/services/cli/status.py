@@ -1,0 +1,59 @@
+"""`pipemax status`"""
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipemax.services.cli.options import DEFAULT_NAME, SystemName
+
+if TYPE_CHECKING:
+    from pipemax.client import Client
+
+_WATCH_EVERY_S = 1.0
+
+
+def status(
+    name: SystemName = DEFAULT_NAME,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object per look, for programs.")
+    ] = False,
+) -> None:
+    """Show what a running system does: requests, tokens, KV by tier, each stage's time by state."""
+    from pipemax.client import Client
+
+    with Client(name) as client:
+        if as_json:
+            _print_json(client, watch)
+        else:
+            _show(name, client, watch)
+
+
+def _print_json(client: "Client", watch: bool) -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.encode(client.status()))
+    while watch:
+        time.sleep(_WATCH_EVERY_S)
+        typer.echo(msgspec.json.encode(client.status()))
+
+
+def _show(name: str, client: "Client", watch: bool) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from pipemax.services.status_view import status_view
+
+    console = Console()
+    found = client.status()
+    if not watch:
+        console.print(status_view(name, found))
+        return
+    with Live(status_view(name, found), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(_WATCH_EVERY_S)
+            previous, found = found, client.status()
+            live.update(status_view(name, found, previous), refresh=True)
