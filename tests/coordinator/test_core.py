@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from support.scheduler_world import World, expected_output
 
 EOS = frozenset({7})

@@ -1,0 +1,103 @@
+"""Start, recovery and restarts during either, without any process."""
+
+import pytest
+
+from pipemax.coordinator.assembly import DAEMON, Assembly, ResetAll, stage_name
+from pipemax.coordinator.events import Paused, Resumed
+from pipemax.proto.messages.control import Hello, KvReady, StageReady
+
+
+def hello(name: str, incarnation: str) -> Hello:
+    role = "kv_daemon" if name == DAEMON else "stage"
+    index = 0 if name == DAEMON else int(name.removeprefix("stage-"))
+    return Hello(protocol=1, role=role, index=index, pid=1, incarnation=incarnation)
+
+
+def ready(name: str, num_blocks: int = 100) -> StageReady | KvReady:
+    if name == DAEMON:
+        return KvReady(pool_bytes=1)
+    return StageReady(
+        stage=int(name.removeprefix("stage-")),
+        layers=(0, 1),
+        num_blocks=num_blocks,
+        block_bytes=64,
+        weights_bytes=1,
+        load_s=0.0,
+        activation_transport="shm",
+    )
+
+
+def start(assembly: Assembly, name: str, incarnation: str = "1", num_blocks: int = 100):
+    return [
+        *assembly.hello(name, hello(name, incarnation)),
+        *assembly.ready(name, ready(name, num_blocks)),
+    ]
+
+
+def answer_reset(assembly: Assembly, names: list[str]):
+    actions = []
+    for name in names:
+        actions += assembly.reset_done(name, assembly.epoch, 50 if name == DAEMON else 0)
+    return actions
+
+
+@pytest.fixture
+def running() -> tuple[Assembly, list[str]]:
+    assembly = Assembly(2)
+    names = [stage_name(0), stage_name(1), DAEMON]
+    for name in names:
+        start(assembly, name)
+    answer_reset(assembly, names)
+    assert assembly.running
+    return assembly, names
+
+
+def test_resets_once_all_are_ready_and_resumes_once_all_have_answered():
+    assembly = Assembly(2)
+    assert start(assembly, "stage-1", num_blocks=30) == []
+    assert start(assembly, DAEMON) == []
+    assert assembly.missing[0] == "stage-0 (not started)"
+    (reset,) = start(assembly, "stage-0", num_blocks=20)
+    assert isinstance(reset, ResetAll)
+    assert reset.message.epoch == 1
+    assert not reset.message.keep_host_blocks
+    assert answer_reset(assembly, ["stage-0", DAEMON]) == []
+    (resumed,) = answer_reset(assembly, ["stage-1"])
+    assert isinstance(resumed, Resumed)
+    assert resumed.num_device_blocks == 20, "capacity is the smallest over stages"
+    assert resumed.num_host_blocks == 50
+    assert not resumed.device_kept
+    assert not resumed.host_kept
+    assert assembly.missing == ()
+
+
+def test_repeated_hello_changes_nothing(running):
+    assembly, _ = running
+    assert assembly.hello("stage-0", hello("stage-0", "1")) == []
+    assert assembly.running
+
+
+@pytest.mark.parametrize(
+    ("lost", "device_kept", "host_kept"), [("stage-1", False, True), (DAEMON, True, False)]
+)
+def test_a_restarted_process_pauses_and_says_what_survived(running, lost, device_kept, host_kept):
+    assembly, names = running
+    assert assembly.hello(lost, hello(lost, "2")) == [Paused()]
+    (reset,) = assembly.ready(lost, ready(lost))
+    assert reset.message.epoch == 2
+    assert reset.message.keep_host_blocks == host_kept
+    (resumed,) = answer_reset(assembly, names)
+    assert resumed.device_kept == device_kept
+    assert resumed.host_kept == host_kept
+
+
+def test_a_second_loss_during_recovery_voids_the_first_reset(running):
+    assembly, names = running
+    start(assembly, "stage-0", "2")
+    answer_reset(assembly, ["stage-0", "stage-1"])
+    (reset,) = start(assembly, DAEMON, "2")
+    assert reset.message.epoch == 3
+    assert assembly.reset_done(DAEMON, 2, 50) == [], "an answer to the older Reset"
+    (resumed,) = answer_reset(assembly, names)
+    assert not resumed.device_kept
+    assert not resumed.host_kept

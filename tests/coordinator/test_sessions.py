@@ -1,0 +1,115 @@
+"""Clients' side of the coordinator: checks, credits, delivery."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipemax.coordinator.events import FinishRequest
+from pipemax.coordinator.sessions import Sessions, derived_seed
+from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
+from pipemax.proto.messages.types import Message
+
+
+class Line:
+    """A client's socket: takes messages, is full, or is gone."""
+
+    def __init__(self) -> None:
+        self.state = "open"
+        self.got: list[Message] = []
+
+    def send(self, client: bytes, message: Message) -> None:
+        if self.state == "full":
+            raise BlockingIOError
+        if self.state == "gone":
+            raise ConnectionError
+        self.got.append(message)
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+@pytest.fixture
+def sessions(tmp_path: Path, line: Line) -> Sessions:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "eos_token_id": 2}))
+    config = EngineConfig(
+        model=str(tmp_path),
+        served_model_name="m",
+        layer_split=(1,),
+        max_model_len=50,
+        client_credits=3,
+    )
+    return Sessions(config, TextProcessor(tmp_path), line.send)
+
+
+def submit(request_id: str, **sampling) -> Submit:
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=(5, 6, 7),
+        sampling=SamplingParams(max_tokens=4, **sampling),
+    )
+
+
+def done(key: int) -> FinishRequest:
+    return FinishRequest(key, (8, 9), "length", None, 11.0, 12.0)
+
+
+def test_a_result_reaches_its_client_with_its_own_id(sessions, line):
+    event = sessions.accept(b"a", submit("x"), 10.0)
+    assert list(event.prompt_token_ids) == [5, 6, 7]
+    sessions.finish(done(event.key), 13.0)
+    assert sessions.deliver() == []
+    (message,) = line.got
+    assert isinstance(message, Finished)
+    assert (message.request_id, message.token_ids) == ("x", (8, 9))
+    assert (message.queue_s, message.first_token_s, message.total_s) == (1.0, 2.0, 3.0)
+    assert sessions.is_idle
+
+
+def test_ids_are_unique_per_client_among_unfinished_requests(sessions):
+    sessions.accept(b"a", submit("x"), 0.0)
+    sessions.accept(b"b", submit("x"), 0.0)
+    with pytest.raises(RequestError, match="still unfinished"):
+        sessions.accept(b"a", submit("x"), 0.0)
+
+
+def test_credits_count_results_not_yet_taken(sessions, line):
+    events = [sessions.accept(b"a", submit(str(i)), 0.0) for i in range(3)]
+    line.state = "full"
+    sessions.finish(done(events[0].key), 1.0)
+    sessions.deliver()
+    with pytest.raises(RequestError) as refusal:
+        sessions.accept(b"a", submit("3"), 0.0)
+    assert refusal.value.code == "no_credit"
+    sessions.accept(b"b", submit("3"), 0.0)
+    line.state = "open"
+    sessions.deliver()
+    sessions.accept(b"a", submit("3"), 0.0)
+
+
+def test_requests_of_a_client_that_left_are_given_up(sessions, line):
+    events = [sessions.accept(b"a", submit(str(i)), 0.0) for i in range(3)]
+    line.state = "gone"
+    sessions.finish(done(events[0].key), 1.0)
+    orphans = sessions.deliver()
+    assert sorted(orphans) == [events[1].key, events[2].key]
+    assert sessions.undelivered == 1
+
+
+def test_a_refused_request_leaves_no_session(sessions):
+    with pytest.raises(RequestError):
+        sessions.accept(b"a", Submit(request_id="x", prompt_token_ids=(5,) * 60), 0.0)
+    assert sessions.is_idle
+
+
+def test_seeds_depend_on_the_request_alone(sessions):
+    first = sessions.accept(b"a", submit("x"), 0.0)
+    sessions.accept(b"a", submit("y"), 0.0)
+    again = sessions.accept(b"b", submit("x"), 0.0)
+    assert first.seed == again.seed == derived_seed(0, "x")
+    assert sessions.accept(b"b", submit("z", seed=-1), 0.0).seed == 2**64 - 1
