@@ -26,7 +26,8 @@ from pipemax.stage_worker.devices.base import Device, SharedTensor, pool_blocks
 from pipemax.stage_worker.devices.registry import open_device
 from pipemax.stage_worker.dtypes import dtype_name
 from pipemax.stage_worker.executor import Executor
-from pipemax.stage_worker.model.load import StageModel, load_stage_model
+from pipemax.stage_worker.model.load import load_stage_model
+from pipemax.stage_worker.model.stage_model import StageModel
 from pipemax.stage_worker.model_step import ModelStep
 from pipemax.stage_worker.shell import Peer, StageShell
 from pipemax.stage_worker.state_clock import StateClock
@@ -87,7 +88,8 @@ def body(run_dir: Path, index: int) -> None:
         stack.callback(shell.close)
         on_stop_signals(shell.stop)
         gc.freeze()  # what was loaded stays; collections look at steps only
-        Executor(queue, _model_step(stage), shell, clock).run()
+        work = ModelStep(stage.model, stage.device, num_blocks=len(stage.pool.tensor))
+        Executor(queue, work, shell, clock).run()
 
 
 def _hello(index: int) -> Hello:
@@ -115,6 +117,7 @@ def _load(context: Context, config: EngineConfig, run_dir: Path, index: int) -> 
     num_blocks = pool_blocks(model.geometry, config.kv_cache_memory_bytes, index)
     pool = device.allocate_pool(model.geometry, num_blocks)
     model.bind_pool(pool.tensor)
+    model.warm_up()
     shape = RingShape(
         num_slots=config.num_slots,
         max_rows=config.max_num_batched_tokens,
@@ -145,15 +148,6 @@ def _ready(index: int, stage: LoadedStage) -> StageReady:
         stage.load_s,
     )
     return ready
-
-
-def _model_step(stage: LoadedStage) -> ModelStep:
-    return ModelStep(
-        stage.model,
-        stage.device,
-        num_blocks=len(stage.pool.tensor),
-        is_last=stage.neighbours.next is None,
-    )
 
 
 @contextlib.contextmanager

@@ -7,21 +7,18 @@ from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.batch import StepBatch, prepare_batch
 from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.executor import StepResult
-from pipemax.stage_worker.model.load import StageModel
+from pipemax.stage_worker.model.stage_model import StageModel
 from pipemax.stage_worker.sampling import sample
 
 
 class ModelStep:
     """Implements `executor.StepWork` for one stage's model."""
 
-    def __init__(
-        self, model: StageModel, device: Device, *, num_blocks: int, is_last: bool
-    ) -> None:
+    def __init__(self, model: StageModel, device: Device, num_blocks: int) -> None:
         """`num_blocks`: blocks of the pool that is bound to the model."""
         self._model = model
         self._device = device
         self._num_blocks = num_blocks
-        self._is_last = is_last
 
     def prepare(self, plan: StepPlan) -> StepBatch:
         batch = prepare_batch(plan, self._model.geometry.block_size)
@@ -34,9 +31,8 @@ class ModelStep:
 
     def compute(self, plan: StepPlan, batch: StepBatch, rows: torch.Tensor | None) -> StepResult:
         """Sampling counts as computing: it is part of what makes the last stage's step longer."""
-        with torch.inference_mode():
-            output = self._model.forward(batch, rows)
-            self._device.synchronize()
-            if not self._is_last:
-                return StepResult(rows=output)
-            return StepResult(tokens=sample(output, plan.sample))
+        output = self._model.forward(batch, rows)
+        self._device.synchronize()
+        if not self._model.is_last:
+            return StepResult(rows=output)
+        return StepResult(tokens=sample(output, plan.sample))

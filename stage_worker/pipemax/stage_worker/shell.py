@@ -159,10 +159,13 @@ class StageShell:
     def stop(self) -> None:
         """Ends the wait under way and the work loop. May be called from a signal handler."""
         self._stopping = True
-        os.eventfd_write(self._stop_fd, 1)
+        if self._stop_fd >= 0:
+            os.eventfd_write(self._stop_fd, 1)
 
     def close(self) -> None:
-        os.close(self._stop_fd)
+        """Releases what is its own; sockets belong to whoever opened them."""
+        stop_fd, self._stop_fd = self._stop_fd, -1
+        os.close(stop_fd)
 
     # -- messages
 
@@ -195,7 +198,6 @@ class StageShell:
             return
         if self._instance_id is not None:
             log.info("a new coordinator, instance %s", welcome.instance_id)
-            self._control.send(self._hello)
             self._reset_to(-1)
             self._reset_done = True
         self._instance_id = welcome.instance_id
@@ -232,8 +234,8 @@ class StageShell:
             self._control.send(ResetDone(epoch=self._queue.epoch))
 
     def _tick(self) -> None:
+        self._control.send(self._hello)  # a restarted coordinator learns of us by it
         if self._instance_id is None:
-            self._control.send(self._hello)
             return
         self._control.send(Beat(state_seconds=self._clock.seconds()))
         if self._reset_done:

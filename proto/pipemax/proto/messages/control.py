@@ -21,7 +21,8 @@ Role = Literal["stage", "kv_daemon", "launcher"]
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """First message of a process, and again whenever it asks to be reset."""
+    """First message of a process. A stage says it again with every beat, so that a coordinator
+    that was started again learns of it; the same incarnation twice changes nothing."""
 
     protocol: int
     role: Role
