@@ -1,34 +1,41 @@
-"""A launcher over fake processes, to be killed: writes its children's pids as JSON."""
+"""`pipemax up` over fake processes; run as a script: `fake_launcher.py COORDINATOR_BEHAVIOUR`."""
 
-import json
 import sys
+from pathlib import Path
 
 from pipemax.proto.config import EngineConfig
+from pipemax.services.foreground import run_until_stopped
 from pipemax.services.launcher.processes import ProcessSpec
 from pipemax.services.launcher.system import System
 
+FAKE = Path(__file__).with_name("fake_process.py")
 
-def main(fake: str) -> None:
+
+def main(coordinator_behaviour: str) -> None:
     config = EngineConfig(
-        name="killed",
+        name="fore",
         model="/none",
         served_model_name="none",
         layer_split=(1, 1),
         max_model_len=16,
         pipeline_parallel_size=2,
     )
-    names = ("coordinator", "kv-daemon", "stage-0", "stage-1")
-    with System(
-        config,
-        processes=lambda _, run_dir: tuple(
-            ProcessSpec(name, (sys.executable, fake, name, "live", "--run-dir", str(run_dir)))
-            for name in names
-        ),
-    ) as system:
-        system.wait_ready()
-        sys.stdout.write(json.dumps(system.pids()) + "\n")
-        sys.stdout.flush()
-        system.wait()
+
+    def specs(_: EngineConfig, run_dir: Path) -> tuple[ProcessSpec, ...]:
+        behaviours = {
+            "coordinator": coordinator_behaviour,
+            "kv-daemon": "live",
+            "stage-0": "live",
+            "stage-1": "live",
+        }
+        return tuple(
+            ProcessSpec(
+                name, (sys.executable, str(FAKE), name, behaviour, "--run-dir", str(run_dir))
+            )
+            for name, behaviour in behaviours.items()
+        )
+
+    run_until_stopped(System(config, processes=specs))
 
 
 if __name__ == "__main__":

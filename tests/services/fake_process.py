@@ -8,7 +8,8 @@ one does, as soon as every other fake has left its pid file in D; the others jus
 - `crash`: exits with status 3 and a last word;
 - `crash-later`: exits with status 3 when D/crash appears;
 - `fatal`: exits as a process does whose settings cannot work;
-- `never-ready`: lives, but leaves no pid file.
+- `never-ready`: lives, but leaves no pid file;
+- `never-drained` (coordinator): does not answer Drain.
 """
 
 import argparse
@@ -52,8 +53,9 @@ def live(run_dir: Path, name: str, behaviour: str) -> None:
 
 
 class FakeCoordinator:
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, behaviour: str) -> None:
         self.run_dir = run_dir
+        self.drains = behaviour != "never-drained"
         context = zmq.Context[zmq.Socket[bytes]]()
         self.control = bind_router(context, socket_endpoint(run_dir, "control"), CONTROL)
         self.ingest = bind_router(context, socket_endpoint(run_dir, "ingest"), INGEST)
@@ -93,21 +95,24 @@ class FakeCoordinator:
                 self.control.send_multipart((peer, encode(control.Welcome(instance_id="fake"))))
             case control.Drain():
                 (self.run_dir / "logs" / "drained").touch()
-                self.control.send_multipart((peer, encode(control.Drained())))
+                if self.drains:
+                    self.control.send_multipart((peer, encode(control.Drained())))
             case ingest.StatusQuery():
                 missing = tuple(name for name in self.others if name not in self.pids())
                 self.ingest.send_multipart((peer, encode(status(missing))))
 
 
 def status(missing: tuple[str, ...]) -> ingest.Status:
-    zeros = {
-        name: 0
-        for name in ingest.Status.__struct_fields__
-        if name not in ("instance_id", "phase", "model_name", "missing", "stages")
+    known = {
+        "instance_id": "fake",
+        "phase": "starting",
+        "model_name": "fake",
+        "missing": missing,
+        "stages": (),
+        "requests_running": 7,
     }
-    return ingest.Status(
-        instance_id="fake", phase="starting", model_name="fake", missing=missing, stages=(), **zeros
-    )
+    zeros = dict.fromkeys(ingest.Status.__struct_fields__, 0)
+    return ingest.Status(**(zeros | known))
 
 
 def main() -> int:
@@ -119,8 +124,8 @@ def main() -> int:
     options = parser.parse_args()
 
     def body(run_dir: Path, index: int) -> None:
-        if options.name == "coordinator" and options.behaviour == "live":
-            FakeCoordinator(run_dir).run()
+        if options.name == "coordinator":
+            FakeCoordinator(run_dir, options.behaviour).run()
         live(run_dir, options.name, options.behaviour)
 
     return run_process(options.name, body, options.run_dir, 0, options.parent_pipe_fd)

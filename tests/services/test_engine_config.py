@@ -14,7 +14,7 @@ from pipemax.proto.errors import ConfigError, ModelError, PipemaxError, Unsuppor
 from pipemax.proto.geometry import blocks_for
 from pipemax.services import engine_config
 from pipemax.services.cli.options import EngineOptions
-from pipemax.services.engine_config import build_config, spare_blocks
+from pipemax.services.engine_config import SPARE_BLOCKS, build_config
 
 LAYERS, KV_HEADS, HEAD_DIM, MAX_POSITIONS = 5, 2, 8, 512
 
@@ -172,7 +172,7 @@ def test_names_that_are_no_folder_names_are_refused(model: Path, name: str) -> N
 
 def test_pool_too_small_says_how_many_bytes_are_needed(model: Path) -> None:
     block_bytes = 16 * token_bytes(3)  # the larger of two stages
-    needed = (blocks_for(100, 16) + spare_blocks(2)) * block_bytes
+    needed = (blocks_for(100, 16) + SPARE_BLOCKS) * block_bytes
     changes = {"pipeline_parallel_size": 2, "max_model_len": 100}
     with pytest.raises(ConfigError, match=rf"--max-model-len 100 needs {needed} bytes"):
         build(model, kv_cache_memory_bytes=str(needed - 1), **changes)
@@ -181,14 +181,14 @@ def test_pool_too_small_says_how_many_bytes_are_needed(model: Path) -> None:
 
 def test_default_length_is_what_the_pool_holds(model: Path) -> None:
     block_bytes = 16 * token_bytes(LAYERS)
-    config = build(model, kv_cache_memory_bytes=str((4 + spare_blocks(1)) * block_bytes))
+    config = build(model, kv_cache_memory_bytes=str((4 + SPARE_BLOCKS) * block_bytes))
     assert config.max_model_len == 64
     with pytest.raises(ConfigError, match="one request needs"):
         build(model, kv_cache_memory_bytes=str(block_bytes))
 
 
 def test_dtype_decides_what_fits(model: Path) -> None:
-    half = (blocks_for(MAX_POSITIONS, 16) + spare_blocks(1)) * 16 * token_bytes(LAYERS, 2)
+    half = (blocks_for(MAX_POSITIONS, 16) + SPARE_BLOCKS) * 16 * token_bytes(LAYERS, 2)
     assert build(model, kv_cache_memory_bytes=str(half)).max_model_len < MAX_POSITIONS
     sixteen_bit = build(model, kv_cache_memory_bytes=str(half), dtype="bfloat16")
     assert sixteen_bit.max_model_len == MAX_POSITIONS

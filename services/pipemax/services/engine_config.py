@@ -15,6 +15,9 @@ from pipemax.services.cli.options import EngineOptions
 from pipemax.services.machine import memory_bytes, usable_cores
 from pipemax.stage_worker.model.inspect import ModelInfo, inspect_model
 
+SPARE_BLOCKS = 1
+"""Device blocks that the coordinator wants beyond those of the longest request; it checks again
+with what the stages report."""
 _FLAG_OF_FIELD = {
     "kv_offloading_bytes": "--kv-offloading-size",
     "emulate_link_bandwidth_bytes_s": "--emulate-link-bandwidth",
@@ -128,11 +131,6 @@ def _layer_split(options: EngineOptions, info: ModelInfo) -> tuple[int, ...]:
     return split
 
 
-def spare_blocks(num_stages: int) -> int:
-    """Device blocks beyond the longest request's own without which nothing can be planned."""
-    return num_stages
-
-
 def _max_model_len(
     asked: int | None, config: EngineConfig, split: tuple[int, ...], info: ModelInfo
 ) -> int:
@@ -141,12 +139,11 @@ def _max_model_len(
     if asked is not None and asked > limit:
         raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
     block_bytes = largest_block_bytes(config, split, info)
-    spare = spare_blocks(len(split))
     blocks = config.kv_cache_memory_bytes // block_bytes
-    fitting = (blocks - spare) * config.block_size
+    fitting = (blocks - SPARE_BLOCKS) * config.block_size
     wanted = asked if asked is not None else 1
     if wanted > fitting:
-        needed = (blocks_for(wanted, config.block_size) + spare) * block_bytes
+        needed = (blocks_for(wanted, config.block_size) + SPARE_BLOCKS) * block_bytes
         what = "" if asked is None else f"for --max-model-len {asked} "
         raise ConfigError(
             f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is too small: one request "
