@@ -33,6 +33,7 @@ from support.forkserver import running, start_process
 from support.ring_child import RESULTS, SHAPE
 
 DEADLINE_S = 20.0
+DEADLINE_MS = 20_000
 BODY = "support.ring_child:body"
 
 
@@ -174,7 +175,7 @@ def test_an_offer_that_comes_before_the_reset_waits_for_it(stages: Stages) -> No
     agree(sender, receiver, 1)
     sender.reset(2)
     sender.offer()
-    receiver.socket.poll(1000 * DEADLINE_S)
+    receiver.socket.poll(DEADLINE_MS)
     assert list(receiver.poll()) == []
     receiver.reset(2)
     assert receiver.agreed
@@ -186,7 +187,7 @@ def test_an_older_offer_is_not_accepted(stages: Stages) -> None:
     receiver.reset(2)
     sender.reset(1)
     sender.offer()
-    receiver.socket.poll(1000 * DEADLINE_S)
+    receiver.socket.poll(DEADLINE_MS)
     assert list(receiver.poll()) == []
     assert not receiver.agreed
 
@@ -260,7 +261,7 @@ def test_a_stranger_on_the_socket_is_ignored(runtime_dir: Path) -> None:
         stranger = make_dealer(context, ACTIVATIONS, identity_of("stage", 7))
         stranger.connect(f"ipc://{runtime_dir / 'act-1.sock'}")
         stranger.send(encode(ActivationReady(epoch=1, step=0, slot=0, rows=1)))
-        receiver.socket.poll(1000 * DEADLINE_S)
+        receiver.socket.poll(DEADLINE_MS)
         assert list(receiver.poll()) == []
         sender.send(1, 4, 0, some_rows(0, 1))
         assert [arrival.step for arrival in receive(receiver, 1)] == [4]
@@ -338,7 +339,7 @@ def test_tcp_lets_only_this_run_in(runtime_dir: Path, wrong: str) -> None:
             epoch=1, transport="tcp", num_slots=3, max_rows=8, hidden_size=16, dtype="bfloat16"
         )
         stranger.send(encode(offer))
-        assert refusals.poll(1000 * DEADLINE_S), "nobody refused the connection"
+        assert refusals.poll(DEADLINE_MS), "nobody refused the connection"
         assert list(receiver.poll()) == []
         assert not receiver.agreed
         stranger.disable_monitor()
@@ -370,7 +371,7 @@ def test_between_processes_and_after_a_kill(stages: Stages) -> None:
         for step in range(7):
             rows = torch.full((step + 1, 16), float(step)).to(torch.bfloat16)
             sender.send(epoch, step, step % 3, rows)
-            assert results.poll(1000 * DEADLINE_S)
+            assert results.poll(DEADLINE_MS)
             assert results.recv() == b"%d %d" % (step, 16 * step * (step + 1))
 
     try:
