@@ -1,0 +1,306 @@
+"""OpenAI batch lines: a line of JSON to a request, a completion to a line of JSON.
+
+In: `{"custom_id", "method", "url", "body"}`; out: `{"id", "custom_id", "response", "error"}`.
+Field names and meanings are OpenAI's and vLLM's. Nothing is accepted and ignored: a field must be
+known, and one that is known and not implemented may only hold the value that asks for nothing.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from pipemax.client import Completion, SamplingParams, Submit
+from pipemax.proto.errors import RequestError
+
+CHAT_URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+COMPLETIONS_URL: Literal["/v1/completions"] = "/v1/completions"
+MAX_CUSTOM_ID_CHARS = 512
+
+_LINE_FIELDS = ("custom_id", "method", "url", "body")
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
+_PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "stream": (False,),
+    "stream_options": (),
+    "response_format": ({"type": "text"},),
+    "user": (),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of both endpoints that are not implemented, and the values, beside null, that are
+accepted because they ask for nothing."""
+_NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+}
+_NEUTRAL_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    "logprobs": (),
+    "echo": (False,),
+    "suffix": ("",),
+}
+_MESSAGE_NEUTRAL: tuple[str, ...] = (
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "audio",
+    "refusal",
+)
+_VALIDATION_PATH = re.compile(r"(.*) - at `\$\.(\w+)[^`]*`", re.DOTALL)
+
+
+class LineError(RequestError):
+    """A line that gives an error line: `status` as HTTP would have it, and whose line it was, if
+    that could be read."""
+
+    def __init__(self, code: str, message: str, *, status: int = 400) -> None:
+        super().__init__(code, message)
+        self.status = status
+        self.custom_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """One line, understood."""
+
+    custom_id: str
+    url: str
+    submit: Submit
+
+
+def parse_line(line: bytes, request_id: str, model_name: str) -> BatchRequest:
+    """The request in one line of a batch file. Raises LineError, with the `custom_id` if that much
+    could be read."""
+    try:
+        found = msgspec.json.decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise LineError("invalid_json", f"the line is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise LineError("invalid_line", f"a line is an object with the keys {_LINE_FIELDS}")
+    try:
+        return _parse(found, request_id, model_name)
+    except LineError as error:
+        custom_id = found.get("custom_id")
+        error.custom_id = custom_id if isinstance(custom_id, str) else None
+        raise
+
+
+def _parse(line: dict[str, Any], request_id: str, model_name: str) -> BatchRequest:
+    for name in line:
+        if name not in _LINE_FIELDS:
+            raise LineError("unknown_field", f"unknown field {name!r}; a line has {_LINE_FIELDS}")
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+        raise LineError(
+            "invalid_line", f"custom_id must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters"
+        )
+    if line.get("method") != "POST":
+        raise LineError("invalid_line", f"method must be 'POST', not {line.get('method')!r:.40}")
+    url = line.get("url")
+    if not isinstance(url, str) or url not in _PROMPT_FIELDS:
+        raise LineError(
+            "unknown_url",
+            f"url {url!r:.80} is not served; use {CHAT_URL} or {COMPLETIONS_URL}",
+            status=404,
+        )
+    body = line.get("body")
+    if not isinstance(body, dict):
+        raise LineError("invalid_line", "body must be an object")
+    return BatchRequest(custom_id, url, _parse_body(body, url, request_id, model_name))
+
+
+def _parse_body(body: dict[str, Any], url: str, request_id: str, model_name: str) -> Submit:
+    _check_model(body.get("model"), model_name)
+    is_chat = url == CHAT_URL
+    sampling: dict[str, Any] = {"max_tokens": None if is_chat else 16}
+    neutral = _NEUTRAL | (_NEUTRAL_CHAT if is_chat else _NEUTRAL_COMPLETIONS)
+    for name, value in body.items():
+        if name in ("model", _PROMPT_FIELDS[url]):
+            continue
+        if name in _SAMPLING_FIELDS or (is_chat and name == "max_completion_tokens"):
+            if value is not None:
+                sampling[name] = value
+        elif name in neutral:
+            _check_neutral(name, value, neutral[name])
+        else:
+            raise LineError("unknown_field", f"unknown field {name!r:.80}")
+    params = _sampling(sampling)
+    if is_chat:
+        messages = _messages(body.get("messages"))
+        return Submit(request_id=request_id, messages=messages, sampling=params)
+    return _completion_submit(body.get("prompt"), request_id, params)
+
+
+def _check_model(model: object, model_name: str) -> None:
+    if not isinstance(model, str):
+        raise LineError("invalid_field", f"model must be given; this system serves {model_name!r}")
+    if model != model_name:
+        raise LineError(
+            "model_not_found",
+            f"model {model!r:.200} is not served; this system serves {model_name!r}",
+            status=404,
+        )
+
+
+def _check_neutral(name: str, value: object, accepted: tuple[Any, ...]) -> None:
+    if value is None or any(value == a and type(value) is type(a) for a in accepted):
+        return
+    raise LineError("not_implemented", f"not implemented: {name!r}")
+
+
+def _sampling(fields: dict[str, Any]) -> SamplingParams:
+    if "max_completion_tokens" in fields:
+        newer = fields.pop("max_completion_tokens")
+        if fields["max_tokens"] not in (None, newer):
+            raise LineError(
+                "invalid_field",
+                f"max_tokens {fields['max_tokens']!r:.40} and max_completion_tokens "
+                f"{newer!r:.40} differ; give one of them",
+            )
+        fields["max_tokens"] = newer
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    try:
+        return msgspec.convert(fields, SamplingParams)
+    except msgspec.ValidationError as error:
+        match = _VALIDATION_PATH.fullmatch(str(error))
+        if match is None:
+            raise LineError("invalid_field", str(error)) from error
+        reason, name = match.groups()
+        raise LineError("invalid_field", f"{name}: {reason}, not {fields[name]!r:.80}") from error
+
+
+def _completion_submit(prompt: object, request_id: str, params: SamplingParams) -> Submit:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        if len(prompt) > 1:
+            raise LineError(
+                "not_implemented",
+                f"not implemented: {len(prompt)} prompts in one line; write one line for each",
+            )
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return Submit(request_id=request_id, prompt=prompt, sampling=params)
+    if not isinstance(prompt, list) or not all(type(item) is int for item in prompt):
+        raise LineError("invalid_field", "prompt must be a string or a list of token ids")
+    return Submit(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params)
+
+
+def _messages(messages: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise LineError("invalid_field", "messages must be a list of at least one message")
+    return tuple(_message(index, message) for index, message in enumerate(messages))
+
+
+def _message(index: int, message: object) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if not isinstance(message, dict):
+        raise LineError("invalid_field", f"{where} must be an object with role and content")
+    for name, value in message.items():
+        if name in _MESSAGE_NEUTRAL:
+            _check_neutral(f"{where}.{name}", value, ())
+        elif name not in ("role", "content"):
+            raise LineError("unknown_field", f"unknown field '{where}.{name:.80}'")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise LineError("invalid_field", f"{where}.role must be a string")
+    if isinstance(content, list):
+        content = "\n".join(_text_part(f"{where}.content", part) for part in content)
+    if not isinstance(content, str):
+        raise LineError("invalid_field", f"{where}.content must be a string or a list of texts")
+    return {"role": role, "content": content}
+
+
+def _text_part(where: str, part: object) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        raise LineError("invalid_field", f"{where}: a part is an object with a type")
+    if part["type"] != "text":
+        raise LineError("not_implemented", f"not implemented: {where} of type {part['type']!r:.40}")
+    if not isinstance(part.get("text"), str) or len(part) != 2:
+        raise LineError("invalid_field", f"{where}: a text part has the keys type and text")
+    text: str = part["text"]
+    return text
+
+
+def result_line(
+    request: BatchRequest, completion: Completion, *, model_name: str, created: int
+) -> bytes:
+    """The output line of a request that was served, without its line break. `created` is a Unix
+    time in seconds. A prompt given as token ids gets its output's `token_ids` too."""
+    is_chat = request.url == CHAT_URL
+    choice: dict[str, Any] = {"index": 0}
+    if is_chat:
+        choice["message"] = {"role": "assistant", "content": completion.text}
+    else:
+        choice["text"] = completion.text
+    choice |= {
+        "logprobs": None,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if request.submit.prompt_token_ids is not None:
+        choice["token_ids"] = completion.token_ids
+    prompt_tokens, output_tokens = completion.num_prompt_tokens, len(completion.token_ids)
+    body = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{completion.request_id}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": created,
+        "model": model_name,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": completion.request_id, "body": body}
+    return _line(completion.request_id, request.custom_id, response, None)
+
+
+def error_line(
+    custom_id: str | None, request_id: str, *, status: int, code: str, message: str, line: int
+) -> bytes:
+    """The output line of a request that was not served, without its line break. `line` is the
+    number of its input line, from 1."""
+    response = {"status_code": status, "request_id": request_id, "body": None}
+    error = {"message": message, "code": code, "line": line}
+    return _line(request_id, custom_id, response, error)
+
+
+def _line(
+    request_id: str,
+    custom_id: str | None,
+    response: Mapping[str, Any],
+    error: Mapping[str, Any] | None,
+) -> bytes:
+    return msgspec.json.encode(
+        {
+            "id": f"batch_req_{request_id}",
+            "custom_id": custom_id,
+            "response": response,
+            "error": error,
+        }
+    )

@@ -1,0 +1,300 @@
+"""OpenAI batch lines: what is accepted means what it says, everything else is refused by name."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipemax.client import Completion, SamplingParams
+from pipemax.services.openai_batch import (
+    CHAT_URL,
+    COMPLETIONS_URL,
+    BatchRequest,
+    LineError,
+    error_line,
+    parse_line,
+    result_line,
+)
+
+CHAT = [{"role": "user", "content": "Where does water go?"}]
+
+
+def line(url: str = COMPLETIONS_URL, **body: Any) -> bytes:
+    prompt = {"messages": CHAT} if url == CHAT_URL else {"prompt": "Water"}
+    whole = {"custom_id": "c", "method": "POST", "url": url, "body": {"model": "m"} | prompt | body}
+    return json.dumps(whole).encode()
+
+
+def parse(text: bytes) -> BatchRequest:
+    return parse_line(text, "r-1", "m")
+
+
+def refusal(text: bytes) -> LineError:
+    with pytest.raises(LineError) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_completion_with_defaults() -> None:
+    request = parse(line())
+    assert (request.custom_id, request.url) == ("c", COMPLETIONS_URL)
+    assert request.submit.request_id == "r-1"
+    assert request.submit.prompt == "Water"
+    assert request.submit.messages is None
+    assert request.submit.sampling == SamplingParams(max_tokens=16)
+
+
+def test_chat_with_defaults() -> None:
+    submit = parse(line(CHAT_URL)).submit
+    assert submit.messages == tuple(CHAT)
+    assert submit.prompt is None
+    assert submit.sampling == SamplingParams(max_tokens=None)
+
+
+def test_every_sampling_field_is_taken() -> None:
+    fields: dict[str, Any] = {
+        "temperature": 0,
+        "top_k": 5,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "seed": 7,
+        "stop": ["a", "b"],
+        "stop_token_ids": [3],
+        "min_tokens": 2,
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+    assert fields.keys() == set(SamplingParams.__struct_fields__)
+    expected = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (3,)})
+    for url in (CHAT_URL, COMPLETIONS_URL):
+        assert parse(line(url, **fields)).submit.sampling == expected
+        assert parse(line(url, **dict.fromkeys(fields))).submit.sampling == SamplingParams(
+            max_tokens=None if url == CHAT_URL else 16
+        )
+
+
+def test_shorthands() -> None:
+    assert parse(line(stop="end")).submit.sampling.stop == ("end",)
+    for fields in ({"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}):
+        assert parse(line(CHAT_URL, **fields)).submit.sampling.max_tokens == 5
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = [{"role": "system", "content": parts, "name": None}]
+    assert parse(line(CHAT_URL, messages=chat)).submit.messages == (
+        {"role": "system", "content": "a\nb"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "token_ids"),
+    [
+        ("a", "a", None),
+        ([1, 2], None, (1, 2)),
+        (["a"], "a", None),
+        ([[1, 2]], None, (1, 2)),
+        ("", "", None),
+        ([], None, ()),
+    ],
+)
+def test_prompts(prompt: Any, text: str | None, token_ids: tuple[int, ...] | None) -> None:
+    submit = parse(line(prompt=prompt)).submit
+    assert (submit.prompt, submit.prompt_token_ids) == (text, token_ids)
+
+
+def test_fields_that_ask_for_nothing_are_accepted() -> None:
+    both = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "stream": False}
+    none = dict.fromkeys(("logit_bias", "user", "best_of", "stream_options"))
+    parse(line(**both, **none, echo=False, suffix=None, logprobs=None))
+    parse(line(CHAT_URL, **both, **none, logprobs=False, top_logprobs=0, tools=[], audio=None))
+    parse(line(CHAT_URL, response_format={"type": "text"}, tool_choice="none"))
+
+
+@pytest.mark.parametrize(
+    ("url", "field", "value"),
+    [
+        (COMPLETIONS_URL, "n", 2),
+        (COMPLETIONS_URL, "n", True),
+        (COMPLETIONS_URL, "logprobs", 1),
+        (COMPLETIONS_URL, "logprobs", 0),
+        (COMPLETIONS_URL, "echo", True),
+        (COMPLETIONS_URL, "suffix", "x"),
+        (COMPLETIONS_URL, "best_of", 3),
+        (COMPLETIONS_URL, "stream", True),
+        (COMPLETIONS_URL, "logit_bias", {"5": 1}),
+        (COMPLETIONS_URL, "presence_penalty", 0.1),
+        (COMPLETIONS_URL, "repetition_penalty", 1.2),
+        (COMPLETIONS_URL, "user", "me"),
+        (CHAT_URL, "logprobs", True),
+        (CHAT_URL, "frequency_penalty", -1),
+        (CHAT_URL, "tools", [{"type": "function"}]),
+        (CHAT_URL, "response_format", {"type": "json_object"}),
+        (CHAT_URL, "chat_template_kwargs", {"enable_thinking": False}),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value: Any) -> None:
+    error = refusal(line(url, **{field: value}))
+    assert (error.code, error.status, error.custom_id) == ("not_implemented", 400, "c")
+    assert str(error) == f"not implemented: {field!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (b"{", "invalid_json", "not JSON"),
+        (b'{"a": NaN}', "invalid_json", "not JSON"),
+        (b"\xff\xfe", "invalid_json", "not JSON"),
+        (b'"\xff"', "invalid_json", "not JSON"),
+        (b"[" * 100_000, "invalid_json", "not JSON"),
+        (b"[]", "invalid_line", "object"),
+        (b"{}", "invalid_line", "custom_id"),
+        (line(temprature=1), "unknown_field", "'temprature'"),
+        (line(max_completion_tokens=5), "unknown_field", "'max_completion_tokens'"),
+        (line(messages=CHAT), "unknown_field", "'messages'"),
+        (line(CHAT_URL, prompt="a"), "unknown_field", "'prompt'"),
+        (line(max_tokens=-5), "invalid_field", "max_tokens: Expected `int` >= 1, not -5"),
+        (line(max_tokens="5"), "invalid_field", "max_tokens: Expected `int"),
+        (line(temperature=-1), "invalid_field", "temperature"),
+        (line(top_p=0), "invalid_field", "top_p"),
+        (line(seed=2**70), "invalid_field", "seed"),
+        (line(stop=[""]), "invalid_field", "stop"),
+        (line(stop=5), "invalid_field", "stop"),
+        (line(stop_token_ids=[-1]), "invalid_field", "stop_token_ids"),
+        (line(CHAT_URL, max_tokens=4, max_completion_tokens=5), "invalid_field", "differ"),
+        (line(prompt=["a", "b"]), "not_implemented", "2 prompts in one line"),
+        (line(prompt=[[1], [2]]), "not_implemented", "2 prompts in one line"),
+        (line(prompt=None), "invalid_field", "prompt"),
+        (line(prompt=[1, "a"]), "invalid_field", "prompt"),
+        (line(prompt=[True]), "invalid_field", "prompt"),
+        (line(prompt=[[True]]), "invalid_field", "prompt"),
+        (line(CHAT_URL, messages=[]), "invalid_field", "at least one"),
+        (line(CHAT_URL, messages=["a"]), "invalid_field", "messages[0]"),
+        (line(CHAT_URL, messages=[*CHAT, {"content": "a"}]), "invalid_field", "messages[1].role"),
+        (line(CHAT_URL, messages=[{"role": "user"}]), "invalid_field", "messages[0].content"),
+        (
+            line(CHAT_URL, messages=[{**CHAT[0], "tool_calls": [1]}]),
+            "not_implemented",
+            "messages[0].tool_calls",
+        ),
+        (line(CHAT_URL, messages=[{**CHAT[0], "mood": 1}]), "unknown_field", "messages[0].mood"),
+        (
+            line(CHAT_URL, messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            "not_implemented",
+            "image_url",
+        ),
+        (line(model=None), "invalid_field", "serves 'm'"),
+        (line(model="other"), "model_not_found", "'other' is not served"),
+    ],
+)
+def test_refusals(text: bytes, code: str, words: str) -> None:
+    error = refusal(text)
+    assert error.code == code
+    assert words in str(error)
+    assert error.status == (404 if code == "model_not_found" else 400)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"custom_id": None}, "invalid_line", "custom_id"),
+        ({"custom_id": ""}, "invalid_line", "custom_id"),
+        ({"custom_id": "x" * 513}, "invalid_line", "custom_id"),
+        ({"method": "GET"}, "invalid_line", "'POST', not 'GET'"),
+        ({"url": "/v1/embeddings"}, "unknown_url", "/v1/embeddings"),
+        ({"url": ["a"]}, "unknown_url", "not served"),
+        ({"body": None}, "invalid_line", "body"),
+        ({"extra": 1}, "unknown_field", "'extra'"),
+    ],
+)
+def test_broken_envelopes(changes: dict[str, Any], code: str, words: str) -> None:
+    error = refusal(json.dumps(json.loads(line()) | changes).encode())
+    assert error.code == code
+    assert words in str(error)
+
+
+@given(
+    body=st.dictionaries(
+        st.sampled_from(["model", "prompt", "stop", "n", "max_tokens", "temperature", "seed", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner),
+            max_leaves=4,
+        ),
+    )
+)
+def test_any_body_is_a_request_or_a_line_error(body: dict[str, Any]) -> None:
+    whole = {"custom_id": "c", "method": "POST", "url": COMPLETIONS_URL, "body": body}
+    try:
+        request = parse_line(json.dumps(whole).encode(), "r", str(body.get("model")))
+    except LineError as error:
+        assert error.custom_id == "c"
+    else:
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(request.submit), strict=True)
+
+
+COMPLETION = Completion(
+    request_id="r-1",
+    token_ids=(5, 6, 7),
+    text="flows é",
+    finish_reason="stop",
+    stop_reason="end",
+    num_prompt_tokens=4,
+)
+
+
+def test_completion_line_out() -> None:
+    written = result_line(parse(line()), COMPLETION, model_name="m", created=123)
+    assert b"\n" not in written
+    assert json.loads(written) == {
+        "id": "batch_req_r-1",
+        "custom_id": "c",
+        "response": {
+            "status_code": 200,
+            "request_id": "r-1",
+            "body": {
+                "id": "cmpl-r-1",
+                "object": "text_completion",
+                "created": 123,
+                "model": "m",
+                "choices": [
+                    {
+                        "index": 0,
+                        "text": "flows é",
+                        "logprobs": None,
+                        "finish_reason": "stop",
+                        "stop_reason": "end",
+                    }
+                ],
+                "usage": {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7},
+            },
+        },
+        "error": None,
+    }
+
+
+def test_chat_line_out() -> None:
+    request = parse(line(CHAT_URL))
+    body = json.loads(result_line(request, COMPLETION, model_name="m", created=1))
+    body = body["response"]["body"]
+    assert body["object"] == "chat.completion"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "flows é"}
+    assert "token_ids" not in body["choices"][0]
+
+
+def test_token_ids_in_give_token_ids_out() -> None:
+    written = result_line(parse(line(prompt=[1, 2])), COMPLETION, model_name="m", created=1)
+    assert json.loads(written)["response"]["body"]["choices"][0]["token_ids"] == [5, 6, 7]
+
+
+def test_error_line_out() -> None:
+    written = error_line(None, "r-1", status=400, code="invalid_json", message="bad", line=3)
+    assert json.loads(written) == {
+        "id": "batch_req_r-1",
+        "custom_id": None,
+        "response": {"status_code": 400, "request_id": "r-1", "body": None},
+        "error": {"message": "bad", "code": "invalid_json", "line": 3},
+    }
