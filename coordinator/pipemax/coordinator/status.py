@@ -1,5 +1,6 @@
 """What the system is doing now, as one snapshot for `pipemax status` and /metrics."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -29,6 +30,7 @@ class StatusView:
         self._before: dict[str, dict[str, float]] = {}
         self._steps = [0] * config.pipeline_parallel_size
         self._links: tuple[LinkTotals, ...] = ()
+        self._links_before: tuple[LinkTotals, ...] = ()
         self.draining = False
         self.latest: Status | None = None
 
@@ -50,21 +52,21 @@ class StatusView:
     def kv_report(self, report: KvReport) -> tuple[Sequence[int], Sequence[float]]:
         """Take the daemon's totals; returns what loads grew by since the last report, in bytes and
         seconds per stage."""
+        if any(_is_behind(n, b) for n, b in zip(report.links, self._links, strict=False)):
+            # The daemon was restarted and counts from zero again.
+            self._links_before = _add(self._links_before, self._links)
+            self._links = ()
         before = self._links or tuple(LinkTotals() for _ in report.links)
         self._links = report.links
+        pairs = list(zip(report.links, before, strict=True))
         return (
-            [
-                max(0, n.load_bytes - b.load_bytes)
-                for n, b in zip(report.links, before, strict=True)
-            ],
-            [
-                max(0.0, n.load_seconds - b.load_seconds)
-                for n, b in zip(report.links, before, strict=True)
-            ],
+            [now.load_bytes - then.load_bytes for now, then in pairs],
+            [now.load_seconds - then.load_seconds for now, then in pairs],
         )
 
     def refresh(self) -> Status:
         state, counters, blocks = self._state, self._state.counters, self._state.blocks
+        links = _add(self._links_before, self._links)
         self.latest = Status(
             instance_id=self._instance_id,
             phase=self._phase(),
@@ -84,10 +86,10 @@ class StatusView:
             device_blocks_used=blocks.num_blocks - blocks.num_free,
             host_blocks_total=state.num_host_blocks,
             host_blocks_used=state.host_used,
-            load_bytes=sum(link.load_bytes for link in self._links),
-            store_bytes=sum(link.store_bytes for link in self._links),
-            load_seconds=sum(link.load_seconds for link in self._links),
-            store_seconds=sum(link.store_seconds for link in self._links),
+            load_bytes=sum(link.load_bytes for link in links),
+            store_bytes=sum(link.store_bytes for link in links),
+            load_seconds=sum(link.load_seconds for link in links),
+            store_seconds=sum(link.store_seconds for link in links),
             epoch=self._assembly.epoch,
             missing=() if self._assembly.running else self._assembly.missing,
             stages=tuple(
@@ -115,3 +117,21 @@ class StatusView:
             steps=self._steps[index],
             activation_transport=ready.activation_transport if ready else "",
         )
+
+
+def _is_behind(now: LinkTotals, then: LinkTotals) -> bool:
+    return now.load_bytes < then.load_bytes or now.store_bytes < then.store_bytes
+
+
+def _add(one: Sequence[LinkTotals], other: Sequence[LinkTotals]) -> tuple[LinkTotals, ...]:
+    return tuple(
+        LinkTotals(
+            load_bytes=a.load_bytes + b.load_bytes,
+            load_seconds=a.load_seconds + b.load_seconds,
+            load_copies=a.load_copies + b.load_copies,
+            store_bytes=a.store_bytes + b.store_bytes,
+            store_seconds=a.store_seconds + b.store_seconds,
+            store_copies=a.store_copies + b.store_copies,
+        )
+        for a, b in itertools.zip_longest(one, other, fillvalue=LinkTotals())
+    )

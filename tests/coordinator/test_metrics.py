@@ -1,0 +1,86 @@
+"""/metrics as Prometheus reads it."""
+
+import pytest
+from prometheus_client import generate_latest
+
+from pipemax.coordinator.assembly import Assembly
+from pipemax.coordinator.metrics import Metrics
+from pipemax.coordinator.state import SchedulerLimits, SchedulerState
+from pipemax.coordinator.status import StatusView
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.messages.control import KvReport, LinkTotals
+from pipemax.proto.messages.ingest import Finished
+from support.promtool import check_metrics
+
+STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
+
+
+@pytest.fixture
+def view() -> StatusView:
+    config = EngineConfig(
+        model="m",
+        served_model_name="tiny",
+        layer_split=(1, 1),
+        pipeline_parallel_size=2,
+        max_model_len=64,
+    )
+    limits = SchedulerLimits(16, 2, 8, 64, 64, frozenset())
+    return StatusView(config, "i", SchedulerState(limits), Assembly(2))
+
+
+def report(load_bytes: int, load_seconds: float) -> KvReport:
+    links = tuple(LinkTotals(load_bytes=load_bytes, load_seconds=load_seconds) for _ in range(2))
+    return KvReport(host_blocks_total=9, host_blocks_used=1, links=links, queued_load_bytes=(0, 0))
+
+
+def exposition(view: StatusView, *finished: Finished) -> str:
+    metrics = Metrics("tiny", lambda: view.latest)
+    for one in finished:
+        metrics.request_finished(one)
+    return generate_latest(metrics.registry).decode()
+
+
+def result(**changes) -> Finished:
+    values = {
+        "request_id": "x",
+        "token_ids": (1, 2, 3),
+        "text": "",
+        "finish_reason": "stop",
+        "num_prompt_tokens": 3,
+        "queue_s": 0.1,
+        "first_token_s": 0.2,
+        "total_s": 0.4,
+    }
+    return Finished(**(values | changes))
+
+
+def test_promtool_accepts_it(view):
+    view.stage_step(0, dict.fromkeys(STATES, 1.0))
+    view.stage_step(1, dict.fromkeys(STATES, 2.0))
+    view.kv_report(report(1000, 0.5))
+    view.refresh()
+    text = exposition(view, result(), result(finish_reason="length"))
+    check_metrics(text)
+    assert 'pipemax_stage_seconds_total{stage="1",state="wait_kv"} 2.0' in text
+    assert 'pipemax_kv_offload_load_bytes_total{model_name="tiny"} 2000.0' in text
+    success = 'pipemax_request_success_total{finished_reason="length",model_name="tiny"} 1.0'
+    assert success in text
+
+
+def test_latency_between_tokens_is_the_mean_after_the_first(view):
+    view.refresh()
+    text = exposition(view, result())
+    assert 'pipemax_inter_token_latency_seconds_sum{model_name="tiny"} 0.1' in text
+
+
+def test_counters_go_on_when_a_process_restarts(view):
+    view.stage_step(0, dict.fromkeys(STATES, 5.0))
+    view.stage_seconds("stage-0", dict.fromkeys(STATES, 1.0))
+    assert view.refresh().stages[0].state_seconds["compute"] == 6.0
+
+
+def test_links_grow_by_differences_and_restart_from_zero(view):
+    assert view.kv_report(report(100, 1.0)) == ([100, 100], [1.0, 1.0])
+    assert view.kv_report(report(150, 1.5)) == ([50, 50], [0.5, 0.5])
+    assert view.kv_report(report(30, 0.5)) == ([30, 30], [0.5, 0.5])
+    assert view.refresh().load_bytes == 2 * (150 + 30)
