@@ -87,6 +87,11 @@ TORCH_MODULES: tuple[str, ...] = ()
         (("up",), "--model is missing"),
         (("up", "--model", "/no/such/folder"), "/no/such/folder does not exist"),
         (("up", "--model", "/tmp", "--device", "cuda"), "not implemented yet"),
+        (("run-batch", "-o", "x"), "Missing option '--input-file'"),
+        (("run-batch", "-i", "/no/such", "-o", "x"), "cannot read /no/such"),
+        (("run-batch", "-i", __file__, "-o", "/no/such/out"), "cannot write /no/such/out"),
+        (("run-batch", "-i", __file__, "-o", "/dev/null", "--name", "ghost"), "no system named"),
+        (("run-batch", "-i", __file__, "-o", "/dev/null", "--model", "/no/such"), "does not exist"),
     ],
 )
 def test_what_the_user_can_correct_exits_with_2(arguments: tuple[str, ...], text: str) -> None:
@@ -97,6 +102,14 @@ def test_down_and_status_without_a_system_say_so(runtime_dir: Path) -> None:
     assert_one_line(pipemax("down", "--name", "ghost"), 1, "no system named 'ghost' is running")
     assert_one_line(pipemax("status", "--name", "ghost"), 1, "'ghost' is not running")
     assert list(runtime_dir.iterdir()) == []
+
+
+def test_batch_on_a_running_system_takes_no_engine_flags(runtime_dir: Path) -> None:
+    lock = RunLock(create_run_dir("mine"))
+    batch = ("run-batch", "-i", __file__, "-o", "/dev/null", "--name", "mine")
+    done = pipemax(*batch, "--block-size", "8", "--model", "/m")
+    lock.release()
+    assert_one_line(done, 2, "leave out --model, --block-size")
 
 
 def test_down_signals_the_launcher_and_waits_for_the_lock(runtime_dir: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import NotRunningError
+from pipemax.proto.rundir import LOG_DIR
 from pipemax.services.foreground import handlers
 from pipemax.services.launcher.supervisor import Policy
 from pipemax.services.launcher.system import System
@@ -33,6 +34,7 @@ def own_system(
         temporary=temporary,
     )
     with handlers({signum: _leave(signum) for signum in _STOP_SIGNALS}), system:
+        typer.echo(f"starting {config.name}; logs are in {system.run_dir / LOG_DIR}", err=True)
         system.wait_ready()
         try:
             yield system

@@ -26,10 +26,11 @@ def stage_table(status: Status, previous: Status | None = None) -> Table:
         table.add_column(heading, justify="right")
     before = {} if previous is None else {(s.stage, s.pid): s for s in previous.stages}
     for stage in status.stages:
+        first, end = stage.layers
         shares = state_shares(stage, before.get((stage.stage, stage.pid)))
         table.add_row(
             f"stage-{stage.stage}",
-            f"{stage.layers[0]}–{stage.layers[1] - 1}",
+            f"{first}–{end - 1}" if end > first else "–",
             str(stage.steps),
             *(f"{shares.get(state, 0.0):.1%}" for state in STATES),
         )
