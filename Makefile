@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml ops/constraints-cpu.txt
 		{ echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing pipemax and its dependencies into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)
