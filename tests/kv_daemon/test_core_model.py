@@ -6,6 +6,8 @@ a host block given away too soon or a Loaded sent too soon shows up as a wrong t
 """
 
 from dataclasses import dataclass, field
+from random import Random
+from typing import TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -13,7 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pipemax.kv_daemon.core import KvCore
 from pipemax.kv_daemon.events import (
-    DIRECTIONS,
     Command,
     CopyDone,
     Event,
@@ -40,9 +41,12 @@ from pipemax.proto.messages.control import (
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
 
+T = TypeVar("T")
 Token = tuple[int, int, int]
 TORN: Token = (-1, -1, -1)
-NUM_DEVICE = 10
+NUM_DEVICE = 12
+RANDOM = st.randoms(use_true_random=True)
+"""A seed: choices within a rule need no shrinking of their own."""
 HANDLE = MemfdHandle(pid=1, fd=1, inode=1, size_bytes=1)
 
 
@@ -74,16 +78,28 @@ class CopyUnderWay:
 class Machine(RuleBasedStateMachine):
     @initialize(
         num_stages=st.integers(1, 3),
-        host_blocks=st.integers(0, 9),
+        host_blocks=st.integers(0, 8),
         piece_blocks=st.integers(1, 4),
         merging=st.booleans(),
+        pace=st.integers(1, 8),
+        random=RANDOM,
     )
-    def start(self, num_stages: int, host_blocks: int, piece_blocks: int, merging: bool) -> None:
+    def start(
+        self,
+        num_stages: int,
+        host_blocks: int,
+        piece_blocks: int,
+        merging: bool,
+        pace: int,
+        random: Random,
+    ) -> None:
+        self.pace = pace
+        self.random = random
         self.num_stages = num_stages
         self.block_bytes = [64 * (s + 1) for s in range(num_stages)]
         host_bytes = host_blocks * sum(self.block_bytes) + 63
         merge_runs = merge if merging else unmerged
-        self.core = KvCore(num_stages, host_bytes, piece_blocks * 64, merge_runs)
+        self.core = KvCore(num_stages, host_bytes, piece_blocks * 128, merge_runs)
         self.host_blocks = host_blocks
         self.host: list[dict[int, Token]] = [{} for _ in range(num_stages)]
         self.device: list[dict[int, Token]] = [{} for _ in range(num_stages)]
@@ -119,6 +135,8 @@ class Machine(RuleBasedStateMachine):
         self.released_copies: dict[int, list[CopyUnderWay]] = {}
         self.attached: set[int] = set()
         self.ready = False
+        if not keep:
+            self.to_drop.clear()
         for request, blocks in list(self.requests.items()):
             kept = []
             for block in blocks:
@@ -126,7 +144,7 @@ class Machine(RuleBasedStateMachine):
                     break
                 block.device = None
                 kept.append(block)
-            if len(kept) < len(blocks):
+            if keep and len(kept) < len(blocks):
                 # What was stored beyond the first lost block is of no use: dropped once ready.
                 self.to_drop.append((request, len(kept)))
             self.requests[request] = kept
@@ -196,6 +214,8 @@ class Machine(RuleBasedStateMachine):
             assert not self.copies
             assert message.num_host_blocks == self.host_blocks
             self.ready = True
+            self.drop_what_was_lost()
+            assert self.core.host_blocks_used == self.host_used
             return
         if isinstance(message, Released):
             for request in message.requests:
@@ -235,22 +255,25 @@ class Machine(RuleBasedStateMachine):
         after = max(block.filled_by for block in blocks)
         self.feed(Store(epoch=self.epoch, after=after, blocks=tuple(moves)))
 
+    def targets(self, random: Random, in_order: bool, wanted: int) -> list[int]:
+        free = sorted(self.free)
+        return (free if in_order else shuffled(random, free))[:wanted]
+
     # What may happen.
 
     @precondition(lambda self: self.ready and self.free)
-    @rule(data=st.data(), store_now=st.booleans())
-    def fill(self, data: st.DataObject, store_now: bool) -> None:
-        """A step fills new blocks of some requests."""
+    @rule(random=RANDOM, in_order=st.booleans(), store_now=st.sampled_from([True, True, False]))
+    def fill(self, random: Random, in_order: bool, store_now: bool) -> None:
+        """A step fills new blocks of one or two requests."""
         step = self.plan()
         new: list[Block] = []
-        wanted = data.draw(st.integers(1, min(4, len(self.free))))
-        for _ in range(wanted):
-            request = data.draw(st.sampled_from([self.next_request, *sorted(self.requests)]))
-            if request in self.releasing:
-                continue
+        known = [self.next_request, *sorted(self.requests.keys() - self.releasing.keys())]
+        chosen = random.choices(known, k=random.randint(1, 2))
+        wanted = random.randint(1, min(5, len(self.free)))
+        for position, device in enumerate(self.targets(random, in_order, wanted)):
+            request = chosen[position % len(chosen)]
             self.next_request = max(self.next_request, request + 1)
             blocks = self.requests.setdefault(request, [])
-            device = data.draw(st.sampled_from(sorted(self.free)))
             self.free.remove(device)
             self.version += 1
             block = Block((request, len(blocks), self.version), device, step.step)
@@ -261,38 +284,38 @@ class Machine(RuleBasedStateMachine):
         if store_now and new and self.host_used + len(new) <= self.host_blocks:
             self.send_store(new)
 
-    @precondition(lambda self: self.ready)
-    @rule(data=st.data())
-    def store(self, data: st.DataObject) -> None:
+    def blocks(self) -> list[Block]:
+        return [block for blocks in self.requests.values() for block in blocks]
+
+    @precondition(lambda self: self.ready and any(b.device is not None for b in self.blocks()))
+    @rule(random=RANDOM)
+    def store(self, random: Random) -> None:
         """Stores blocks on the device; some may be stored or being stored already."""
-        there = [b for bs in self.requests.values() for b in bs if b.device is not None]
-        if not there:
-            return
-        chosen = data.draw(st.lists(st.sampled_from(there), min_size=1, max_size=5, unique=True))
+        there = [block for block in self.blocks() if block.device is not None]
+        chosen = shuffled(random, there)[: random.randint(1, 5)]
         if self.host_used + sum(not b.store_sent for b in chosen) <= self.host_blocks:
             self.send_store(chosen)
 
-    @precondition(lambda self: self.ready)
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
+    @precondition(lambda self: self.ready and any(b.stored and b.device for b in self.blocks()))
+    @rule(random=RANDOM)
+    def evict(self, random: Random) -> None:
         """Forgets device copies of stored blocks."""
-        there = [b for bs in self.requests.values() for b in bs if b.stored]
-        for block in data.draw(st.lists(st.sampled_from(there), unique=True)) if there else ():
+        there = [block for block in self.blocks() if block.stored]
+        for block in shuffled(random, there)[: random.randint(1, 5)]:
             self.give_up_device(block)
 
-    @precondition(lambda self: self.ready and self.free)
-    @rule(data=st.data(), in_order=st.booleans())
-    def prefetch(self, data: st.DataObject, in_order: bool) -> None:
+    @precondition(lambda self: self.ready and any(b.store_sent for b in self.blocks()))
+    @rule(random=RANDOM, in_order=st.booleans())
+    def prefetch(self, random: Random, in_order: bool) -> None:
         """A step reads blocks that a Prefetch brings for it, stored or being stored."""
-        there = [b for bs in self.requests.values() for b in bs if b.store_sent]
-        chosen = data.draw(st.lists(st.sampled_from(there), unique=True)) if there else []
-        chosen = chosen[: len(self.free)]
-        targets = sorted(self.free)
+        chosen = [block for block in self.blocks() if block.store_sent]
         if not in_order:
-            targets = data.draw(st.permutations(targets))
+            chosen = shuffled(random, chosen)
+        chosen = chosen[: random.randint(0, len(self.free))]
+        targets = self.targets(random, in_order, len(chosen))
         step = self.plan()
         step.wait_for_load = True
-        step.reads = {d: b.token for d, b in zip(targets, chosen, strict=False)}
+        step.reads = {d: b.token for d, b in zip(targets, chosen, strict=True)}
         self.prefetches[step.step] = step.reads
         after = max((self.last_use[d] for d in step.reads), default=-1)
         moves = tuple(BlockMove(t[0], t[1], d) for d, t in step.reads.items())
@@ -300,24 +323,30 @@ class Machine(RuleBasedStateMachine):
         self.feed(Prefetch(epoch=self.epoch, step=step.step, after=after, blocks=moves))
 
     @precondition(lambda self: self.ready and self.requests)
-    @rule(data=st.data())
-    def drop(self, data: st.DataObject) -> None:
-        request = data.draw(st.sampled_from(sorted(self.requests)))
-        first = data.draw(st.integers(0, len(self.requests[request])))
-        self.drop_from(request, first)
+    @rule(random=RANDOM, choice=st.sampled_from(["drop", "drop", "release"]))
+    def forget(self, random: Random, choice: str) -> None:
+        if choice == "drop":
+            self.drop(random)
+        else:
+            self.release(random)
 
-    def drop_from(self, request: int, first: int) -> None:
+    def drop(self, random: Random) -> None:
+        """Drops, and may at once use what that frees, copies under way or not."""
+        request = random.choice(sorted(self.requests))
+        first = random.randint(0, len(self.requests[request]))
         dropped = self.requests[request][first:]
         del self.requests[request][first:]
         self.gone.update(block.token for block in dropped)
         for block in dropped:
             self.give_up_device(block)
         self.feed(Drop(epoch=self.epoch, request=request, first_index=first))
+        others = [b for b in self.blocks() if b.device is not None and not b.store_sent]
+        others = others[: self.host_blocks - self.host_used]
+        if others and random.random() < 0.5:
+            self.send_store(others)
 
-    @precondition(lambda self: self.ready and self.requests)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.requests)), unique=True))
+    def release(self, random: Random) -> None:
+        chosen = shuffled(random, sorted(self.requests))[: random.randint(1, 2)]
         for request in chosen:
             blocks = self.requests.pop(request)
             self.releasing[request] = blocks
@@ -338,11 +367,28 @@ class Machine(RuleBasedStateMachine):
             return False
         return not step.wait_for_load or step.step in self.loaded[stage]
 
-    @rule(data=st.data())
-    def compute(self, data: st.DataObject) -> None:
-        able = [stage for stage in range(self.num_stages) if self.can_compute(stage)]
-        if able:
-            self.compute_on(data.draw(st.sampled_from(able)))
+    @invariant()
+    def progress(self) -> None:
+        """Between any two rules stages attach and compute and copies end, in any order."""
+        if not hasattr(self, "core"):
+            return
+        random = self.random
+        for _ in range(random.randint(0, self.pace)):
+            missing = sorted(set(range(self.num_stages)) - self.attached)
+            able = self.able()
+            kinds = [kind for kind in (missing, able, sorted(self.copies)) if kind]
+            if not kinds:
+                return
+            kind = random.choice(kinds)
+            if kind is missing:
+                self.attach_stage(random.choice(missing))
+            elif kind is able:
+                self.compute_on(random.choice(able))
+            else:
+                self.finish_copy(random.choice(sorted(self.copies)))
+
+    def able(self) -> list[int]:
+        return [stage for stage in range(self.num_stages) if self.can_compute(stage)]
 
     def compute_on(self, stage: int) -> None:
         self.computed[stage] += 1
@@ -351,11 +397,6 @@ class Machine(RuleBasedStateMachine):
             assert token in self.gone or self.device[stage][device_block] == token
         self.device[stage].update(step.fills)
         self.feed(FromStage(stage, Computed(epoch=self.epoch, step=step.step)))
-
-    @precondition(lambda self: self.copies)
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
-        self.finish_copy(data.draw(st.sampled_from(sorted(self.copies))))
 
     def finish_copy(self, key: tuple[int, str]) -> None:
         copy = self.copies.pop(key)
@@ -368,27 +409,22 @@ class Machine(RuleBasedStateMachine):
                 copy.device[device_block] = token
         self.feed(CopyDone(stage, copy.command.direction))
 
-    @rule(data=st.data(), keep=st.booleans())
-    def reset(self, data: st.DataObject, keep: bool) -> None:
+    @precondition(lambda self: not self.ready or len(self.steps) > 12)
+    @rule(random=RANDOM, keep=st.booleans())
+    def reset(self, random: Random, keep: bool) -> None:
         """Any stages restart; some offers reach the daemon before the coordinator's Reset."""
         stages = range(self.num_stages)
-        restarted = data.draw(st.sets(st.sampled_from(stages)))
-        early = data.draw(st.sets(st.sampled_from(stages)))
+        restarted = random.sample(stages, random.randint(0, self.num_stages))
+        early = random.sample(stages, random.randint(0, self.num_stages))
         old_epoch = self.epoch
         self.begin_epoch(keep)
         for stage in restarted:
             self.device[stage] = {}
-        for stage in sorted(early):
+        for stage in early:
             self.attach_stage(stage)
         self.feed(Reset(epoch=self.epoch, keep_host_blocks=keep))
         self.feed(FromStage(0, Computed(epoch=old_epoch, step=10**6)))
         self.feed(Store(epoch=old_epoch, after=-1, blocks=(BlockMove(9, 9, 0),)))
-
-    @precondition(lambda self: len(self.attached) < self.num_stages)
-    @rule(data=st.data())
-    def attach(self, data: st.DataObject) -> None:
-        missing = sorted(set(range(self.num_stages)) - self.attached)
-        self.attach_stage(data.draw(st.sampled_from(missing)))
 
     def attach_stage(self, stage: int) -> None:
         offer = AttachPool(
@@ -400,12 +436,10 @@ class Machine(RuleBasedStateMachine):
         )
         self.feed(FromStage(stage, offer))
 
-    @invariant()
-    def blocks_beyond_the_lost_are_dropped(self) -> None:
-        if getattr(self, "ready", False):
-            while self.to_drop:
-                request, first = self.to_drop.pop()
-                self.feed(Drop(epoch=self.epoch, request=request, first_index=first))
+    def drop_what_was_lost(self) -> None:
+        while self.to_drop:
+            request, first = self.to_drop.pop()
+            self.feed(Drop(epoch=self.epoch, request=request, first_index=first))
 
     def teardown(self) -> None:
         """Left alone, everything asked for is done."""
@@ -425,17 +459,19 @@ class Machine(RuleBasedStateMachine):
                 while self.can_compute(stage):
                     self.compute_on(stage)
                     progress = True
-        self.blocks_beyond_the_lost_are_dropped()
         assert self.ready
         assert not self.core.busy
         assert not self.releasing
         for stage in range(self.num_stages):
             assert self.computed[stage] == self.first_step + len(self.steps) - 1
             assert self.loaded[stage] >= set(self.prefetches)
-        blocks = [block for blocks in self.requests.values() for block in blocks]
-        assert all(block.stored for block in blocks if block.store_sent)
+        assert all(block.stored for block in self.blocks() if block.store_sent)
         assert self.core.host_blocks_used == self.host_used
         assert self.core.queued_load_bytes() == (0,) * self.num_stages
+
+
+def shuffled(random: Random, items: list[T]) -> list[T]:
+    return random.sample(items, len(items))
 
 
 def pairs(command: StartCopy) -> list[tuple[int, int]]:
@@ -447,5 +483,5 @@ def pairs(command: StartCopy) -> list[tuple[int, int]]:
     ]
 
 
-Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=80, deadline=None)
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=100, deadline=None)
 TestCore = Machine.TestCase
