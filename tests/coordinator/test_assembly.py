@@ -2,13 +2,13 @@
 
 import pytest
 
-from pipemax.coordinator.assembly import DAEMON, Assembly, ResetAll, stage_name
+from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
 from pipemax.coordinator.events import Paused, Resumed
-from pipemax.proto.messages.control import Hello, KvReady, StageReady
+from pipemax.proto.messages.control import Hello, KvReady, Role, StageReady
 
 
 def hello(name: str, incarnation: str) -> Hello:
-    role = "kv_daemon" if name == DAEMON else "stage"
+    role: Role = "kv_daemon" if name == DAEMON else "stage"
     index = 0 if name == DAEMON else int(name.removeprefix("stage-"))
     return Hello(protocol=1, role=role, index=index, pid=1, incarnation=incarnation)
 
@@ -27,15 +27,17 @@ def ready(name: str, num_blocks: int = 100) -> StageReady | KvReady:
     )
 
 
-def start(assembly: Assembly, name: str, incarnation: str = "1", num_blocks: int = 100):
+def start(
+    assembly: Assembly, name: str, incarnation: str = "1", num_blocks: int = 100
+) -> list[Action]:
     return [
         *assembly.hello(name, hello(name, incarnation)),
         *assembly.ready(name, ready(name, num_blocks)),
     ]
 
 
-def answer_reset(assembly: Assembly, names: list[str]):
-    actions = []
+def answer_reset(assembly: Assembly, names: list[str]) -> list[Action]:
+    actions: list[Action] = []
     for name in names:
         actions += assembly.reset_done(name, assembly.epoch, 50 if name == DAEMON else 0)
     return actions
@@ -52,7 +54,7 @@ def running() -> tuple[Assembly, list[str]]:
     return assembly, names
 
 
-def test_resets_once_all_are_ready_and_resumes_once_all_have_answered():
+def test_resets_once_all_are_ready_and_resumes_once_all_have_answered() -> None:
     assembly = Assembly(2)
     assert start(assembly, "stage-1", num_blocks=30) == []
     assert start(assembly, DAEMON) == []
@@ -71,7 +73,7 @@ def test_resets_once_all_are_ready_and_resumes_once_all_have_answered():
     assert assembly.missing == ()
 
 
-def test_repeated_hello_changes_nothing(running):
+def test_repeated_hello_changes_nothing(running: tuple[Assembly, list[str]]) -> None:
     assembly, _ = running
     assert assembly.hello("stage-0", hello("stage-0", "1")) == []
     assert assembly.running
@@ -80,24 +82,32 @@ def test_repeated_hello_changes_nothing(running):
 @pytest.mark.parametrize(
     ("lost", "device_kept", "host_kept"), [("stage-1", False, True), (DAEMON, True, False)]
 )
-def test_a_restarted_process_pauses_and_says_what_survived(running, lost, device_kept, host_kept):
+def test_a_restarted_process_pauses_and_says_what_survived(
+    running: tuple[Assembly, list[str]], lost: str, device_kept: bool, host_kept: bool
+) -> None:
     assembly, names = running
     assert assembly.hello(lost, hello(lost, "2")) == [Paused()]
     (reset,) = assembly.ready(lost, ready(lost))
+    assert isinstance(reset, ResetAll)
     assert reset.message.epoch == 2
     assert reset.message.keep_host_blocks == host_kept
     (resumed,) = answer_reset(assembly, names)
+    assert isinstance(resumed, Resumed)
     assert resumed.device_kept == device_kept
     assert resumed.host_kept == host_kept
 
 
-def test_a_second_loss_during_recovery_voids_the_first_reset(running):
+def test_a_second_loss_during_recovery_voids_the_first_reset(
+    running: tuple[Assembly, list[str]],
+) -> None:
     assembly, names = running
     start(assembly, "stage-0", "2")
     answer_reset(assembly, ["stage-0", "stage-1"])
     (reset,) = start(assembly, DAEMON, "2")
+    assert isinstance(reset, ResetAll)
     assert reset.message.epoch == 3
     assert assembly.reset_done(DAEMON, 2, 50) == [], "an answer to the older Reset"
     (resumed,) = answer_reset(assembly, names)
+    assert isinstance(resumed, Resumed)
     assert not resumed.device_kept
     assert not resumed.host_kept

@@ -8,7 +8,7 @@ from pipemax.coordinator.link_budget import LINK_EFFICIENCY, UNLIMITED, LinkBudg
 from pipemax.coordinator.policy import Candidate, OldestFirst, SlotTarget
 
 
-def test_copies_get_blocks_no_step_in_flight_uses():
+def test_copies_get_blocks_no_step_in_flight_uses() -> None:
     blocks = DeviceBlocks(6)
     taken = blocks.take_for_write(6)
     assert taken is not None
@@ -20,7 +20,7 @@ def test_copies_get_blocks_no_step_in_flight_uses():
     assert blocks.take_for_copy(2, latest_step=6) == (taken[2:4], -1)
 
 
-def test_writes_take_the_blocks_copies_would_have_to_wait_for():
+def test_writes_take_the_blocks_copies_would_have_to_wait_for() -> None:
     blocks = DeviceBlocks(4)
     taken = blocks.take_for_write(2)
     assert taken is not None
@@ -30,7 +30,7 @@ def test_writes_take_the_blocks_copies_would_have_to_wait_for():
 
 
 @given(st.data())
-def test_blocks_are_neither_lost_nor_given_twice(data):
+def test_blocks_are_neither_lost_nor_given_twice(data: st.DataObject) -> None:
     total = data.draw(st.integers(1, 30))
     blocks = DeviceBlocks(total)
     held: list[int] = []
@@ -59,7 +59,9 @@ def test_blocks_are_neither_lost_nor_given_twice(data):
     st.integers(0, 60),
     st.integers(-5, 60),
 )
-def test_prefetch_stays_within_budget_and_never_passes_over_the_oldest(pairs, budget, free):
+def test_prefetch_stays_within_budget_and_never_passes_over_the_oldest(
+    pairs: list[tuple[int, int]], budget: int, free: int
+) -> None:
     candidates = [Candidate(key, turn, load, load * 16) for key, (turn, load) in enumerate(pairs)]
     chosen = OldestFirst().choose_prefetch(candidates, budget, free)
     loads = {c.key: c.load_blocks for c in candidates}
@@ -70,13 +72,13 @@ def test_prefetch_stays_within_budget_and_never_passes_over_the_oldest(pairs, bu
         assert sum(loads[k] for k in chosen) + by_wait[len(chosen)].load_blocks > min(budget, free)
 
 
-def test_residents_even_out_the_count():
+def test_residents_even_out_the_count() -> None:
     candidates = [Candidate(key, 10 - key, 0, 16) for key in range(6)]
     chosen = OldestFirst().choose_residents(candidates, candidates[:1], SlotTarget(3, 48))
     assert chosen == [5, 4]
 
 
-def test_budget_is_the_slowest_links_share_of_a_step():
+def test_budget_is_the_slowest_links_share_of_a_step() -> None:
     budget = LinkBudget([100, 200])
     assert budget.grant(10) == UNLIMITED or budget.grant(10) > 10**6
     for stage, (rate, step_s) in enumerate([(1e6, 0.01), (1e6, 0.02)]):
@@ -85,7 +87,7 @@ def test_budget_is_the_slowest_links_share_of_a_step():
     assert budget.per_step == LINK_EFFICIENCY * 1e6 * 0.01 / 100
 
 
-def test_unused_budget_adds_up_to_one_large_request_and_no_further():
+def test_unused_budget_adds_up_to_one_large_request_and_no_further() -> None:
     budget = LinkBudget([100])
     budget.link_measured(0, 1000, 1.0)
     budget.step_measured(0, 0.5)  # 4.5 blocks a step

@@ -1,5 +1,7 @@
 """The scheduling core against a world in which KV really moves and really is overwritten."""
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,9 @@ from support.scheduler_world import World, expected_output
 EOS = frozenset({7})
 
 
-def make_requests(world: World, count: int, longest_prompt: int, longest_output: int):
+def make_requests(
+    world: World, count: int, longest_prompt: int, longest_output: int
+) -> Iterator[tuple[int, list[int], int]]:
     capacity = (world.num_blocks - 1) * world.size
     for key in range(count):
         output = world.random.randint(1, longest_output)
@@ -36,8 +40,15 @@ def run_to_end(world: World, most_events: int = 200_000) -> None:
     cancels=st.integers(0, 4),
 )
 def test_every_request_finishes_once_with_the_right_tokens(
-    seed, stages, block_size, blocks, host, count, losses, cancels
-):
+    seed: int,
+    stages: int,
+    block_size: int,
+    blocks: int,
+    host: int,
+    count: int,
+    losses: int,
+    cancels: int,
+) -> None:
     world = World(seed, stages=stages, blocks=blocks, host=host, block_size=block_size)
     capacity = (blocks - 1) * block_size
     requests = list(make_requests(world, count, min(60, capacity // 2), min(30, capacity // 2)))
@@ -72,7 +83,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_most_context_is_prefetched_when_the_pool_is_small(stages):
+def test_most_context_is_prefetched_when_the_pool_is_small(stages: int) -> None:
     world = World(1, stages=stages, blocks=48, host=4000, block_size=8)
     for key, prompt, output in make_requests(world, 24, 150, 60):
         world.submit(key, prompt, output)
@@ -82,7 +93,7 @@ def test_most_context_is_prefetched_when_the_pool_is_small(stages):
     assert counters.decode_prefetched_tokens >= 0.5 * counters.decode_context_tokens
 
 
-def test_nothing_is_stored_while_the_device_pool_is_large_enough():
+def test_nothing_is_stored_while_the_device_pool_is_large_enough() -> None:
     world = World(1, stages=2, blocks=400, host=4000, block_size=8)
     for key, prompt, output in make_requests(world, 10, 100, 40):
         world.submit(key, prompt, output)
@@ -92,7 +103,7 @@ def test_nothing_is_stored_while_the_device_pool_is_large_enough():
     assert world.scheduler.state.counters.preemptions == 0
 
 
-def test_without_a_host_pool_requests_are_recomputed_and_still_right():
+def test_without_a_host_pool_requests_are_recomputed_and_still_right() -> None:
     world = World(3, stages=2, blocks=30, host=0, block_size=4)
     requests = list(make_requests(world, 12, 40, 40))
     for request in requests:

@@ -9,7 +9,7 @@ from pipemax.coordinator.state import SchedulerLimits, SchedulerState
 from pipemax.coordinator.status import StatusView
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
-from pipemax.proto.messages.ingest import Finished
+from pipemax.proto.messages.ingest import Finished, FinishReason
 from support.promtool import check_metrics
 
 STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
@@ -40,21 +40,20 @@ def exposition(view: StatusView, *finished: Finished) -> str:
     return generate_latest(metrics.registry).decode()
 
 
-def result(**changes) -> Finished:
-    values = {
-        "request_id": "x",
-        "token_ids": (1, 2, 3),
-        "text": "",
-        "finish_reason": "stop",
-        "num_prompt_tokens": 3,
-        "queue_s": 0.1,
-        "first_token_s": 0.2,
-        "total_s": 0.4,
-    }
-    return Finished(**(values | changes))
+def result(finish_reason: FinishReason = "stop") -> Finished:
+    return Finished(
+        request_id="x",
+        token_ids=(1, 2, 3),
+        text="",
+        finish_reason=finish_reason,
+        num_prompt_tokens=3,
+        queue_s=0.1,
+        first_token_s=0.2,
+        total_s=0.4,
+    )
 
 
-def test_promtool_accepts_it(view):
+def test_promtool_accepts_it(view: StatusView) -> None:
     view.stage_step(0, dict.fromkeys(STATES, 1.0))
     view.stage_step(1, dict.fromkeys(STATES, 2.0))
     view.kv_report(report(1000, 0.5))
@@ -67,19 +66,19 @@ def test_promtool_accepts_it(view):
     assert success in text
 
 
-def test_latency_between_tokens_is_the_mean_after_the_first(view):
+def test_latency_between_tokens_is_the_mean_after_the_first(view: StatusView) -> None:
     view.refresh()
     text = exposition(view, result())
     assert 'pipemax_inter_token_latency_seconds_sum{model_name="tiny"} 0.1' in text
 
 
-def test_counters_go_on_when_a_process_restarts(view):
+def test_counters_go_on_when_a_process_restarts(view: StatusView) -> None:
     view.stage_step(0, dict.fromkeys(STATES, 5.0))
     view.stage_seconds("stage-0", dict.fromkeys(STATES, 1.0))
     assert view.refresh().stages[0].state_seconds["compute"] == 6.0
 
 
-def test_links_grow_by_differences_and_restart_from_zero(view):
+def test_links_grow_by_differences_and_restart_from_zero(view: StatusView) -> None:
     assert view.kv_report(report(100, 1.0)) == ([100, 100], [1.0, 1.0])
     assert view.kv_report(report(150, 1.5)) == ([50, 50], [0.5, 0.5])
     assert view.kv_report(report(30, 0.5)) == ([30, 30], [0.5, 0.5])

@@ -47,11 +47,11 @@ def sessions(tmp_path: Path, line: Line) -> Sessions:
     return Sessions(config, TextProcessor(tmp_path), line.send)
 
 
-def submit(request_id: str, **sampling) -> Submit:
+def submit(request_id: str, seed: int | None = None) -> Submit:
     return Submit(
         request_id=request_id,
         prompt_token_ids=(5, 6, 7),
-        sampling=SamplingParams(max_tokens=4, **sampling),
+        sampling=SamplingParams(max_tokens=4, seed=seed),
     )
 
 
@@ -59,7 +59,7 @@ def done(key: int) -> FinishRequest:
     return FinishRequest(key, (8, 9), "length", None, 11.0, 12.0)
 
 
-def test_a_result_reaches_its_client_with_its_own_id(sessions, line):
+def test_a_result_reaches_its_client_with_its_own_id(sessions: Sessions, line: Line) -> None:
     event = sessions.accept(b"a", submit("x"), 10.0)
     assert list(event.prompt_token_ids) == [5, 6, 7]
     sessions.finish(done(event.key), 13.0)
@@ -71,14 +71,14 @@ def test_a_result_reaches_its_client_with_its_own_id(sessions, line):
     assert sessions.is_idle
 
 
-def test_ids_are_unique_per_client_among_unfinished_requests(sessions):
+def test_ids_are_unique_per_client_among_unfinished_requests(sessions: Sessions) -> None:
     sessions.accept(b"a", submit("x"), 0.0)
     sessions.accept(b"b", submit("x"), 0.0)
     with pytest.raises(RequestError, match="still unfinished"):
         sessions.accept(b"a", submit("x"), 0.0)
 
 
-def test_credits_count_results_not_yet_taken(sessions, line):
+def test_credits_count_results_not_yet_taken(sessions: Sessions, line: Line) -> None:
     events = [sessions.accept(b"a", submit(str(i)), 0.0) for i in range(3)]
     line.state = "full"
     sessions.finish(done(events[0].key), 1.0)
@@ -92,7 +92,7 @@ def test_credits_count_results_not_yet_taken(sessions, line):
     sessions.accept(b"a", submit("3"), 0.0)
 
 
-def test_requests_of_a_client_that_left_are_given_up(sessions, line):
+def test_requests_of_a_client_that_left_are_given_up(sessions: Sessions, line: Line) -> None:
     events = [sessions.accept(b"a", submit(str(i)), 0.0) for i in range(3)]
     line.state = "gone"
     sessions.finish(done(events[0].key), 1.0)
@@ -101,13 +101,13 @@ def test_requests_of_a_client_that_left_are_given_up(sessions, line):
     assert sessions.undelivered == 1
 
 
-def test_a_refused_request_leaves_no_session(sessions):
+def test_a_refused_request_leaves_no_session(sessions: Sessions) -> None:
     with pytest.raises(RequestError):
         sessions.accept(b"a", Submit(request_id="x", prompt_token_ids=(5,) * 60), 0.0)
     assert sessions.is_idle
 
 
-def test_seeds_depend_on_the_request_alone(sessions):
+def test_seeds_depend_on_the_request_alone(sessions: Sessions) -> None:
     first = sessions.accept(b"a", submit("x"), 0.0)
     sessions.accept(b"a", submit("y"), 0.0)
     again = sessions.accept(b"b", submit("x"), 0.0)

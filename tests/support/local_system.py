@@ -1,0 +1,130 @@
+"""A whole system for tests: the real processes over real sockets, without the launcher.
+
+The processes are forked from a server that has torch imported (see forkserver.py), so a system
+starts in a fraction of a second. The launcher itself is tested through the command line.
+"""
+
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipemax.client import Client, Completion, SamplingParams
+from pipemax.proto.config import EngineConfig, save_config
+from pipemax.proto.geometry import split_layers
+from pipemax.proto.messages.ingest import Status
+from pipemax.proto.rundir import RunLock, create_run_dir
+from pipemax.services.engine_config import largest_block_bytes
+from pipemax.stage_worker.channels.keys import create_activation_keys
+from pipemax.stage_worker.model.inspect import inspect_model
+from support.forkserver import log_of, start_process, stop_process
+
+_BODIES = {
+    "coordinator": "pipemax.coordinator.main:body",
+    "kv-daemon": "pipemax.kv_daemon.main:body",
+    "stage": "pipemax.stage_worker.main:body",
+}
+
+
+def small_config(
+    model_dir: Path,
+    *,
+    stages: int,
+    device_blocks: int = 64,
+    host_blocks: int = 2048,
+    block_size: int = 16,
+    max_model_len: int = 448,
+    **settings: Any,
+) -> EngineConfig:
+    """A configuration whose pools are given in blocks of the stage with the most layers."""
+    info = inspect_model(model_dir)
+    split = split_layers(info.num_layers, stages)
+    values: dict[str, Any] = {
+        "name": "t",
+        "model": str(model_dir),
+        "served_model_name": "tiny",
+        "pipeline_parallel_size": stages,
+        "layer_split": split,
+        "block_size": block_size,
+        "max_model_len": max_model_len,
+        **settings,
+    }
+    config = EngineConfig(**values)
+    block_bytes = largest_block_bytes(config, split, info)
+    layer_bytes = block_bytes // max(split)
+    values["kv_cache_memory_bytes"] = device_blocks * block_bytes
+    values["kv_offloading_bytes"] = host_blocks * layer_bytes * info.num_layers
+    return EngineConfig(**values)
+
+
+class LocalSystem:
+    """Context manager. `processes` by name; kill and start them at will."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.run_dir = create_run_dir(config.name)
+        self.processes: dict[str, ForkServerProcess] = {}
+
+    def __enter__(self) -> "LocalSystem":
+        self._lock = RunLock(self.run_dir)
+        try:
+            save_config(self.config, self.run_dir)
+            if self.config.activation_transport == "tcp":
+                create_activation_keys(self.run_dir)
+            self.start("coordinator")
+            self.start("kv-daemon")
+            for index in range(self.config.pipeline_parallel_size):
+                self.start(f"stage-{index}")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name in list(self.processes):
+            stop_process(self.processes.pop(name))
+        self._lock.release()
+        if error is not None:
+            for path in sorted((self.run_dir / "logs").glob("*.log")):
+                error.add_note(f"--- {path.name}\n{path.read_text()[-3000:]}")
+
+    def start(self, name: str) -> None:
+        role, _, index = name.partition("-") if name.startswith("stage-") else (name, "", "0")
+        self.processes[name] = start_process(name, _BODIES[role], self.run_dir, int(index or 0))
+
+    def kill(self, name: str) -> None:
+        """kill -9."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.join()
+        process.close()
+
+    def client(self) -> Client:
+        return Client(self.config.name)
+
+    def wait_ready(self, client: Client, timeout_s: float = 60.0) -> Status:
+        deadline = time.monotonic() + timeout_s
+        while (status := client.status()).phase != "ready":
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not ready: {status.missing}")
+            time.sleep(0.02)
+        return status
+
+    def log(self, name: str) -> str:
+        return log_of(self.run_dir, name)
+
+
+def greedy(max_tokens: int, **settings: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **settings)
+
+
+def tokens_of(completions: list[Completion]) -> list[list[int]]:
+    for completion in completions:
+        assert completion.error is None, completion.error
+    return [list(completion.token_ids) for completion in completions]
