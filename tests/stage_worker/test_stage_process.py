@@ -302,6 +302,12 @@ def test_a_stage_leaves_when_told_to(system: System, how: str) -> None:
         assert stop_process(process) == 0, log_of(system.run_dir, f"stage-{stage}")
 
 
+def test_a_stage_that_loads_leaves_on_sigterm(system: System) -> None:
+    for stage, process in enumerate(system.stages):
+        system.peers.take(stage, Hello)  # which it sends before it loads
+        assert stop_process(process) == 0, log_of(system.run_dir, f"stage-{stage}")
+
+
 def test_a_step_that_cannot_be_computed_ends_the_process_for_a_restart(system: System) -> None:
     system.peers.bring_up(2, epoch=1)
     plan = Generation(system.peers, epoch=1).plan()
