@@ -110,7 +110,7 @@ class Scheduler:
     ) -> list[Command]:
         request = item.request
         request.in_flight -= 1
-        request.computed = item.start + item.num_tokens
+        request.computed = item.end
         reason: FinishReason | None = None
         stop_reason: int | str | None = None
         if item.samples:

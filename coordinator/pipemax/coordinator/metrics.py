@@ -36,6 +36,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("prompt_tokens", "Prompt tokens computed, each once.", lambda s: s.prompt_tokens),
     ("generation_tokens", "Output tokens sampled.", lambda s: s.generation_tokens),
     ("num_preemptions", "Requests sent back to be recomputed.", lambda s: s.preemptions),
+    ("recomputed_tokens", "Tokens computed again after a preemption or a crash.",
+     lambda s: s.recomputed_tokens),
     ("context_tokens", "Context tokens read by all steps.", lambda s: s.context_tokens),
     ("prefetched_tokens", "Context tokens that came from the host for the step reading them.",
      lambda s: s.prefetched_tokens),

@@ -20,7 +20,7 @@ def build_step_plan(
     eos_token_ids: frozenset[int],
 ) -> StepPlan:
     """Columns of one step; see StepPlan for their shapes."""
-    counts = [blocks_for(item.start + item.num_tokens, block_size) for item in items]
+    counts = [blocks_for(item.end, block_size) for item in items]
     return StepPlan(
         epoch=epoch,
         step=step,
@@ -32,10 +32,7 @@ def build_step_plan(
         block_tables=b"".join(
             pack_i32(item.request.table[:count]) for item, count in zip(items, counts, strict=True)
         ),
-        token_ids=b"".join(
-            pack_i32(item.request.tokens[item.start : item.start + item.num_tokens])
-            for item in items
-        ),
+        token_ids=b"".join(pack_i32(item.request.tokens[item.start : item.end]) for item in items),
         sample=tuple(
             _sample_row(index, item.request, eos_token_ids)
             for index, item in enumerate(items)

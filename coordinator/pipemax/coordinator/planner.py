@@ -133,10 +133,11 @@ class Planner:
         if request.is_decode:
             counters.decode_context_tokens += item.start
             counters.decode_prefetched_tokens += loaded
-        elif item.start < request.num_prompt and request.num_outputs == 0:
-            counters.prompt_tokens += item.num_tokens
-        else:
-            counters.recomputed_tokens += item.num_tokens
+        first_time = max(0, min(item.end, request.num_prompt) - request.prompt_counted)
+        request.prompt_counted += first_time
+        counters.prompt_tokens += first_time
+        if not request.is_decode:
+            counters.recomputed_tokens += item.num_tokens - first_time
         request.planned += item.num_tokens
         request.in_flight += 1
         request.last_step = max(request.last_step, step)

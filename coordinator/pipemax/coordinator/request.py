@@ -44,6 +44,7 @@ class Request:
         "num_missing",
         "num_prompt",
         "planned",
+        "prompt_counted",
         "sampling",
         "seed",
         "staged_for",
@@ -65,6 +66,8 @@ class Request:
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.cancelled = False
+        self.prompt_counted = 0
+        """Prompt tokens that steps have computed, however often each."""
         self.last_turn = NO_STEP
         """Last step that moved the request forward; orders who waited longest."""
         self.forget_kv(kv_key=0)

@@ -36,6 +36,10 @@ class Item:
     num_tokens: int
     samples: bool
 
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
 
 @dataclass(slots=True)
 class StepInFlight:

@@ -78,6 +78,7 @@ class StatusView:
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,
             generation_tokens=counters.generation_tokens,
+            recomputed_tokens=counters.recomputed_tokens,
             prefetched_tokens=counters.prefetched_tokens,
             context_tokens=counters.context_tokens,
             decode_context_tokens=counters.decode_context_tokens,

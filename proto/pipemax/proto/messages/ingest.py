@@ -132,6 +132,8 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     preemptions: Count
     prompt_tokens: Count
     generation_tokens: Count
+    recomputed_tokens: Count
+    """Tokens computed again after a preemption or a crash."""
     prefetched_tokens: Count
     """Tokens of context that decode and prefill steps read after a prefetch from the host."""
     context_tokens: Count
