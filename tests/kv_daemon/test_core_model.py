@@ -418,6 +418,11 @@ class Machine(RuleBasedStateMachine):
         early = random.sample(stages, random.randint(0, self.num_stages))
         old_epoch = self.epoch
         self.begin_epoch(keep)
+        if (
+            random.random() < 0.5
+        ):  # whether steps are numbered on or anew is the coordinator's choice
+            self.first_step = 0
+            self.computed = [-1] * self.num_stages
         for stage in restarted:
             self.device[stage] = {}
         for stage in early:

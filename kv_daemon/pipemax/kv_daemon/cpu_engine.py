@@ -1,0 +1,177 @@
+"""Copies on the CPU: one thread per stage and direction, NumPy without the interpreter lock."""
+
+import os
+import threading
+import time
+from collections import deque
+from queue import SimpleQueue
+
+import numpy as np
+
+from pipemax.kv_daemon.events import DIRECTIONS, Direction, Run
+from pipemax.kv_daemon.host_pool import Blocks
+from pipemax.kv_daemon.pacing import LinkPacer
+from pipemax.proto.errors import PipemaxSystemError
+from pipemax.proto.memory import SharedMemory
+from pipemax.proto.messages.control import LinkTotals
+from pipemax.proto.messages.kv import AttachPool
+
+Work = tuple[Blocks, Blocks, list[tuple[int, int, int]]]
+"""Source, target and (source block, target block, length) of each run."""
+
+
+class CpuEngine:
+    """CopyEngine for device pools in shared memory.
+
+    bandwidth_bytes_s: each stage's link carries this much in each direction; None does not limit.
+    """
+
+    def __init__(self, num_stages: int, bandwidth_bytes_s: float | None) -> None:
+        self._pools: list[SharedMemory | None] = [None] * num_stages
+        self._device: list[Blocks | None] = [None] * num_stages
+        self._host: tuple[Blocks, ...] = ()
+        self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._done: deque[tuple[int, Direction, Exception | None]] = deque()
+        self._stop = threading.Event()
+        self._lanes = {
+            (stage, direction): _CopyThread(stage, direction, bandwidth_bytes_s, self)
+            for stage in range(num_stages)
+            for direction in DIRECTIONS
+        }
+
+    def fileno(self) -> int:
+        return self._event_fd
+
+    def map_pool(self, offer: AttachPool) -> None:
+        needed = offer.num_blocks * offer.block_bytes
+        if not 0 < needed <= offer.handle.size_bytes:
+            raise PipemaxSystemError(
+                f"stage {offer.stage} offers {offer.num_blocks} blocks of {offer.block_bytes} "
+                f"bytes in a segment of {offer.handle.size_bytes} bytes"
+            )
+        memory = SharedMemory.open(offer.handle)
+        blocks = np.frombuffer(memory.buffer, np.uint8)[:needed]
+        self._unmap(offer.stage)
+        self._pools[offer.stage] = memory
+        self._device[offer.stage] = blocks.reshape(offer.num_blocks, offer.block_bytes)
+
+    def lay_out(self, regions: tuple[Blocks, ...]) -> None:
+        self._host = regions
+
+    def start(self, stage: int, direction: Direction, runs: tuple[Run, ...]) -> None:
+        host, device = self._host[stage], self._device[stage]
+        if device is None:
+            raise PipemaxSystemError(f"a copy was started before stage {stage} offered its pool")
+        if direction == "load":
+            work = (host, device, [(h, d, length) for h, d, length in runs])
+        else:
+            work = (device, host, [(d, h, length) for h, d, length in runs])
+        self._lanes[stage, direction].queue.put(work)
+
+    def completed(self) -> list[tuple[int, Direction]]:
+        try:
+            os.eventfd_read(self._event_fd)
+        except BlockingIOError:
+            return []
+        ended: list[tuple[int, Direction]] = []
+        while self._done:
+            stage, direction, error = self._done.popleft()
+            if error is not None:
+                raise error
+            ended.append((stage, direction))
+        return ended
+
+    def totals(self) -> tuple[LinkTotals, ...]:
+        totals = []
+        for stage in range(len(self._pools)):
+            load_bytes, load_seconds, load_copies = self._lanes[stage, "load"].totals
+            store_bytes, store_seconds, store_copies = self._lanes[stage, "store"].totals
+            totals.append(
+                LinkTotals(
+                    load_bytes=load_bytes,
+                    load_seconds=load_seconds,
+                    load_copies=load_copies,
+                    store_bytes=store_bytes,
+                    store_seconds=store_seconds,
+                    store_copies=store_copies,
+                )
+            )
+        return tuple(totals)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        for lane in self._lanes.values():
+            lane.queue.put(None)
+        for lane in self._lanes.values():
+            lane.thread.join()
+        self._host = ()
+        for stage in range(len(self._pools)):
+            self._unmap(stage)
+        os.close(self._event_fd)
+
+    def signal(self, stage: int, direction: Direction, error: Exception | None) -> None:
+        """From a copy thread: a copy ended."""
+        self._done.append((stage, direction, error))
+        os.eventfd_write(self._event_fd, 1)
+
+    def sleep_until(self, deadline: float) -> None:
+        """From a copy thread; returns early when the engine closes."""
+        remaining = deadline - time.perf_counter()
+        if remaining > 0:
+            self._stop.wait(remaining)
+
+    def _unmap(self, stage: int) -> None:
+        """The mapping itself lives until the last copy under way drops its view of it."""
+        memory = self._pools[stage]
+        self._device[stage] = self._pools[stage] = None
+        if memory is not None:
+            memory.close()
+
+
+class _CopyThread:
+    """One direction of one stage's link."""
+
+    def __init__(
+        self, stage: int, direction: Direction, bandwidth_bytes_s: float | None, engine: CpuEngine
+    ) -> None:
+        self.queue: SimpleQueue[Work | None] = SimpleQueue()
+        self.totals = (0, 0.0, 0)
+        """(bytes, seconds, copies); replaced as a whole, so that readers need no lock."""
+        self._stage = stage
+        self._direction = direction
+        self._engine = engine
+        self._pacer = LinkPacer(bandwidth_bytes_s)
+        self.thread = threading.Thread(
+            target=self._run, name=f"copy-{direction}-{stage}", daemon=True
+        )
+        self.thread.start()
+
+    def _run(self) -> None:
+        while self._carry_out(self.queue.get()):
+            pass
+
+    def _carry_out(self, work: Work | None) -> bool:
+        """False when told to stop. A frame of its own, so that a waiting thread holds no view of
+        a pool that is to be unmapped."""
+        if work is None:
+            return False
+        error: Exception | None = None
+        try:
+            self._copy(*work)
+        except Exception as raised:  # handed to the caller's thread
+            error = raised
+        self._engine.signal(self._stage, self._direction, error)
+        return True
+
+    def _copy(self, source: Blocks, target: Blocks, runs: list[tuple[int, int, int]]) -> None:
+        num_bytes = sum(length for _, _, length in runs) * source.shape[1]
+        begin, deadline = self._pacer.begin(time.perf_counter(), num_bytes)
+        for s, t, length in runs:
+            target[t : t + length] = source[s : s + length]
+        self._pacer.end(begin, deadline, time.perf_counter())
+        self._engine.sleep_until(deadline)
+        total_bytes, _, copies = self.totals
+        self.totals = (total_bytes + num_bytes, self._pacer.busy_s, copies + len(runs))

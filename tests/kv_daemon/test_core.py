@@ -1,0 +1,389 @@
+"""The core, one behaviour at a time. `test_core_model.py` tests them together."""
+
+import pytest
+
+from pipemax.kv_daemon.core import KvCore
+from pipemax.kv_daemon.events import (
+    Command,
+    ContradictionError,
+    CopyDone,
+    Direction,
+    Event,
+    FromStage,
+    LayOutHost,
+    MapPool,
+    PoolMapped,
+    Run,
+    SendToCoordinator,
+    SendToStage,
+    StartCopy,
+)
+from pipemax.kv_daemon.transfers import unmerged
+from pipemax.proto.errors import PipemaxSystemError
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages.control import (
+    BlockMove,
+    Drop,
+    Prefetch,
+    Release,
+    Released,
+    Reset,
+    ResetDone,
+    Store,
+    Stored,
+)
+from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+
+BLOCK_BYTES = 100
+NUM_DEVICE = 1000
+
+
+class Daemon:
+    """A core whose stages have attached for epoch 1. Commands pile up in `said`."""
+
+    def __init__(
+        self, num_stages: int = 1, host_blocks: int = 100, piece_blocks: int = 8, **options: object
+    ) -> None:
+        host_bytes = host_blocks * num_stages * BLOCK_BYTES
+        piece_bytes = piece_blocks * BLOCK_BYTES
+        self.core = KvCore(num_stages, host_bytes, piece_bytes, **options)  # type: ignore[arg-type]
+        self.said: list[Command] = []
+        self.num_stages = num_stages
+        self.begin(1)
+
+    def begin(self, epoch: int, keep_host_blocks: bool = True) -> list[Command]:
+        self.feed(Reset(epoch=epoch, keep_host_blocks=keep_host_blocks))
+        for stage in range(self.num_stages):
+            self.attach(stage, epoch)
+        return self.take()
+
+    def attach(self, stage: int, epoch: int, block_bytes: int = BLOCK_BYTES) -> None:
+        self.feed(FromStage(stage, offer(stage, epoch, block_bytes)))
+
+    def feed(self, event: Event) -> None:
+        commands = self.core.handle(event, 0.0)
+        self.core.check_invariants()
+        for command in commands:
+            self.said.append(command)
+            if isinstance(command, MapPool):
+                self.feed(PoolMapped(command.offer))
+
+    def take(self) -> list[Command]:
+        """What was said since the last call."""
+        said, self.said = self.said, []
+        return said
+
+    def store(self, blocks: list[tuple[int, int, int]], after: int = -1) -> None:
+        moves = tuple(BlockMove(*block) for block in blocks)
+        self.feed(Store(epoch=self.core.epoch, after=after, blocks=moves))
+
+    def prefetch(self, step: int, blocks: list[tuple[int, int, int]], after: int = -1) -> None:
+        moves = tuple(BlockMove(*block) for block in blocks)
+        self.feed(Prefetch(epoch=self.core.epoch, step=step, after=after, blocks=moves))
+
+    def computed(self, step: int, stage: int = 0) -> None:
+        self.feed(FromStage(stage, Computed(epoch=self.core.epoch, step=step)))
+
+    def done(self, direction: Direction, stage: int = 0) -> None:
+        self.feed(CopyDone(stage, direction))
+
+    def stored(self, blocks: list[tuple[int, int, int]]) -> list[Run]:
+        """Stores blocks to the end on one stage; returns the copies it took."""
+        self.store(blocks)
+        runs: list[Run] = []
+        while self.core.stages[0].lanes["store"].running is not None:
+            for command in self.take():
+                if isinstance(command, StartCopy):
+                    runs += command.runs
+            self.done("store")
+        self.take()
+        return runs
+
+
+def offer(stage: int, epoch: int, block_bytes: int = BLOCK_BYTES) -> AttachPool:
+    handle = MemfdHandle(pid=1, fd=1, inode=1, size_bytes=1)
+    return AttachPool(
+        epoch=epoch, stage=stage, handle=handle, num_blocks=NUM_DEVICE, block_bytes=block_bytes
+    )
+
+
+def copies(commands: list[Command]) -> list[StartCopy]:
+    return [command for command in commands if isinstance(command, StartCopy)]
+
+
+def loaded(step: int, stage: int = 0, epoch: int = 1) -> SendToStage:
+    return SendToStage(stage, Loaded(epoch=epoch, step=step))
+
+
+def told(message: ResetDone | Stored | Released) -> SendToCoordinator:
+    return SendToCoordinator(message)
+
+
+# Copies.
+
+
+def test_neighbours_on_both_sides_become_one_copy() -> None:
+    daemon = Daemon()
+    runs = daemon.stored([(0, index, 40 + index) for index in range(5)])
+    assert runs == [Run(0, 40, 5)]
+    daemon.prefetch(0, [(0, 3, 13), (0, 0, 10), (0, 1, 11), (0, 4, 20), (0, 2, 12)])
+    (copy,) = copies(daemon.take())
+    assert copy.runs == (Run(0, 10, 4), Run(4, 20, 1))
+
+
+def test_without_merging_each_block_is_a_copy() -> None:
+    daemon = Daemon(merge_runs=unmerged)
+    assert len(daemon.stored([(0, index, 40 + index) for index in range(5)])) == 5
+
+
+def test_neighbours_on_one_side_only_are_not_merged() -> None:
+    daemon = Daemon()
+    assert daemon.stored([(0, 0, 5), (0, 1, 4)]) == [Run(0, 5, 1), Run(1, 4, 1)]
+    daemon.stored([(7, 0, 6)])
+    daemon.prefetch(0, [(0, 1, 30), (7, 0, 31)])
+    (copy,) = copies(daemon.take())
+    assert len(copy.runs) == 2
+
+
+def test_an_urgent_load_gets_in_between_the_pieces_of_another() -> None:
+    daemon = Daemon(piece_blocks=2)
+    daemon.stored([(0, index, index) for index in range(6)])
+    daemon.prefetch(9, [(0, index, 100 + index) for index in range(6)])
+    daemon.prefetch(8, [(0, 0, 200)])
+    assert [copy.runs for copy in copies(daemon.take())] == [(Run(0, 100, 2),)]
+    daemon.done("load")
+    assert [copy.runs for copy in copies(daemon.take())] == [(Run(0, 200, 1),)]
+    daemon.done("load")
+    said = daemon.take()
+    assert said[0] == loaded(8)
+    assert [copy.runs for copy in copies(said)] == [(Run(2, 102, 2),)]
+
+
+def test_stores_go_in_the_order_asked_and_directions_do_not_wait_for_each_other() -> None:
+    daemon = Daemon()
+    daemon.stored([(0, 0, 0)])
+    daemon.store([(1, 0, 1)])
+    daemon.store([(2, 0, 2)])
+    daemon.prefetch(3, [(0, 0, 3)])
+    first = copies(daemon.take())
+    assert [(copy.direction, copy.runs[0].device_block) for copy in first] == [
+        ("store", 1),
+        ("load", 3),
+    ]
+    daemon.done("store")
+    assert [copy.runs[0].device_block for copy in copies(daemon.take())] == [2]
+
+
+def test_copies_wait_until_the_stage_computed_the_step_before() -> None:
+    daemon = Daemon(num_stages=2)
+    daemon.store([(0, 0, 0)], after=5)
+    daemon.computed(4, stage=0)
+    assert copies(daemon.take()) == []
+    daemon.computed(5, stage=1)
+    assert [copy.stage for copy in copies(daemon.take())] == [1]
+    daemon.computed(5, stage=0)
+    assert [copy.stage for copy in copies(daemon.take())] == [0]
+
+
+def test_a_gated_job_holds_nobody_up() -> None:
+    daemon = Daemon()
+    daemon.stored([(0, 0, 0)])
+    daemon.prefetch(4, [(0, 0, 1)], after=2)
+    daemon.prefetch(5, [(0, 0, 2)])
+    assert [copy.runs[0].device_block for copy in copies(daemon.take())] == [2]
+
+
+def test_a_load_waits_for_the_store_of_its_block_stage_by_stage() -> None:
+    daemon = Daemon(num_stages=2)
+    daemon.store([(0, 0, 0), (0, 1, 1)])
+    daemon.prefetch(3, [(0, 0, 10), (0, 1, 11)])
+    assert [copy.direction for copy in copies(daemon.take())] == ["store", "store"]
+    daemon.done("store", stage=1)
+    assert copies(daemon.take()) == [StartCopy(1, "load", (Run(0, 10, 2),))]
+    daemon.done("load", stage=1)
+    assert daemon.take() == [loaded(3, stage=1)]
+
+
+# Answers.
+
+
+def test_a_store_is_answered_in_one_message_when_all_stages_have_it() -> None:
+    daemon = Daemon(num_stages=2)
+    daemon.store([(0, 0, 0), (4, 0, 1)])
+    daemon.take()
+    daemon.done("store", stage=0)
+    assert daemon.take() == []
+    daemon.done("store", stage=1)
+    assert daemon.take() == [told(Stored(epoch=1, requests=(0, 4), indices=(0, 0)))]
+
+
+def test_storing_again_is_answered_at_once_when_stored_and_once_while_under_way() -> None:
+    daemon = Daemon()
+    daemon.store([(0, 0, 0)])
+    daemon.take()
+    daemon.store([(0, 0, 0)])
+    assert daemon.take() == []
+    answer = told(Stored(epoch=1, requests=(0,), indices=(0,)))
+    daemon.done("store")
+    assert daemon.take() == [answer]
+    daemon.store([(0, 0, 0)])
+    assert daemon.take() == [answer]
+
+
+def test_an_empty_prefetch_is_loaded_at_once() -> None:
+    daemon = Daemon(num_stages=2)
+    daemon.prefetch(7, [], after=6)
+    assert daemon.take() == [loaded(7, 0), loaded(7, 1)]
+
+
+def test_a_release_waits_for_copies_and_lets_the_step_be_loaded() -> None:
+    daemon = Daemon(piece_blocks=1)
+    daemon.stored([(0, 0, 0), (0, 1, 1), (5, 0, 2)])
+    daemon.prefetch(3, [(0, 0, 10), (0, 1, 11), (5, 0, 12)])
+    daemon.take()
+    daemon.feed(Release(epoch=1, requests=(0, 5, 77, 77)))
+    assert daemon.take() == [told(Released(epoch=1, requests=(5, 77)))]
+    assert daemon.core.host_blocks_used == 1
+    daemon.done("load")
+    assert daemon.take() == [loaded(3), told(Released(epoch=1, requests=(0,)))]
+    assert daemon.core.host_blocks_used == 0
+
+
+def test_a_load_that_waits_for_a_dropped_store_is_cancelled() -> None:
+    daemon = Daemon()
+    daemon.store([(0, 0, 0)], after=2)
+    daemon.prefetch(3, [(0, 0, 10)])
+    daemon.take()
+    daemon.feed(Drop(epoch=1, request=0, first_index=0))
+    assert daemon.take() == [loaded(3)]
+
+
+def test_drop_keeps_what_is_below_the_index() -> None:
+    daemon = Daemon()
+    daemon.stored([(0, index, index) for index in range(4)])
+    daemon.feed(Drop(epoch=1, request=0, first_index=3))
+    daemon.prefetch(1, [(0, 2, 9)])
+    with pytest.raises(ContradictionError, match="block 3 of request 0"):
+        daemon.prefetch(2, [(0, 3, 9)])
+
+
+# Room.
+
+
+def test_a_store_waits_for_a_host_block_that_is_draining() -> None:
+    daemon = Daemon(host_blocks=1)
+    daemon.store([(0, 0, 0)])
+    daemon.feed(Drop(epoch=1, request=0, first_index=0))
+    daemon.store([(1, 0, 1)])
+    assert len(copies(daemon.take())) == 1
+    daemon.done("store")
+    assert [copy.runs for copy in copies(daemon.take())] == [(Run(0, 1, 1),)]
+    daemon.done("store")
+    assert daemon.take() == [told(Stored(epoch=1, requests=(1,), indices=(0,)))]
+
+
+def test_a_store_that_waits_can_be_dropped() -> None:
+    daemon = Daemon(host_blocks=1)
+    daemon.store([(0, 0, 0)])
+    daemon.feed(Drop(epoch=1, request=0, first_index=0))
+    daemon.store([(1, 0, 1)])
+    daemon.take()
+    daemon.feed(Release(epoch=1, requests=(1,)))
+    assert daemon.take() == [told(Released(epoch=1, requests=(1,)))]
+    daemon.done("store")
+    assert daemon.take() == []
+    assert daemon.core.host_blocks_used == 0
+
+
+def test_more_than_the_host_holds_is_a_contradiction() -> None:
+    daemon = Daemon(host_blocks=2)
+    with pytest.raises(ContradictionError, match="all 2 host blocks are taken"):
+        daemon.store([(0, 0, 0), (0, 1, 1), (0, 2, 2)])
+
+
+def test_a_device_block_beyond_the_pool_is_a_contradiction() -> None:
+    daemon = Daemon()
+    with pytest.raises(ContradictionError, match="device block 1000 of 1000"):
+        daemon.store([(0, 0, NUM_DEVICE)])
+
+
+def test_no_host_memory_works() -> None:
+    core = KvCore(1, 0)
+    core.handle(Reset(epoch=0), 0.0)
+    core.handle(FromStage(0, offer(0, 0)), 0.0)
+    said = core.handle(PoolMapped(offer(0, 0)), 0.0)
+    assert said == [
+        SendToStage(0, PoolAttached(epoch=0)),
+        LayOutHost(0, (BLOCK_BYTES,)),
+        told(ResetDone(epoch=0, num_host_blocks=0)),
+    ]
+    assert core.handle(Release(epoch=0, requests=(3,)), 0.0) == [
+        told(Released(epoch=0, requests=(3,)))
+    ]
+
+
+def test_queued_load_bytes_count_what_is_not_copied() -> None:
+    daemon = Daemon(num_stages=2, piece_blocks=1)
+    daemon.store([(0, 0, 0), (0, 1, 1)])
+    for stage in (0, 0, 1, 1):
+        daemon.done("store", stage=stage)
+    daemon.prefetch(1, [(0, 0, 5), (0, 1, 6)])
+    assert daemon.core.queued_load_bytes() == (200, 200)
+    daemon.done("load", stage=1)
+    assert daemon.core.queued_load_bytes() == (200, 100)
+
+
+# Epochs.
+
+
+def test_a_reset_is_done_when_all_attached_and_no_old_copy_runs() -> None:
+    daemon = Daemon(num_stages=2)
+    daemon.stored([(9, 0, 9)])
+    daemon.done("store", stage=1)
+    daemon.store([(0, 0, 0)])
+    daemon.take()
+    said = daemon.begin(2)
+    assert not any(isinstance(command, SendToCoordinator) for command in said)
+    daemon.done("store", stage=0)
+    assert daemon.take() == []
+    daemon.done("store", stage=1)
+    assert daemon.take() == [told(ResetDone(epoch=2, num_host_blocks=100))]
+    assert daemon.core.host_blocks_used == 1
+    daemon.prefetch(0, [(9, 0, 1)])
+    with pytest.raises(ContradictionError):
+        daemon.prefetch(1, [(0, 0, 1)])
+
+
+def test_an_offer_of_a_newer_epoch_is_a_reset_and_the_reset_may_still_drop_the_blocks() -> None:
+    daemon = Daemon()
+    daemon.stored([(0, 0, 0)])
+    daemon.attach(0, epoch=2)
+    assert daemon.take() == [MapPool(offer(0, 2)), SendToStage(0, PoolAttached(epoch=2))]
+    assert daemon.core.host_blocks_used == 1
+    daemon.feed(Reset(epoch=2, keep_host_blocks=False))
+    assert daemon.take() == [told(ResetDone(epoch=2, num_host_blocks=100))]
+    assert daemon.core.host_blocks_used == 0
+    daemon.feed(Reset(epoch=2))
+    assert daemon.take() == []
+
+
+def test_messages_of_other_epochs_are_void() -> None:
+    daemon = Daemon()
+    daemon.begin(5)
+    daemon.feed(Store(epoch=4, after=-1, blocks=(BlockMove(0, 0, 0),)))
+    daemon.feed(Prefetch(epoch=6, step=1, after=-1, blocks=(BlockMove(0, 0, 0),)))
+    daemon.feed(Release(epoch=4, requests=(1,)))
+    daemon.feed(Drop(epoch=4, request=1, first_index=0))
+    daemon.feed(Reset(epoch=4))
+    daemon.feed(FromStage(0, Computed(epoch=4, step=9)))
+    daemon.feed(FromStage(0, offer(0, 4)))
+    daemon.feed(PoolMapped(offer(0, 4)))
+    assert daemon.take() == []
+    assert daemon.core.stages[0].computed == -1
+
+
+def test_a_stage_that_comes_back_with_other_blocks_is_refused() -> None:
+    daemon = Daemon()
+    daemon.feed(Reset(epoch=2))
+    with pytest.raises(PipemaxSystemError, match="blocks of 7 bytes instead of 100"):
+        daemon.attach(0, epoch=2, block_bytes=7)
