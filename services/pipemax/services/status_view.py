@@ -20,7 +20,7 @@ def status_view(name: str, status: Status, previous: Status | None = None) -> Re
 
 def stage_table(status: Status, previous: Status | None = None) -> Table:
     """Each stage's time by state in percent, since `previous` or since its start."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("stage")
     for heading in ("layers", "steps", *STATES):
         table.add_column(heading, justify="right")

@@ -73,8 +73,8 @@ class Children:
         self._read_fd, self._write_fd = os.pipe()
 
     def pids(self) -> dict[str, int]:
-        """Pid of each child that has not been reaped."""
-        return {name: child.pid for name, child in self._children.items()}
+        """Pid of each child that has not been reaped. May be called from any thread."""
+        return {name: child.pid for name, child in self._children.copy().items()}
 
     def start(self, name: str) -> None:
         """Starts the process in a session of its own, so that Ctrl-C reaches only the launcher.
