@@ -76,12 +76,13 @@ def test_what_is_no_prompt_is_a_type_error(path: Path, prompts: Any) -> None:
 
 def test_chats(path: Path) -> None:
     one = [{"role": "user", "content": "a"}]
+    mixed: Any = [one[0], one]
     with FakeCoordinator(path) as fake, Client(endpoint=fake.endpoint) as client:
         assert len(client.chat(one)) == 1
         assert len(client.chat([one, one])) == 2
         assert [submit.messages for submit in fake.submitted] == [tuple(one)] * 3
         with pytest.raises(TypeError, match="mixed"):
-            client.chat([one[0], one])  # type: ignore[list-item]
+            client.chat(mixed)
 
 
 def test_one_sampling_params_per_prompt(path: Path) -> None:
@@ -190,6 +191,18 @@ def test_streams_side_by_side(path: Path) -> None:
         seen = [next(first).text, next(second).text, next(first).text, next(second).text]
         assert sorted(seen) == ["A", "B", "C", "D"]
         assert list(first) == list(second) == []
+
+
+def test_ids_are_the_same_in_every_run(path: Path) -> None:
+    """The coordinator seeds requests without a seed from their ids."""
+    ids = []
+    for _ in range(2):
+        with FakeCoordinator(path) as fake, Client(endpoint=fake.endpoint) as client:
+            client.generate(["a", "b"])
+            client.generate("a")
+            ids.append([submit.request_id for submit in fake.submitted])
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 3
 
 
 def test_status(path: Path) -> None:

@@ -29,7 +29,7 @@ def line(url: str = COMPLETIONS_URL, **body: Any) -> bytes:
 
 
 def parse(text: bytes) -> BatchRequest:
-    return parse_line(text, "r-1", "m")
+    return parse_line(text, "m")
 
 
 def refusal(text: bytes) -> LineError:
@@ -42,7 +42,9 @@ def refusal(text: bytes) -> LineError:
 def test_completion_with_defaults() -> None:
     request = parse(line())
     assert (request.custom_id, request.url) == ("c", COMPLETIONS_URL)
-    assert request.submit.request_id == "r-1"
+    assert request.submit.request_id == parse(line(CHAT_URL, seed=5)).submit.request_id
+    other = json.dumps({**json.loads(line()), "custom_id": "d"}).encode()
+    assert request.submit.request_id != parse(other).submit.request_id
     assert request.submit.prompt == "Water"
     assert request.submit.messages is None
     assert request.submit.sampling == SamplingParams(max_tokens=16)
@@ -107,8 +109,13 @@ def test_prompts(prompt: Any, text: str | None, token_ids: tuple[int, ...] | Non
 
 
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
-    both = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "stream": False}
-    none = dict.fromkeys(("logit_bias", "user", "best_of", "stream_options"))
+    both: dict[str, Any] = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "stream": False,
+    }
+    none: dict[str, Any] = dict.fromkeys(("logit_bias", "user", "best_of", "stream_options"))
     parse(line(**both, **none, echo=False, suffix=None, logprobs=None))
     parse(line(CHAT_URL, **both, **none, logprobs=False, top_logprobs=0, tools=[], audio=None))
     parse(line(CHAT_URL, response_format={"type": "text"}, tool_choice="none"))
@@ -229,7 +236,7 @@ def test_broken_envelopes(changes: dict[str, Any], code: str, words: str) -> Non
 def test_any_body_is_a_request_or_a_line_error(body: dict[str, Any]) -> None:
     whole = {"custom_id": "c", "method": "POST", "url": COMPLETIONS_URL, "body": body}
     try:
-        request = parse_line(json.dumps(whole).encode(), "r", str(body.get("model")))
+        request = parse_line(json.dumps(whole).encode(), str(body.get("model")))
     except LineError as error:
         assert error.custom_id == "c"
     else:

@@ -72,8 +72,8 @@ def test_our_text_side_reads_it(model_dir: Path) -> None:
     processor = TextProcessor(model_dir)
     reference = AutoTokenizer.from_pretrained(model_dir)
     assert processor.eos_token_ids == {reference.eos_token_id}
-    for number, request in enumerate(demo_requests()):
-        parsed = parse_line(json.dumps(request).encode(), str(number), "demo")
+    for request in demo_requests():
+        parsed = parse_line(json.dumps(request).encode(), "demo")
         token_ids = list(processor.encode(parsed.submit, 2048))
         if parsed.submit.messages:
             chat = list(parsed.submit.messages)
@@ -160,7 +160,7 @@ def test_demo_requests_are_mixed_and_the_same_every_time() -> None:
     assert len(requests) == 64
     assert requests == demo_requests()
     assert requests != demo_requests(seed=1)
-    submits = [parse_line(json.dumps(r).encode(), "r", "demo").submit for r in requests]
+    submits = [parse_line(json.dumps(r).encode(), "demo").submit for r in requests]
     assert len({r["custom_id"] for r in requests}) == 64
     assert {submit.messages is None for submit in submits} == {True, False}
     assert {submit.sampling.temperature for submit in submits} == {0.0, 0.8}

@@ -3,7 +3,6 @@
 import itertools
 import operator
 import time
-import uuid
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,6 @@ class Client:
     ) -> None:
         self._connection = Connection(name, endpoint, timeout_s, label)
         self._timeout_s = timeout_s
-        self._session = uuid.uuid4().hex[:12]
         self._numbers = itertools.count()
         self._owners = itertools.count(_LOW_LEVEL + 1)
         self._pending: dict[str, _Pending] = {}
@@ -158,8 +156,9 @@ class Client:
         )
 
     def new_request_id(self) -> str:
-        """An id no other request of this client has."""
-        return f"{self._session}-{next(self._numbers)}"
+        """An id no other request of this client has. The same program gets the same ids in every
+        run: a request without a seed is sampled with one made of the system's seed and its id."""
+        return f"auto-{next(self._numbers)}"
 
     def submit(self, submit: Submit) -> None:
         """Submits one request, whose completion `poll` will give.

@@ -149,11 +149,10 @@ class _Job:
                     self._finish(completion, sink)
 
     def _submit(self, number: int, line: bytes | None, sink: BinaryIO) -> None:
-        request_id = self._client.new_request_id()
-        custom_id = None
+        request_id, custom_id = f"line-{number}", None
         try:
-            request = self._parse(number, line, request_id)
-            custom_id = request.custom_id
+            request = self._parse(number, line)
+            request_id, custom_id = request.submit.request_id, request.custom_id
             self._client.submit(request.submit)
         except RequestError as error:
             status = error.status if isinstance(error, LineError) else 400
@@ -162,10 +161,10 @@ class _Job:
         else:
             self._unfinished[request_id] = (number, request)
 
-    def _parse(self, number: int, line: bytes | None, request_id: str) -> BatchRequest:
+    def _parse(self, number: int, line: bytes | None) -> BatchRequest:
         if line is None:
             raise LineError("too_large", f"the line is longer than {MAX_LINE_BYTES} bytes")
-        request = parse_line(line, request_id, self._client.model_name)
+        request = parse_line(line, self._client.model_name)
         first = self._seen.setdefault(request.custom_id, number)
         if first != number:
             error = LineError("duplicate_custom_id", f"custom_id is that of line {first} already")

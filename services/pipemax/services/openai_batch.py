@@ -5,6 +5,7 @@ Field names and meanings are OpenAI's and vLLM's. Nothing is accepted and ignore
 known, and one that is known and not implemented may only hold the value that asks for nothing.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,9 +93,10 @@ class BatchRequest:
     submit: Submit
 
 
-def parse_line(line: bytes, request_id: str, model_name: str) -> BatchRequest:
-    """The request in one line of a batch file. Raises LineError, with the `custom_id` if that much
-    could be read."""
+def parse_line(line: bytes, model_name: str) -> BatchRequest:
+    """The request in one line of a batch file. Its request id is made of its `custom_id`, so that
+    a request without a seed is sampled alike in every run, wherever in the file it stands. Raises
+    LineError, with the `custom_id` if that much could be read."""
     try:
         found = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -102,14 +104,14 @@ def parse_line(line: bytes, request_id: str, model_name: str) -> BatchRequest:
     if not isinstance(found, dict):
         raise LineError("invalid_line", f"a line is an object with the keys {_LINE_FIELDS}")
     try:
-        return _parse(found, request_id, model_name)
+        return _parse(found, model_name)
     except LineError as error:
         custom_id = found.get("custom_id")
         error.custom_id = custom_id if isinstance(custom_id, str) else None
         raise
 
 
-def _parse(line: dict[str, Any], request_id: str, model_name: str) -> BatchRequest:
+def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
     for name in line:
         if name not in _LINE_FIELDS:
             raise LineError("unknown_field", f"unknown field {name!r}; a line has {_LINE_FIELDS}")
@@ -130,7 +132,8 @@ def _parse(line: dict[str, Any], request_id: str, model_name: str) -> BatchReque
     body = line.get("body")
     if not isinstance(body, dict):
         raise LineError("invalid_line", "body must be an object")
-    return BatchRequest(custom_id, url, _parse_body(body, url, request_id, model_name))
+    digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=12)
+    return BatchRequest(custom_id, url, _parse_body(body, url, digest.hexdigest(), model_name))
 
 
 def _parse_body(body: dict[str, Any], url: str, request_id: str, model_name: str) -> Submit:

@@ -1,6 +1,6 @@
 """Incremental decoding equals decoding at once, and never shows part of a character."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,7 @@ def test_an_endless_run_of_bad_bytes_keeps_the_window_short(processor: TextProce
         is_loose_byte = staticmethod(processor.is_loose_byte)
 
         @staticmethod
-        def decode(token_ids: list[int], skip_special_tokens: bool) -> str:
+        def decode(token_ids: Sequence[int], skip_special_tokens: bool) -> str:
             asked.append(len(token_ids))
             return processor.decode(token_ids, skip_special_tokens)
 
@@ -84,21 +84,27 @@ def test_an_endless_run_of_bad_bytes_keeps_the_window_short(processor: TextProce
     assert detokenizer.text == processor.decode([bad] * 500, True)
 
 
+def tokenizer_of(processor: TextProcessor) -> Tokenizer:
+    tokenizer = processor._tokenizer
+    assert tokenizer is not None
+    return tokenizer
+
+
 def encoding_of(processor: TextProcessor, text: str) -> list[int]:
-    tokenizer: Tokenizer = processor._tokenizer
+    tokenizer = tokenizer_of(processor)
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def single_byte_tokens(processor: TextProcessor) -> list[int]:
     """Token ids by the byte they stand for."""
-    tokenizer: Tokenizer = processor._tokenizer
-    if tokenizer.token_to_id("<0x00>") is not None:
-        return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    vocabulary = tokenizer_of(processor).get_vocab()
+    if "<0x00>" in vocabulary:
+        return [vocabulary[f"<0x{byte:02X}>"] for byte in range(256)]
     # GPT-2's table: printable bytes stand for themselves, the others for U+0100 and up.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
-    return [tokenizer.token_to_id(letter) for letter in letters]
+    return [vocabulary[letter] for letter in letters]
 
 
 def run(

@@ -88,7 +88,9 @@ def test_begin_and_end_come_from_the_tokenizer_file(
 ) -> None:
     """As in transformers 5: what tokenizer.json says wins over these flags."""
     flags = {"add_bos_token": begin, "add_eos_token": end}
-    given_flags = {name: value for name, value in flags.items() if value is not None}
+    given_flags: dict[str, Any] = {
+        name: value for name, value in flags.items() if value is not None
+    }
     folder = write_model_dir(tmp_path, byte_level_tokenizer(), **given_flags)
     expected = AutoTokenizer.from_pretrained(folder)("water")["input_ids"]
     assert list(TextProcessor(folder).encode(prompt("water"), LIMIT)) == expected

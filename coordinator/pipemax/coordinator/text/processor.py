@@ -54,7 +54,7 @@ class TextProcessor:
         self.has_tokenizer = self._tokenizer is not None
         self._special_ids: frozenset[int] = frozenset()
         self._loose_byte_ids: frozenset[int] = frozenset()
-        self._longest_token_chars = 1
+        self._longest_token_chars = self._slack = 1
         if self._tokenizer is not None:
             self._index_vocabulary(self._tokenizer)
         template = find_chat_template(self._read_text, settings)
@@ -151,7 +151,7 @@ class TextProcessor:
         return self._encode_text(text, max_model_len, add_special_tokens=False)
 
     def _max_chars(self, max_model_len: int) -> int:
-        return max_model_len * self._longest_token_chars * _NORMALIZER_SLACK
+        return max_model_len * self._longest_token_chars * self._slack
 
     def _check_chars(self, chars: int, max_model_len: int) -> None:
         if chars > self._max_chars(max_model_len):
@@ -201,6 +201,7 @@ class TextProcessor:
         )
         vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         self._longest_token_chars = max(map(len, vocabulary), default=1)
+        self._slack = 1 if tokenizer.normalizer is None else _NORMALIZER_SLACK
         if _has_byte_fallback(tokenizer):
             self._loose_byte_ids = frozenset(
                 token_id for token, token_id in vocabulary.items() if _LOOSE_BYTE.fullmatch(token)
