@@ -11,7 +11,7 @@ import pytest
 from pipemax.kv_daemon.cpu_engine import CpuEngine
 from pipemax.kv_daemon.events import Direction, Run
 from pipemax.kv_daemon.host_pool import Blocks, HostPool, available_memory_bytes
-from pipemax.proto.errors import ConfigError, PipemaxSystemError
+from pipemax.proto.errors import ConfigError, InvariantError, PipemaxSystemError
 from pipemax.proto.memory import MemfdHandle, SharedMemory
 from pipemax.proto.messages.kv import AttachPool
 
@@ -163,9 +163,16 @@ def test_a_pool_that_is_gone_or_too_small_is_refused(rig: Rig) -> None:
 
 
 def test_what_went_wrong_in_a_copy_is_raised(rig: Rig) -> None:
-    rig.engine.start(0, "load", (Run(NUM_HOST - 1, 0, 2),))
-    with pytest.raises(ValueError, match="broadcast"):
-        rig.wait({(0, "load")})
+    rig.engine._host[0].flags.writeable = False
+    rig.engine.start(0, "store", (Run(0, 0, 1),))
+    with pytest.raises(ValueError, match="read-only"):
+        rig.wait({(0, "store")})
+
+
+def test_blocks_that_do_not_exist_are_not_copied(rig: Rig) -> None:
+    for run in (Run(NUM_HOST - 1, 0, 2), Run(0, NUM_DEVICE - 1, 2), Run(-1, 0, 1), Run(0, -1, 1)):
+        with pytest.raises(InvariantError, match="do not exist"):
+            rig.engine.start(0, "load", (run,))
 
 
 def test_nothing_is_left_open() -> None:
@@ -202,5 +209,5 @@ def test_no_host_memory_works() -> None:
 
 
 def test_more_host_memory_than_there_is_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--kv-offloading-size .* is more than"):
+    with pytest.raises(ConfigError, match=r"--kv-offloading-size .* is more than"):
         HostPool(available_memory_bytes() * 2)

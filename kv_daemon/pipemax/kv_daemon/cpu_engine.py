@@ -11,7 +11,7 @@ import numpy as np
 from pipemax.kv_daemon.events import DIRECTIONS, Direction, Run
 from pipemax.kv_daemon.host_pool import Blocks
 from pipemax.kv_daemon.pacing import LinkPacer
-from pipemax.proto.errors import PipemaxSystemError
+from pipemax.proto.errors import InvariantError, PipemaxSystemError
 from pipemax.proto.memory import SharedMemory
 from pipemax.proto.messages.control import LinkTotals
 from pipemax.proto.messages.kv import AttachPool
@@ -62,6 +62,9 @@ class CpuEngine:
         host, device = self._host[stage], self._device[stage]
         if device is None:
             raise PipemaxSystemError(f"a copy was started before stage {stage} offered its pool")
+        for h, d, length in runs:
+            if h < 0 or d < 0 or h + length > len(host) or d + length > len(device):
+                raise InvariantError(f"stage {stage}: {direction} of blocks that do not exist")
         if direction == "load":
             work = (host, device, [(h, d, length) for h, d, length in runs])
         else:
