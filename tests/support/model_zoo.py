@@ -60,7 +60,7 @@ _SPECIFIC: dict[str, tuple[str, str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 24,
             "sliding_window": WINDOW,
             "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
+            "final_logit_softcapping": 5.0,
         },
     ),
     "gemma3": (
@@ -149,13 +149,16 @@ def build_model(
 
 @torch.no_grad()
 def _spread(model: torch.nn.Module) -> None:
-    """Larger weights than training starts from, or greedy decoding repeats one token: the outputs
-    then say nothing about attention."""
+    """Larger weights than training starts from, and smaller embeddings beside them: otherwise
+    greedy decoding repeats its last token and the outputs say nothing about attention."""
+    embedding = model.get_input_embeddings()
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            fan_in = parameter.shape[-1]
-            scale = 1.0 if "embed" in name else 1.6 / fan_in**0.5
-            parameter.normal_(0.0, scale)
+        if parameter is embedding.weight:
+            parameter.normal_(
+                0.0, 0.3 / float(getattr(embedding, "scalar_embed_scale", 1.0)) ** 1.5
+            )
+        elif parameter.dim() >= 2:
+            parameter.normal_(0.0, 2.0 / parameter.shape[-1] ** 0.5)
         elif "norm" in name:
             parameter.add_(torch.randn_like(parameter) * 0.1)
         else:

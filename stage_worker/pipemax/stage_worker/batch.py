@@ -12,10 +12,15 @@ from pipemax.proto.messages.control import StepPlan
 I32Array = npt.NDArray[np.int32]
 I64Array = npt.NDArray[np.int64]
 
+# Below these, reading blocks in place once per token is faster than gathering the item's context
+# for torch's attention (ops/benchmarks/results/attention-cpu.md).
+_IN_PLACE_TOKENS = 4
+_IN_PLACE_LEN = 32
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillItem:
-    """A request that brings several tokens in this step."""
+    """A request that brings so many tokens that gathering its context once pays."""
 
     first_row: int
     """Its first row among the step's tokens."""
@@ -40,12 +45,12 @@ class StepBatch:
     """[T] where each token's K and V go: block id · block_size + offset in the block."""
     block_tables: I32Array
     """[sum(block_counts)] device block ids, item after item."""
-    decode_rows: I32Array
-    """[D] rows of the items that bring one token."""
-    decode_tables: I32Array
-    """[D] where each one's run begins in `block_tables`."""
-    decode_lens: I32Array
-    """[D] tokens each one attends to, itself included."""
+    paged_rows: I64Array
+    """[R] rows whose attention reads the blocks in place: decodes and very small prefills."""
+    paged_tables: I32Array
+    """[R] where each row's item begins in `block_tables`."""
+    paged_lens: I32Array
+    """[R] tokens each row attends to, itself included."""
     prefills: tuple[PrefillItem, ...]
     block_size: int
     num_items: int
@@ -71,20 +76,21 @@ def prepare_batch(plan: StepPlan, block_size: int) -> StepBatch:
     row_ends = np.cumsum(num_tokens, dtype=np.int64)
     row_starts = row_ends - num_tokens
     tables = np.cumsum(block_counts, dtype=np.int64) - block_counts
-    rows = np.arange(token_ids.shape[0], dtype=np.int64)
-    positions = rows + np.repeat(context_lens - row_starts, num_tokens)
-    in_table = np.repeat(tables, num_tokens) + positions // block_size
+    item_of_row = np.repeat(np.arange(num_tokens.shape[0]), num_tokens)
+    positions = np.arange(token_ids.shape[0]) + (context_lens - row_starts)[item_of_row]
+    in_table = tables[item_of_row] + positions // block_size
     slots = block_tables[in_table].astype(np.int64) * block_size + positions % block_size
-    is_decode = num_tokens == 1
+    in_place = (num_tokens <= _IN_PLACE_TOKENS) | (context_lens + num_tokens <= _IN_PLACE_LEN)
+    paged_rows = np.flatnonzero(in_place[item_of_row])
     return StepBatch(
         token_ids=torch.from_numpy(token_ids.astype(np.int64))[None],
         position_ids=torch.from_numpy(positions)[None],
         sample_rows=torch.from_numpy(row_ends[sampled] - 1),
         slots=slots,
         block_tables=block_tables,
-        decode_rows=row_starts[is_decode].astype(np.int32),
-        decode_tables=tables[is_decode].astype(np.int32),
-        decode_lens=context_lens[is_decode] + np.int32(1),
+        paged_rows=paged_rows,
+        paged_tables=tables[item_of_row[paged_rows]].astype(np.int32),
+        paged_lens=(positions[paged_rows] + 1).astype(np.int32),
         prefills=tuple(
             PrefillItem(
                 first_row=int(row_starts[item]),
@@ -94,7 +100,7 @@ def prepare_batch(plan: StepPlan, block_size: int) -> StepBatch:
                     block_tables[tables[item] : tables[item] + block_counts[item]].astype(np.int64)
                 ),
             )
-            for item in np.flatnonzero(~is_decode)
+            for item in np.flatnonzero(~in_place)
         ),
         block_size=block_size,
         num_items=num_tokens.shape[0],

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 Pool: TypeAlias = npt.NDArray[Any]
@@ -85,6 +86,30 @@ def _float_of_bits(typing_context: Any, value: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks the CPU to fetch the cache line at an address, for reading. Any address is harmless."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [pointer, word, word, word]),
+            "llvm.prefetch.p0",
+        )
+        target = builder.inttoptr(args[0], pointer)
+        builder.call(function, [target, word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _prefetch_bytes(address: Any, count: Any) -> None:
+    for line in range(0, count, 64):
+        _prefetch(address + line)
+
+
 @njit(inline="always")  # type: ignore[untyped-decorator]
 def _exp(x: Any) -> Any:
     """exp of a float32 at most 88, to about 1e-7 of its value.
@@ -124,29 +149,104 @@ def write_kv(pool: Pool, layer: int, keys: Pool, values: Pool, slots: I64Array) 
 
 
 @_compiled(fastmath=_FAST_SUMS)
-def _softmax(scores: F32Array, first: int, last: int, softcap: Any) -> None:
-    """Softmax of every row of `scores[:, first:last]` in place, after an optional soft-cap."""
-    for head in range(scores.shape[0]):
-        if softcap > 0.0:
-            for t in range(first, last):
-                # tanh(x) = 1 - 2 / (exp(2x) + 1); beyond ±40 it is ±1 in float32
-                x = scores[head, t] / softcap
-                x = min(max(x, np.float32(-40.0)), np.float32(40.0))
-                tanh = np.float32(1.0) - np.float32(2.0) / (
-                    _exp(np.float32(2.0) * x) + np.float32(1.0)
-                )
-                scores[head, t] = softcap * tanh
-        top = np.float32(-np.inf)
-        for t in range(first, last):
-            top = max(top, scores[head, t])
-        total = np.float32(0.0)
-        for t in range(first, last):
-            weight = _exp(scores[head, t] - top)
-            scores[head, t] = weight
-            total += weight
-        inverse = np.float32(1.0) / total
-        for t in range(first, last):
-            scores[head, t] *= inverse
+def _softmax(scores: F32Array, softcap: Any) -> None:
+    """Softmax of one row of `scores` in place, after an optional soft-cap.
+
+    Every loop starts at zero: where an index could be negative, numba has to allow for Python's
+    meaning of it, and LLVM then no longer vectorises.
+    """
+    if softcap > 0.0:
+        for t in range(scores.shape[0]):
+            # tanh(x) = 1 - 2 / (exp(2x) + 1); beyond ±40 it is ±1 in float32
+            x = min(max(scores[t] / softcap, np.float32(-40.0)), np.float32(40.0))
+            e = _exp(np.float32(2.0) * x)
+            scores[t] = softcap * (np.float32(1.0) - np.float32(2.0) / (e + np.float32(1.0)))
+    top = np.float32(-np.inf)
+    for t in range(scores.shape[0]):
+        top = max(top, scores[t])
+    total = np.float32(0.0)
+    for t in range(scores.shape[0]):
+        weight = _exp(scores[t] - top)
+        scores[t] = weight
+        total += weight
+    inverse = np.float32(1.0) / total
+    for t in range(scores.shape[0]):
+        scores[t] *= inverse
+
+
+@_compiled(fastmath=_FAST_SUMS)
+def _score_block(
+    keys: Pool, query: F32Array, scores: F32Array, first: int, offset: int, count: int, ahead: int
+) -> None:
+    """Adds a block's scores: tokens `offset:offset + count` of `keys` `[block_size, kv_heads,
+    head_dim]` to columns `first:` of `scores` `[heads, tokens]`."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[2]
+    group = query.shape[0] // kv_heads
+    whole = count - count % 4
+    stride = keys.strides[0]
+    for step in range(0, whole, 4):  # four tokens at a time read the query once
+        o, t = offset + step, first + step
+        _prefetch_bytes(ahead + step * stride, 4 * stride)
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                dot0 = dot1 = dot2 = dot3 = np.float32(0.0)
+                for d in range(head_dim):
+                    q = query[head, d]
+                    dot0 += q * _to_float32(keys[o, kv_head, d])
+                    dot1 += q * _to_float32(keys[o + 1, kv_head, d])
+                    dot2 += q * _to_float32(keys[o + 2, kv_head, d])
+                    dot3 += q * _to_float32(keys[o + 3, kv_head, d])
+                scores[head, t] = dot0
+                scores[head, t + 1] = dot1
+                scores[head, t + 2] = dot2
+                scores[head, t + 3] = dot3
+    for step in range(whole, count):
+        o, t = offset + step, first + step
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                dot = np.float32(0.0)
+                for d in range(head_dim):
+                    dot += query[head, d] * _to_float32(keys[o, kv_head, d])
+                scores[head, t] = dot
+
+
+@_compiled(fastmath=_FAST_SUMS)
+def _add_block(
+    values: Pool,
+    weights: F32Array,
+    total: F32Array,
+    first: int,
+    offset: int,
+    count: int,
+    ahead: int,
+) -> None:
+    """Adds a block's values, each times its weight, to `total` `[heads, head_dim]`. Arguments as
+    in `_score_block`."""
+    kv_heads, head_dim = values.shape[1], values.shape[2]
+    group = total.shape[0] // kv_heads
+    whole = count - count % 4
+    stride = values.strides[0]
+    for step in range(0, whole, 4):  # four tokens at a time write the sum once
+        o, t = offset + step, first + step
+        _prefetch_bytes(ahead + step * stride, 4 * stride)
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                weight0, weight1 = weights[head, t], weights[head, t + 1]
+                weight2, weight3 = weights[head, t + 2], weights[head, t + 3]
+                for d in range(head_dim):
+                    total[head, d] += (
+                        weight0 * _to_float32(values[o, kv_head, d])
+                        + weight1 * _to_float32(values[o + 1, kv_head, d])
+                        + weight2 * _to_float32(values[o + 2, kv_head, d])
+                        + weight3 * _to_float32(values[o + 3, kv_head, d])
+                    )
+    for step in range(whole, count):
+        o, t = offset + step, first + step
+        for kv_head in range(kv_heads):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                weight = weights[head, t]
+                for d in range(head_dim):
+                    total[head, d] += weight * _to_float32(values[o, kv_head, d])
 
 
 @_compiled(fastmath=_FAST_SUMS)
@@ -170,9 +270,8 @@ def attend_part(
     blocks `blocks[tables[i]:]`; with `window` > 0 to the last `window` of them. `softcap` 0 is
     none. The caller has checked that all block ids exist.
     """
-    block_size, kv_heads, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
-    num_heads = query.shape[1]
-    group = num_heads // kv_heads
+    block_size = pool.shape[3]
+    num_heads, head_dim = query.shape[1], query.shape[2]
     longest = 0
     for i in range(part, lens.shape[0], parts):
         longest = max(longest, lens[i])
@@ -181,32 +280,31 @@ def attend_part(
     total = np.empty((num_heads, head_dim), np.float32)
     for i in range(part, lens.shape[0], parts):
         table, length = tables[i], lens[i]
-        first = max(0, length - window) if window > 0 else 0
+        start = max(0, length - window) if window > 0 else 0
         for head in range(num_heads):
             for d in range(head_dim):
                 scaled[head, d] = query[i, head, d] * scaling
                 total[head, d] = 0.0
-        # Tokens outermost: the pool is then read front to back, all heads of a token together.
-        for t in range(first, length):
-            block = blocks[table + t // block_size]
-            offset = t % block_size
-            for kv_head in range(kv_heads):
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    dot = np.float32(0.0)
-                    for d in range(head_dim):
-                        key = _to_float32(pool[block, layer, 0, offset, kv_head, d])
-                        dot += scaled[head, d] * key
-                    scores[head, t] = dot
-        _softmax(scores, first, length, softcap)
-        for t in range(first, length):
-            block = blocks[table + t // block_size]
-            offset = t % block_size
-            for kv_head in range(kv_heads):
-                for head in range(kv_head * group, (kv_head + 1) * group):
-                    weight = scores[head, t]
-                    for d in range(head_dim):
-                        value = _to_float32(pool[block, layer, 1, offset, kv_head, d])
-                        total[head, d] += weight * value
+        first = start
+        while first < length:
+            offset = first % block_size
+            count = min(block_size - offset, length - first)
+            keys = pool[blocks[table + first // block_size], layer, 0]
+            upcoming = min(first + count, length - 1)
+            ahead = pool[blocks[table + upcoming // block_size], layer, 0].ctypes.data
+            _score_block(keys, scaled, scores, first, offset, count, ahead)
+            first += count
+        for head in range(num_heads):
+            _softmax(scores[head, start:length], softcap)
+        first = start
+        while first < length:
+            offset = first % block_size
+            count = min(block_size - offset, length - first)
+            values = pool[blocks[table + first // block_size], layer, 1]
+            upcoming = min(first + count, length - 1)
+            ahead = pool[blocks[table + upcoming // block_size], layer, 1].ctypes.data
+            _add_block(values, scores, total, first, offset, count, ahead)
+            first += count
         for head in range(num_heads):
             for d in range(head_dim):
                 out[i, head, d] = total[head, d]

@@ -87,11 +87,11 @@ class PagedAttention:
                 pool, layer, batch, query, scaling=scaling, softcap=softcap, window=window
             )
         if not batch.prefills:
-            return self._decode(layer, batch, query, scaling, window, softcap)
+            return self._in_place(layer, batch, query, scaling, window, softcap)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if batch.decode_rows.size:
-            decodes = torch.from_numpy(batch.decode_rows)
-            out[decodes] = self._decode(layer, batch, query[decodes], scaling, window, softcap)
+        if batch.paged_rows.size:
+            paged = torch.from_numpy(batch.paged_rows)
+            out[paged] = self._in_place(layer, batch, query[paged], scaling, window, softcap)
         for index, item in enumerate(batch.prefills):
             rows = slice(item.first_row, item.first_row + item.num_tokens)
             if (index, window) not in self._masks:
@@ -109,7 +109,7 @@ class PagedAttention:
             )
         return out
 
-    def _decode(
+    def _in_place(
         self,
         layer: int,
         batch: StepBatch,
@@ -123,8 +123,8 @@ class PagedAttention:
             self._array,
             layer,
             query.float().contiguous().numpy(),
-            batch.decode_tables,
-            batch.decode_lens,
+            batch.paged_tables,
+            batch.paged_lens,
             batch.block_tables,
             scaling=scaling,
             softcap=softcap,

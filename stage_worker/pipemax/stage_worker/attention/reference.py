@@ -3,6 +3,7 @@
 Slow on purpose. Tests read the fast paths against it, and it can be switched on for an ablation.
 """
 
+import numpy as np
 import torch
 
 from pipemax.stage_worker.attention.prefill import gather
@@ -41,17 +42,18 @@ def reference_attention(
 
 
 def _all_items(batch: StepBatch) -> list[PrefillItem]:
-    decodes = [
+    """Rows attended to in place, each as an item of its own, and the others."""
+    rows = [
         PrefillItem(
             first_row=int(row),
             num_tokens=1,
             context_len=int(length) - 1,
             blocks=torch.from_numpy(
-                batch.block_tables[table : table + -(-length // batch.block_size)].astype("int64")
+                batch.block_tables[table : table + -(-length // batch.block_size)].astype(np.int64)
             ),
         )
         for row, table, length in zip(
-            batch.decode_rows, batch.decode_tables, batch.decode_lens, strict=True
+            batch.paged_rows, batch.paged_tables, batch.paged_lens, strict=True
         )
     ]
-    return [*decodes, *batch.prefills]
+    return [*rows, *batch.prefills]

@@ -1,5 +1,6 @@
 """One stage's part of a model, ready to run steps."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class StageModel:
     def dtype(self) -> torch.dtype:
         """Of weights, activations and KV."""
         return self._attention.dtype
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the model computes rather than reads, such as rotary frequencies."""
+        buffers: Iterator[tuple[str, torch.Tensor]] = self._model.named_buffers()
+        return buffers
 
     def bind_pool(self, pool: torch.Tensor) -> None:
         """Uses `pool`, `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, contiguous, of
