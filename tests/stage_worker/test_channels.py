@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +194,20 @@ def test_an_older_offer_is_not_accepted(stages: Stages) -> None:
     assert not receiver.agreed
 
 
+def test_an_older_acceptance_does_not_count(stages: Stages) -> None:
+    sender, receiver = stages.sender(), stages.receiver()
+    sender.reset(1)
+    receiver.reset(1)
+    sender.offer()
+    receiver.socket.poll(DEADLINE_MS)
+    assert list(receiver.poll()) == []
+    assert receiver.agreed
+    sender.reset(2)
+    sender.socket.poll(DEADLINE_MS)
+    sender.poll()
+    assert not sender.agreed
+
+
 def test_rows_before_agreement_are_an_error(stages: Stages) -> None:
     sender, receiver = stages.sender(), stages.receiver()
     receiver.reset(1)
@@ -285,6 +301,11 @@ def test_rows_that_are_not_what_was_announced(
         sender.socket.send_multipart([encode(ready), extra])
         with pytest.raises(WireError, match=message):
             receive(receiver, 1)
+
+
+def test_making_keys_needs_no_torch() -> None:
+    code = "import sys, pipemax.stage_worker.channels.keys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_tcp_without_keys_is_refused(runtime_dir: Path) -> None:

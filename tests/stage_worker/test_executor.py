@@ -32,7 +32,8 @@ class World:
     def run(self, *script: Callable[[], None]) -> dict[str, float]:
         """Runs until the script is played; seconds by state."""
         self.script = list(script)
-        Executor(self.queue, self, self, self.clock).run()
+        self.executor = Executor(self.queue, self, self, self.clock)
+        self.executor.run()
         return self.clock.seconds()
 
     # -- executor.Links
@@ -68,7 +69,7 @@ class World:
             return StepResult(tokens=[7])
         return StepResult(rows=torch.zeros(1, 2) if rows is None else rows)
 
-    # -- what peers do
+    # -- what its peers do
 
     def plan(self, *plans: StepPlan) -> Callable[[], None]:
         def play() -> None:
@@ -195,6 +196,17 @@ def test_a_reset_during_a_wait_aborts_the_step(arrived: str) -> None:
     assert seconds["wait_plan"] == 3 * WAIT_S
     # Inputs are built anew: step 0 of the new epoch is another step.
     assert world.log.count("prepare 0") == 2
+
+
+def test_inputs_of_void_steps_are_forgotten() -> None:
+    world = World()
+    script: list[Callable[[], None]] = []
+    for epoch in range(2, 12):
+        plans = (decode_plan(0, epoch=epoch), decode_plan(1, epoch=epoch))
+        script += [world.reset(epoch), world.plan(*plans), lambda: None]
+    world.run(*script, world.reset(100))
+    assert world.log.count("prepare 1") == 10
+    assert world.executor._prepared == {}
 
 
 def test_stop_ends_a_step_that_waits() -> None:

@@ -74,7 +74,7 @@ def body(run_dir: Path, index: int) -> None:
         stage = _load(context, config, run_dir, index)
         stack.callback(stage.close)
         queue = StepQueue(takes_activations=stage.neighbours.previous is not None)
-        clock = StateClock(time.monotonic_ns)
+        clock = StateClock(time.monotonic_ns)  # loading is over; it is told as `load_s`
         shell = StageShell(
             control,
             Peer(context, run_dir, KV, index),
@@ -85,7 +85,6 @@ def body(run_dir: Path, index: int) -> None:
             queue=queue,
             clock=clock,
         )
-        stack.callback(shell.close)
         on_stop_signals(shell.stop)
         gc.freeze()  # what was loaded stays; collections look at steps only
         work = ModelStep(stage.model, stage.device, num_blocks=len(stage.pool.tensor))

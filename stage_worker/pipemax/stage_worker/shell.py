@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,8 @@ from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
 TICK_S = 0.5
-"""A beat, or again what was not answered, twice as often as promised."""
+"""Between beats; also the longest wait before what was not answered is said again, or before a
+stop signal is noticed."""
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,6 @@ class StageShell:
         self._pool_attached = False
         self._reset_done = True
         self._stopping = False
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._next_tick_s = time.monotonic() + TICK_S
         self._poller = zmq.Poller()
         self._handlers: dict[object, Callable[[], None]] = {}
@@ -109,8 +108,7 @@ class StageShell:
 
     def _listen(self) -> None:
         """Control first: what it says may void the rest."""
-        sources: list[tuple[zmq.Socket[bytes] | int, Callable[[], None]]] = [
-            (self._stop_fd, lambda: None),
+        sources: list[tuple[zmq.Socket[bytes], Callable[[], None]]] = [
             (self._control.socket, self._on_control),
             (self._kv.socket, self._on_kv),
         ]
@@ -157,15 +155,8 @@ class StageShell:
     # -- from outside the work loop
 
     def stop(self) -> None:
-        """Ends the wait under way and the work loop. May be called from a signal handler."""
+        """Ends the work loop within a tick. May be called from a signal handler."""
         self._stopping = True
-        if self._stop_fd >= 0:
-            os.eventfd_write(self._stop_fd, 1)
-
-    def close(self) -> None:
-        """Releases what is its own; sockets belong to whoever opened them."""
-        stop_fd, self._stop_fd = self._stop_fd, -1
-        os.close(stop_fd)
 
     # -- messages
 
