@@ -17,43 +17,9 @@ from pipemax.services.launcher import rundir_files
 from pipemax.services.launcher.processes import ProcessSpec
 from pipemax.services.launcher.supervisor import Phase, Policy
 from pipemax.services.launcher.system import System
+from support.fake_system import fake_config, fakes
 
-FAKE = Path(__file__).parent / "fake_process.py"
 PATIENCE_S = 60.0
-
-
-def config(name: str = "t", stages: int = 2) -> EngineConfig:
-    return EngineConfig(
-        name=name,
-        model="/none",
-        served_model_name="none",
-        pipeline_parallel_size=stages,
-        layer_split=(1,) * stages,
-        max_model_len=16,
-    )
-
-
-def fakes(**behaviours: str) -> Callable[[EngineConfig, Path], tuple[ProcessSpec, ...]]:
-    """Fake processes; `stage_1="crash"` gives stage-1 that behaviour, the rest just live."""
-
-    def specs(config: EngineConfig, run_dir: Path) -> tuple[ProcessSpec, ...]:
-        stages = [f"stage-{index}" for index in range(config.pipeline_parallel_size)]
-        return tuple(
-            ProcessSpec(
-                name,
-                (
-                    sys.executable,
-                    str(FAKE),
-                    name,
-                    behaviours.get(name.replace("-", "_"), "live"),
-                    "--run-dir",
-                    str(run_dir),
-                ),
-            )
-            for name in ("coordinator", "kv-daemon", *stages)
-        )
-
-    return specs
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -71,7 +37,7 @@ def assert_nothing_left(name: str, pids: dict[str, int]) -> None:
 
 
 def test_starts_writes_the_configuration_and_stops_after_draining() -> None:
-    with System(config(), processes=fakes()) as system:
+    with System(fake_config(), processes=fakes()) as system:
         assert system.wait_ready()
         assert system.metrics_port == 4711
         assert load_config(system.run_dir) == system.config
@@ -86,7 +52,7 @@ def test_starts_writes_the_configuration_and_stops_after_draining() -> None:
 
 
 def test_leaving_the_block_stops_without_draining() -> None:
-    with System(config(), processes=fakes()) as system:
+    with System(fake_config(), processes=fakes()) as system:
         system.wait_ready()
         pids = system.pids()
     assert not (system.run_dir / "logs" / "drained").exists()
@@ -96,7 +62,10 @@ def test_leaving_the_block_stops_without_draining() -> None:
 def test_killed_stage_is_restarted() -> None:
     notices: list[str] = []
     with System(
-        config(), processes=fakes(), on_notice=notices.append, policy=Policy(backoff_first_s=0.01)
+        fake_config(),
+        processes=fakes(),
+        on_notice=notices.append,
+        policy=Policy(backoff_first_s=0.01),
     ) as system:
         system.wait_ready()
         before = system.pids()
@@ -110,7 +79,7 @@ def test_killed_stage_is_restarted() -> None:
 
 def test_flapping_stage_ends_everything() -> None:
     policy = Policy(backoff_first_s=0.01, flapping_deaths=2)
-    with System(config(), processes=fakes(stage_1="crash-later"), policy=policy) as system:
+    with System(fake_config(), processes=fakes(stage_1="crash-later"), policy=policy) as system:
         system.wait_ready()
         pids = system.pids()
         (system.run_dir / "logs" / "crash").touch()
@@ -121,7 +90,7 @@ def test_flapping_stage_ends_everything() -> None:
 
 
 def test_fatal_process_gives_its_reason_on_one_line() -> None:
-    with System(config(), processes=fakes(stage_0="fatal")) as system:
+    with System(fake_config(), processes=fakes(stage_0="fatal")) as system:
         with pytest.raises(ConfigError) as raised:
             system.wait_ready()
         assert str(raised.value) == "the model is a teapot; use another"
@@ -132,7 +101,7 @@ def test_fatal_process_gives_its_reason_on_one_line() -> None:
 
 def test_crash_while_starting_gives_the_last_line_of_the_log() -> None:
     with (
-        System(config(), processes=fakes(kv_daemon="crash")) as system,
+        System(fake_config(), processes=fakes(kv_daemon="crash")) as system,
         pytest.raises(ProcessFailedError, match=r"kv-daemon .*status 3 \(ValueError: last words\)"),
     ):
         system.wait_ready()
@@ -141,14 +110,14 @@ def test_crash_while_starting_gives_the_last_line_of_the_log() -> None:
 def test_deadline_names_the_late_process() -> None:
     policy = Policy(ready_timeout_s=6.0)
     with (
-        System(config(), processes=fakes(stage_1="never-ready"), policy=policy) as system,
+        System(fake_config(), processes=fakes(stage_1="never-ready"), policy=policy) as system,
         pytest.raises(ProcessFailedError, match=r"not ready after 6 s: .* for .*stage-1"),
     ):
         system.wait_ready()
 
 
 def test_death_of_the_coordinator_ends_everything() -> None:
-    with System(config(), processes=fakes()) as system:
+    with System(fake_config(), processes=fakes()) as system:
         system.wait_ready()
         pids = system.pids()
         os.kill(pids["coordinator"], signal.SIGKILL)
@@ -159,7 +128,7 @@ def test_death_of_the_coordinator_ends_everything() -> None:
 
 def test_stubborn_process_is_killed() -> None:
     policy = Policy(stop_grace_s=0.2)
-    with System(config(), processes=fakes(stage_0="stubborn"), policy=policy) as system:
+    with System(fake_config(), processes=fakes(stage_0="stubborn"), policy=policy) as system:
         system.wait_ready()
         pids = system.pids()
         system.stop(drain=True)
@@ -171,17 +140,17 @@ def test_program_that_does_not_exist() -> None:
         return (*fakes()(config, run_dir)[:2], ProcessSpec("stage-0", ("/no/such/program",)))
 
     with (
-        System(config(stages=1), processes=specs) as system,
+        System(fake_config(stages=1), processes=specs) as system,
         pytest.raises(ProcessFailedError, match="stage-0 could not be started"),
     ):
         system.wait_ready()
 
 
 def test_second_system_of_the_same_name_is_refused_and_harms_nothing() -> None:
-    with System(config(), processes=fakes()) as system:
+    with System(fake_config(), processes=fakes()) as system:
         system.wait_ready()
         with pytest.raises(AlreadyRunningError, match=f"launcher pid {os.getpid()}"):
-            System(config(), processes=fakes()).start()
+            System(fake_config(), processes=fakes()).start()
         assert load_config(system.run_dir) == system.config
         system.stop(drain=True)
 
@@ -191,22 +160,22 @@ def test_failing_start_gives_the_lock_back() -> None:
         raise ConfigError("no")
 
     with pytest.raises(ConfigError):
-        System(config(), processes=broken).start()
+        System(fake_config(), processes=broken).start()
     assert_nothing_left("t", {})
 
 
 def test_temporary_system_leaves_no_run_directory_but_the_logs_of_a_failure() -> None:
-    with System(config("x-1"), processes=fakes(), temporary=True) as system:
+    with System(fake_config("x-1"), processes=fakes(), temporary=True) as system:
         system.wait_ready()
     assert not system.run_dir.exists()
     with (
-        System(config("x-2"), processes=fakes(stage_0="fatal"), temporary=True) as system,
+        System(fake_config("x-2"), processes=fakes(stage_0="fatal"), temporary=True) as system,
         pytest.raises(ConfigError),
     ):
         system.wait_ready()
     assert not system.run_dir.exists()
     with (
-        System(config("x-3"), processes=fakes(stage_0="crash"), temporary=True) as system,
+        System(fake_config("x-3"), processes=fakes(stage_0="crash"), temporary=True) as system,
         pytest.raises(ProcessFailedError, match="x-3/logs"),
     ):
         system.wait_ready()
