@@ -1,6 +1,7 @@
 """How a process starts, says why it cannot, and leaves."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -148,19 +149,9 @@ def test_it_leaves_when_the_launcher_is_killed(runtime_dir: Path) -> None:
         pid = int(launcher.stdout.readline())
         pidfd = os.pidfd_open(pid)
         launcher.kill()
-        # The pipe to the grandchild's standard output closes when it is gone.
-        assert launcher.stdout.read() == ""
+    ended, _, _ = select.select([pidfd], [], [], _WAIT_S)
     os.close(pidfd)
-    with pytest.raises(ProcessLookupError):
-        _signal_unless_zombie(pid)
-
-
-def _signal_unless_zombie(pid: int) -> None:
-    """Like kill(pid, 0), but a process that only waits to be reaped counts as gone."""
-    with suppress(FileNotFoundError):
-        if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
-            raise ProcessLookupError
-    os.kill(pid, 0)
+    assert ended
 
 
 def test_sigterm_asks_it_to_stop_and_sigint_is_ignored(runtime_dir: Path) -> None:

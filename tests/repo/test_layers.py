@@ -29,6 +29,7 @@ LIGHT_MODULES = (
     "pipemax.services.cli",
     "pipemax.client",
     "pipemax.coordinator.main",
+    "pipemax.kv_daemon.main",
 )
 
 BANNED_MODULES = {

@@ -89,6 +89,6 @@ def test_help_and_version(installed: Path, tmp_path: Path) -> None:
 
 def test_the_processes_are_installed(installed: Path, tmp_path: Path) -> None:
     """The launcher starts them by module name."""
-    for process in ("coordinator", "stage_worker"):
+    for process in ("coordinator", "kv_daemon", "stage_worker"):
         out = _run(installed / "bin" / "python", "-m", f"pipemax.{process}", "--help", cwd=tmp_path)
         assert "--run-dir" in out

@@ -74,6 +74,7 @@ EXAMPLES: tuple[Message, ...] = (
         preemptions=4,
         prompt_tokens=5,
         generation_tokens=6,
+        recomputed_tokens=19,
         prefetched_tokens=7,
         context_tokens=8,
         decode_context_tokens=9,
