@@ -138,7 +138,7 @@ def _max_model_len(
     limit = info.max_position_embeddings
     if asked is not None and asked > limit:
         raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
-    block_bytes = block_bytes_of(max(split), config, info)  # that stage's pool holds least
+    block_bytes = largest_block_bytes(config, split, info)
     blocks = config.kv_cache_memory_bytes // block_bytes
     fitting = (blocks - SPARE_BLOCKS) * config.block_size
     wanted = asked if asked is not None else 1
@@ -152,11 +152,11 @@ def _max_model_len(
     return asked if asked is not None else min(limit, fitting)
 
 
-def block_bytes_of(num_layers: int, config: EngineConfig, info: ModelInfo) -> int:
-    """Bytes of one KV block on a stage of `num_layers` layers."""
+def largest_block_bytes(config: EngineConfig, split: tuple[int, ...], info: ModelInfo) -> int:
+    """Bytes of one KV block on the stage with the most layers: that stage's pool holds least."""
     dtype: Dtype = info.dtype if config.dtype == "auto" else config.dtype
     geometry = BlockGeometry(
-        num_layers=num_layers,
+        num_layers=max(split),
         block_size=config.block_size,
         num_kv_heads=info.num_kv_heads,
         head_dim=info.head_dim,
