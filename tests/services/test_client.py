@@ -181,7 +181,9 @@ def test_leaving_a_stream_cancels_the_rest(path: Path) -> None:
         stream = client.stream(["slow", "quick", "slow"])
         assert next(stream).index == 1
         stream.close()  # type: ignore[attr-defined]
+        assert client.free_credits == 1, "cancelled requests hold credits until they end"
         assert texts(client.generate(["a", "b", "c", "d"])) == ["A", "B", "C", "D"]
+        assert client.free_credits == 3
         assert len(fake.cancelled) == 2
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipemax.coordinator.text import Detokenizer, StopChecker, TextProcessor
 from pipemax.proto.messages.ingest import SamplingParams
+
+from .conftest import write_model_dir
 
 
 @pytest.fixture(scope="session", params=["byte_level", "byte_fallback"])
@@ -43,6 +45,25 @@ def test_loose_bytes_read_as_at_once(processor: TextProcessor, data: st.DataObje
     limit = 30 if processor.is_loose_byte(single[0]) else 150
     token_ids = data.draw(st.lists(token, max_size=limit))
     assert "".join(pieces_of(processor, token_ids, False)) == processor.decode(token_ids, False)
+
+
+def test_tokens_that_end_one_character_and_begin_the_next(tmp_path: Path) -> None:
+    """€ is E2 82 AC. With a token of AC E2 no token but the last ends where a character does, so
+    the window grows until it is cut within characters."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate([*letters, "¬â"])}, merges=[("¬", "â")])
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    processor = TextProcessor(write_model_dir(tmp_path, tokenizer))
+    single = single_byte_tokens(processor)
+    lead, middle, last = (single[byte] for byte in "€".encode())
+    both = tokenizer.get_vocab()["¬â"]
+    for count in range(60, 64):
+        token_ids = [lead, *[middle, both] * count, middle, last]
+        pieces = list(pieces_of(processor, token_ids, True))
+        assert "".join(pieces) == "€" * (count + 1)
+        assert set("".join(pieces[:40])) == {"€"}
 
 
 @given(text=st.text(max_size=40))

@@ -3,8 +3,9 @@
 A token may hold part of a character, and what a token reads as can depend on its neighbours: a
 leading space is dropped at the start of the text only; bytes join to characters. So the text is
 kept in two parts: *settled* text that later tokens cannot change, and a *window* of the last
-tokens, decoded anew with every token. One settled token before the window is decoded with it and
-cut off again, so that the window never looks like the start of the text.
+tokens, decoded anew with every token. The last settled tokens are decoded with it, as context, and
+cut off again: the window then never looks like the start of the text, and a character that began
+before it is whole.
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from pipemax.proto.messages.ingest import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders put for bytes that are not (yet) a character."""
-_LONGEST_CHARACTER = 4
-"""Bytes of UTF-8's longest character, so the most tokens one character can be spread over."""
+_CHARACTER_TOKENS = 4
+"""Most tokens one character can be spread over: UTF-8 takes at most four bytes for one."""
+_CONTEXT_TOKENS = _CHARACTER_TOKENS - 1
 _LONGEST_WINDOW = 32
-"""Bounds the work per token when output is an endless run of loose bytes."""
+"""Bounds the work per token when output never comes to the end of a character."""
 
 
 class TokenDecoder(Protocol):
@@ -46,8 +48,8 @@ class Detokenizer:
         self._skip_special_tokens = skip_special_tokens
         self._settled = ""
         self._context: list[int] = []
-        """The last settled token that is not a loose byte, if there is one. (A loose byte would
-        join the window's bytes.)"""
+        """The last settled tokens but for loose bytes, which would join the window's bytes."""
+        self._context_chars = 0
         self._window: list[int] = []
         self._window_text = ""
 
@@ -72,14 +74,15 @@ class Detokenizer:
         if self._skip_special_tokens and self._decoder.is_special(token_id):
             return ""  # as decoding all at once does: neighbours join across it
         self._window.append(token_id)
-        self._window_text = self._decode_after(self._context, self._window)
+        self._window_text = self._decode_window(self._window)
         count = len(self._window)
         complete = not self._window_text.endswith(REPLACEMENT)
         loose = self._decoder.is_loose_byte(token_id)
         if complete and (not loose or count > _LONGEST_WINDOW):
             return self._settle(count)
         if count > (2 * _LONGEST_WINDOW if loose else _LONGEST_WINDOW):
-            return self._settle(self._boundary())
+            # Whatever lies across this cut has ended by now.
+            return self._settle(count - _CHARACTER_TOKENS)
         return ""
 
     def finish(self) -> str:
@@ -87,43 +90,21 @@ class Detokenizer:
         return self._settle(len(self._window))
 
     def _settle(self, count: int) -> str:
-        """Settles the first `count` tokens of the window."""
+        """Settles the first `count` tokens of the window; a character that lies across the cut is
+        settled too."""
         kept = self._window[count:]
-        context = self._context_at(count)
-        kept_text = self._decode_after(context, kept)
+        context = [*self._context, *self._window[:count]]
+        context = [i for i in context if not self._decoder.is_loose_byte(i)][-_CONTEXT_TOKENS:]
+        self._context, self._context_chars = context, len(self._decode(context))
+        kept_text = self._decode_window(kept)
         settled = self._window_text[: len(self._window_text) - len(kept_text)]
         self._settled += settled
-        self._context, self._window, self._window_text = context, kept, kept_text
+        self._window, self._window_text = kept, kept_text
         return settled
 
-    def _boundary(self) -> int:
-        """Tokens to settle of a window grown too long: up to a boundary between characters.
-
-        A character lies across at most three neighbouring token boundaries, and whether it does
-        is certain once four tokens follow; so one of four candidates is a true boundary, and only
-        there do the two sides read the same apart as together.
-        """
-        longest = len(self._window) - _LONGEST_CHARACTER
-        for count in range(longest, longest - _LONGEST_CHARACTER, -1):
-            front = self._decode_after(self._context, self._window[:count])
-            back = self._decode_after(self._context_at(count), self._window[count:])
-            if front + back == self._window_text:
-                return count
-        return longest
-
-    def _context_at(self, count: int) -> list[int]:
-        """The context once the first `count` tokens of the window are settled."""
-        for token_id in reversed(self._window[:count]):
-            if not self._decoder.is_loose_byte(token_id):
-                return [token_id]
-        return self._context
-
-    def _decode_after(self, context: list[int], token_ids: list[int]) -> str:
-        """Text of `token_ids` when they follow `context`."""
-        if not token_ids:
-            return ""
-        whole = self._decode(context + token_ids)
-        return whole[len(self._decode(context)) :] if context else whole
+    def _decode_window(self, token_ids: list[int]) -> str:
+        """Text of `token_ids` after the context."""
+        return self._decode(self._context + token_ids)[self._context_chars :] if token_ids else ""
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._decoder.decode(token_ids, self._skip_special_tokens)
