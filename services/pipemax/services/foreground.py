@@ -14,6 +14,8 @@ from pipemax.services.launcher.system import System
 
 _DRAIN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_EVERY_S = 1.0
+_START_OF_LINE = "\r\x1b[K"
+"""On a terminal: over the line that was there."""
 _LOG_EVERY = 30
 """Without a terminal, every so many looks leave a line."""
 
@@ -34,7 +36,9 @@ def run_until_stopped(system: System) -> None:
             if system.phase is Phase.DRAINING:
                 _show_draining(system, looks)
                 looks += 1
-        typer.echo(f"{name} stopped", err=True)
+        typer.echo(
+            f"{_START_OF_LINE if looks and sys.stderr.isatty() else ''}{name} stopped", err=True
+        )
 
 
 def ready_line(system: System) -> str:
@@ -59,7 +63,7 @@ def _show_draining(system: System, looks: int) -> None:
     left = status.requests_waiting + status.requests_running
     line = f"finishing {left} accepted requests; once more Ctrl-C stops at once"
     if sys.stderr.isatty():
-        typer.echo(f"\r\x1b[K{line}", err=True, nl=False)
+        typer.echo(f"{_START_OF_LINE}{line}", err=True, nl=False)
     elif looks % _LOG_EVERY == 0:
         typer.echo(line, err=True)
 

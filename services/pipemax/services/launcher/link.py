@@ -71,6 +71,8 @@ class CoordinatorLink:
             self._query_next_at = now + ASK_AGAIN_S
 
     def send_drain(self) -> None:
+        """Asks the coordinator to finish; what was known of its work before is out of date."""
+        self.status = None
         self._control.send(control.Drain())
 
     def receive(self) -> list[on.Event]:
