@@ -12,10 +12,9 @@ from typing import Any
 
 from pipemax.client import Client, Completion, SamplingParams
 from pipemax.proto.config import EngineConfig, save_config
-from pipemax.proto.geometry import split_layers
+from pipemax.proto.geometry import BlockGeometry, split_layers
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import RunLock, create_run_dir
-from pipemax.services.engine_config import largest_block_bytes
 from pipemax.stage_worker.channels.keys import create_activation_keys
 from pipemax.stage_worker.model.inspect import inspect_model
 from support.forkserver import log_of, start_process, stop_process
@@ -50,10 +49,9 @@ def small_config(
         "max_model_len": max_model_len,
         **settings,
     }
-    config = EngineConfig(**values)
-    block_bytes = largest_block_bytes(config, split, info)
-    layer_bytes = block_bytes // max(split)
-    values["kv_cache_memory_bytes"] = device_blocks * block_bytes
+    layer = BlockGeometry(1, block_size, info.num_kv_heads, info.head_dim, info.dtype)
+    layer_bytes = layer.block_bytes
+    values["kv_cache_memory_bytes"] = device_blocks * layer_bytes * max(split)
     values["kv_offloading_bytes"] = host_blocks * layer_bytes * info.num_layers
     return EngineConfig(**values)
 
@@ -87,6 +85,8 @@ class LocalSystem:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        for process in self.processes.values():
+            process.terminate()
         for name in list(self.processes):
             stop_process(self.processes.pop(name))
         self._lock.release()

@@ -40,7 +40,7 @@ def test_tokens_equal_transformers(
         model_dir,
         stages=stages,
         block_size=block_size,
-        device_blocks=640 // block_size,
+        device_blocks=512 // block_size,
         host_blocks=8192 // block_size,
         max_num_batched_tokens=256,
     )
