@@ -14,8 +14,8 @@ I64Array = npt.NDArray[np.int64]
 
 # Below these, reading blocks in place once per token is faster than gathering the item's context
 # for torch's attention (ops/benchmarks/results/attention-cpu.md).
-_IN_PLACE_TOKENS = 4
-_IN_PLACE_LEN = 32
+_IN_PLACE_TOKENS = 8
+_IN_PLACE_LEN = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,222 @@
+"""Which way to attend over the paged pool on a CPU: prints times and ratios.
+
+    python ops/benchmarks/attention_cpu.py [--threads N] [--rounds N]
+
+Decode (one query per request), three ways:
+
+- padded: gather every request's context into one `[batch, longest, kv_heads, head_dim]` tensor,
+  then torch's attention with a mask;
+- per request: gather one request's context after the other, torch's attention for each;
+- in place: the compiled kernel that reads the blocks where they are.
+
+Prefill of a chunk on top of a context, two ways: gather once and torch's attention, or the in-place
+kernel for every token. All ways take turns within one run; the figure is each one's median.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numba
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pipemax.proto.geometry import BlockGeometry
+from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.messages.types import pack_i32
+from pipemax.stage_worker.attention import kernels
+from pipemax.stage_worker.attention.paged import pool_array
+from pipemax.stage_worker.attention.prefill import prefill, visible
+from pipemax.stage_worker.batch import PrefillItem, StepBatch, prepare_batch
+
+BATCH, BLOCK_SIZE, KV_HEADS, HEAD_DIM = 64, 16, 8, 64
+SCALING = HEAD_DIM**-0.5
+LAYER, LAYERS = 1, 2
+
+
+def decode_batch(lens: list[int]) -> tuple[StepBatch, list[torch.Tensor], int]:
+    """A step of one token per request, each request's block ids, and the pool's size. Blocks are
+    scattered over the pool."""
+    counts = [-(-length // BLOCK_SIZE) for length in lens]
+    ids = np.random.default_rng(0).permutation(sum(counts))
+    plan = StepPlan(
+        epoch=0,
+        step=0,
+        slot=0,
+        wait_for_load=False,
+        num_tokens=pack_i32([1] * len(lens)),
+        context_lens=pack_i32([length - 1 for length in lens]),
+        block_counts=pack_i32(counts),
+        block_tables=pack_i32(ids.tolist()),
+        token_ids=pack_i32([0] * len(lens)),
+        sample=(),
+    )
+    tables = [torch.from_numpy(part) for part in np.split(ids, np.cumsum(counts)[:-1])]
+    return prepare_batch(plan, BLOCK_SIZE), tables, sum(counts)
+
+
+def padded(
+    pool: torch.Tensor, tables: list[torch.Tensor], lens: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    blocks = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True)
+    both = pool[blocks, LAYER].permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
+    mask = (torch.arange(both.shape[3])[None] < lens[:, None])[:, None, None]
+    return scaled_dot_product_attention(
+        query[:, :, None], both[0], both[1], attn_mask=mask, scale=SCALING, enable_gqa=True
+    )[:, :, 0]
+
+
+def per_request(
+    pool: torch.Tensor, tables: list[torch.Tensor], lens: torch.Tensor, query: torch.Tensor
+) -> torch.Tensor:
+    out = torch.empty_like(query)
+    for index, blocks in enumerate(tables):
+        both = pool[blocks, LAYER].permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, : lens[index]]
+        out[index] = scaled_dot_product_attention(
+            query[index][None, :, None],
+            both[0][None],
+            both[1][None],
+            scale=SCALING,
+            enable_gqa=True,
+        )[0, :, 0]
+    return out
+
+
+def in_place(pool: torch.Tensor, batch: StepBatch, query: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(query.shape, dtype=torch.float32)
+    kernels.attend(
+        pool_array(pool),
+        LAYER,
+        query.float().numpy(),
+        batch.paged_tables,
+        batch.paged_lens,
+        batch.block_tables,
+        scaling=SCALING,
+        softcap=0.0,
+        window=0,
+        out=out.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return out.to(query.dtype)
+
+
+def medians(ways: dict[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each way; one uncounted round first, in which all must agree."""
+    first, *others = [way().float() for way in ways.values()]
+    for other in others:
+        torch.testing.assert_close(first, other, atol=3e-2, rtol=3e-2)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def compare_decode(rounds: int) -> None:
+    print(f"\nDecode: batch {BATCH}, {KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE}\n")
+    print(
+        "| contexts | heads | dtype | padded ms | per request ms | in place ms "
+        "| padded / in place | per request / in place |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    mixed = np.random.default_rng(1).integers(32, 993, BATCH).tolist()
+    for name, lens in (("all 512", [512] * BATCH), ("32 to 992", mixed)):
+        batch, tables, num_blocks = decode_batch(lens)
+        ends = torch.tensor(lens)
+        for heads in (KV_HEADS, 4 * KV_HEADS):
+            for dtype in (torch.float32, torch.bfloat16):
+                geometry = BlockGeometry(LAYERS, BLOCK_SIZE, KV_HEADS, HEAD_DIM, "float32")
+                pool = torch.randn(num_blocks, *geometry.block_shape).to(dtype)
+                query = torch.randn(BATCH, heads, HEAD_DIM).to(dtype)
+                ms = medians(
+                    {
+                        "padded": partial(padded, pool, tables, ends, query),
+                        "per request": partial(per_request, pool, tables, ends, query),
+                        "in place": partial(in_place, pool, batch, query),
+                    },
+                    rounds,
+                )
+                best = ms["in place"]
+                print(
+                    f"| {name} | {heads} | {str(dtype)[6:]} | {ms['padded']:.2f} | "
+                    f"{ms['per request']:.2f} | {best:.2f} | {ms['padded'] / best:.1f} | "
+                    f"{ms['per request'] / best:.1f} |"
+                )
+
+
+def gathered(
+    pool: torch.Tensor, item: PrefillItem, query: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    settings = {"scaling": SCALING, "softcap": 0.0, "window": 0, "block_size": BLOCK_SIZE}
+    return prefill(pool, LAYER, item, query, mask, **settings)
+
+
+def every_token(pool: torch.Tensor, item: PrefillItem, query: torch.Tensor) -> torch.Tensor:
+    """The in-place kernel, with each new token a row of its own."""
+    lens = np.arange(item.num_tokens, dtype=np.int32) + np.int32(item.context_len + 1)
+    out = torch.empty(query.shape, dtype=torch.float32)
+    kernels.attend(
+        pool_array(pool),
+        LAYER,
+        query.float().numpy(),
+        np.zeros_like(lens),
+        lens,
+        item.blocks.numpy().astype(np.int32),
+        scaling=SCALING,
+        softcap=0.0,
+        window=0,
+        out=out.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return out.to(query.dtype)
+
+
+def compare_prefill(rounds: int) -> None:
+    heads, kv_heads = 12, 4
+    print(f"\nPrefill of one request: {heads} heads, {kv_heads} KV heads of {HEAD_DIM}, bfloat16\n")
+    print("| tokens before | new tokens | gather ms | in place ms | gather / in place |")
+    print("|---|---|---|---|---|")
+    for context in (0, 128, 1024):
+        for count in (2, 4, 8, 16, 32, 64, 256):
+            end = context + count
+            blocks = torch.randperm(-(-end // BLOCK_SIZE))
+            shape = (blocks.shape[0], LAYERS, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
+            pool = torch.randn(shape).to(torch.bfloat16)
+            query = torch.randn(count, heads, HEAD_DIM).to(torch.bfloat16)
+            item = PrefillItem(0, count, context, blocks)
+            ways = {
+                "gather": partial(gathered, pool, item, query, visible(item, 0, BLOCK_SIZE)),
+                "in place": partial(every_token, pool, item, query),
+            }
+            ms = medians(ways, rounds)
+            print(
+                f"| {context} | {count} | {ms['gather']:.3f} | {ms['in place']:.3f} | "
+                f"{ms['gather'] / ms['in place']:.2f} |"
+            )
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every way")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per case")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, numba "
+        f"{numba.__version__}, {platform.machine()}, {arguments.threads} thread(s), "
+        f"{arguments.rounds} rounds"
+    )
+    compare_decode(arguments.rounds)
+    compare_prefill(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

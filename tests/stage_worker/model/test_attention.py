@@ -1,0 +1,187 @@
+"""The compiled and gathered forms of paged attention against the plain one."""
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import BlockGeometry, Dtype
+from pipemax.stage_worker.attention import kernels, paged
+from pipemax.stage_worker.attention.paged import PagedAttention
+from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from support.paged_run import Item, step_plan
+
+_NUM_BLOCKS = 700
+# (new tokens, tokens before them): decode, short and long prompts, chunks, small and large
+_SHAPES = [(1, 0), (1, 15), (1, 16), (1, 130), (4, 60), (7, 0), (90, 0), (33, 50), (5, 100), (3, 1)]
+_TORCH: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _batch(block_size: int) -> StepBatch:
+    ids = random.Random(3).sample(range(_NUM_BLOCKS), _NUM_BLOCKS)
+    items = [
+        Item([0] * new, old, [ids.pop() for _ in range(-(-(new + old) // block_size))])
+        for new, old in _SHAPES
+    ]
+    return prepare_batch(step_plan(items), block_size)
+
+
+def _outputs(
+    dtype: Dtype,
+    *,
+    block_size: int = 8,
+    kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output and pool of the kernel backend, then of the reference."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(_TORCH[dtype])
+
+    geometry = BlockGeometry(3, block_size, kv_heads, head_dim, dtype)
+    batch = _batch(block_size)
+    filled = draw(_NUM_BLOCKS, *geometry.block_shape)
+    tokens = batch.num_tokens
+    query = draw(tokens, kv_heads * group, head_dim)
+    key, value = draw(tokens, kv_heads, head_dim), draw(tokens, kv_heads, head_dim)
+    results = []
+    for backend in ("kernel", "reference"):
+        attention = PagedAttention(geometry, _TORCH[dtype], backend)
+        pool = filled.clone()
+        attention.bind_pool(pool)
+        attention.begin(batch)
+        results += [attention.attend(1, query, key, value, 0.3, window, softcap), pool]
+    return results[0], results[1], results[2], results[3]
+
+
+def _check(dtype: Dtype, **settings: float) -> None:
+    found, pool, expected, reference_pool = _outputs(dtype, **settings)  # type: ignore[arg-type]
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert found.dtype == _TORCH[dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(pool, reference_pool)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("window", [0, 1, 13, 32, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_windows_and_softcaps(dtype: Dtype, window: int, softcap: float) -> None:
+    _check(dtype, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("head_dim", [8, 24, 80, 100, 256])
+def test_block_sizes_and_head_sizes(block_size: int, head_dim: int) -> None:
+    _check("float32", block_size=block_size, head_dim=head_dim)
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (1, 8), (4, 1), (2, 3)])
+def test_grouped_heads(kv_heads: int, group: int) -> None:
+    _check("float32", kv_heads=kv_heads, group=group)
+    _check("bfloat16", kv_heads=kv_heads, group=group)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_threads_change_nothing(dtype: Dtype, threads: int) -> None:
+    _check(dtype, window=32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kv_is_written_to_its_slots_only(dtype: Dtype) -> None:
+    geometry = BlockGeometry(3, 8, 2, 16, dtype)
+    attention = PagedAttention(geometry, _TORCH[dtype], "kernel")
+    pool = torch.zeros(_NUM_BLOCKS, *geometry.block_shape, dtype=_TORCH[dtype])
+    attention.bind_pool(pool)
+    batch = _batch(8)
+    key = torch.randn(batch.num_tokens, 2, 16).to(_TORCH[dtype])
+    value = torch.randn(batch.num_tokens, 2, 16).to(_TORCH[dtype])
+    attention.begin(batch)
+    attention.attend(1, torch.zeros(batch.num_tokens, 4, 16).to(key), key, value, 1.0, 0, 0.0)
+    expected = torch.zeros_like(pool)
+    for row, slot in enumerate(batch.slots):
+        expected[slot // 8, 1, 0, slot % 8] = key[row]
+        expected[slot // 8, 1, 1, slot % 8] = value[row]
+    assert torch.equal(pool, expected)
+
+
+def test_softmax_of_large_scores_does_not_overflow() -> None:
+    """One key far above the others takes all the weight."""
+    geometry = BlockGeometry(1, 8, 1, 8, "float32")
+    attention = PagedAttention(geometry, torch.float32, "kernel")
+    pool = torch.zeros(1, *geometry.block_shape)
+    pool[0, 0, 0, 2], pool[0, 0, 1, 2] = 500.0, 7.0
+    attention.bind_pool(pool)
+    attention.begin(prepare_batch(step_plan([Item([0], 5, [0])]), 8))
+    one = torch.ones(1, 1, 8)
+    out = attention.attend(0, one, 0 * one, 0 * one, 1.0, 0, 0.0)
+    assert torch.equal(out, 7.0 * one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_finite_half_is_widened_exactly(dtype: torch.dtype) -> None:
+    """All 2^16 bit patterns, read through the kernel as the value of a single key."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)
+    finite = torch.isfinite(numbers)
+    pool = torch.zeros(2**12, 1, 2, 1, 1, 16, dtype=dtype)
+    pool[:, 0, 1, 0, 0] = torch.where(finite, numbers, torch.zeros((), dtype=dtype)).view(-1, 16)
+    rows = np.arange(2**12, dtype=np.int32)
+    out = np.empty((2**12, 1, 16), np.float32)
+    kernels.attend(
+        paged.pool_array(pool),
+        0,
+        np.zeros((2**12, 1, 16), np.float32),
+        rows,
+        np.ones(2**12, np.int32),
+        rows,
+        scaling=1.0,
+        softcap=0.0,
+        window=0,
+        out=out,
+        threads=1,
+    )
+    expected = torch.where(finite, numbers.float(), 0.0)
+    torch.testing.assert_close(torch.from_numpy(out).flatten(), expected, atol=0, rtol=0)
+
+
+def test_attention_outside_a_step_is_refused() -> None:
+    attention = PagedAttention(BlockGeometry(1, 8, 1, 8, "float32"), torch.float32, "kernel")
+    one = torch.ones(1, 1, 8)
+    with pytest.raises(InvariantError, match="outside a step"):
+        attention.attend(0, one, one, one, 1.0, 0, 0.0)
+
+
+def test_masks_and_dropout_are_refused() -> None:
+    one = torch.ones(1, 1, 1, 8)
+    module = torch.nn.Module()
+    with pytest.raises(InvariantError, match="neither a mask nor dropout"):
+        paged.paged_attention(module, one, one, one, one, 1.0)
+    with pytest.raises(InvariantError, match="neither a mask nor dropout"):
+        paged.paged_attention(module, one, one, one, None, 1.0, dropout=0.1)
+
+
+@pytest.mark.parametrize("dtype", list(_TORCH.values()))
+def test_warm_up_compiles_what_a_step_calls(dtype: torch.dtype) -> None:
+    paged.warm_up(dtype)
+    compiled = len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)
+    _outputs({value: key for key, value in _TORCH.items()}[dtype])
+    assert (len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)) == compiled
