@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         if self.host_used + sum(not b.store_sent for b in chosen) <= self.host_blocks:
             self.send_store(chosen)
 
-    @precondition(lambda self: self.ready and any(b.stored and b.device for b in self.blocks()))
+    @precondition(lambda self: self.ready and any(b.stored for b in self.blocks()))
     @rule(random=RANDOM)
     def evict(self, random: Random) -> None:
         """Forgets device copies of stored blocks."""
@@ -366,6 +366,10 @@ class Machine(RuleBasedStateMachine):
         if stage and self.computed[stage - 1] < step.step:
             return False
         return not step.wait_for_load or step.step in self.loaded[stage]
+
+    @rule()
+    def wait(self) -> None:
+        """Nothing new is asked for."""
 
     @invariant()
     def progress(self) -> None:

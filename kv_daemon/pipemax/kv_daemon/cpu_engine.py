@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from queue import SimpleQueue
 
@@ -165,6 +166,8 @@ class _CopyThread:
         try:
             self._copy(*work)
         except Exception as raised:  # handed to the caller's thread
+            traceback.clear_frames(raised.__traceback__)  # which must not keep pools mapped
+            work = None
             error = raised
         self._engine.signal(self._stage, self._direction, error)
         return True
