@@ -12,6 +12,7 @@ from pipemax.kv_daemon.events import (
     FromStage,
     LayOutHost,
     MapPool,
+    NewCoordinator,
     PoolMapped,
     Run,
     SendToCoordinator,
@@ -387,3 +388,16 @@ def test_a_stage_that_comes_back_with_other_blocks_is_refused() -> None:
     daemon.feed(Reset(epoch=2))
     with pytest.raises(PipemaxSystemError, match="blocks of 7 bytes instead of 100"):
         daemon.attach(0, epoch=2, block_bytes=7)
+
+
+def test_a_new_coordinator_finds_an_empty_host_and_counts_epochs_anew() -> None:
+    daemon = Daemon()
+    daemon.begin(7)
+    daemon.stored([(0, 0, 0)])
+    daemon.store([(0, 1, 1)])
+    daemon.feed(NewCoordinator())
+    assert daemon.core.host_blocks_used == 1  # the one under copy
+    assert told(ResetDone(epoch=1, num_host_blocks=100)) not in daemon.begin(1)
+    daemon.done("store")
+    assert daemon.take() == [told(ResetDone(epoch=1, num_host_blocks=100))]
+    assert daemon.core.host_blocks_used == 0

@@ -80,9 +80,9 @@ class Coordinator(Inbox):
     def send(self, message: Message) -> None:
         self.socket.send_multipart([identity_of("kv_daemon"), encode(message)])
 
-    def greet(self) -> Hello:
+    def greet(self, instance_id: str = "test") -> Hello:
         hello = self.next(Hello)
-        self.send(Welcome(instance_id="test"))
+        self.send(Welcome(instance_id=instance_id))
         self.next(KvReady)
         return hello
 
@@ -275,6 +275,26 @@ def test_it_says_hello_until_it_is_welcome() -> None:
         assert system.coordinator.next(Hello).incarnation == first.incarnation
         system.coordinator.send(Welcome(instance_id="one"))
         assert system.coordinator.next(KvReady) == KvReady(pool_bytes=NUM_HOST * sum(BLOCK_BYTES))
+
+
+def test_a_new_coordinator_starts_from_nothing(system: System) -> None:
+    """Its epochs are lower and its requests others, although they have the same numbers."""
+    system.begin(5)
+    system.coordinator.send(Store(epoch=5, after=-1, blocks=moves((0, 0, 0))))
+    system.coordinator.next(Stored)
+    system.coordinator.socket.close(linger=0)
+    system.coordinator = Coordinator(system.context, system.run_dir)
+    system.coordinator.greet("another")
+    assert system.begin(1) == ResetDone(epoch=1, num_host_blocks=NUM_HOST)
+    report = system.coordinator.next(KvReport)
+    while report.host_blocks_used:
+        report = system.coordinator.next(KvReport)
+    system.stages[0].blocks[1] = 9
+    system.coordinator.send(Store(epoch=1, after=-1, blocks=moves((0, 0, 1))))
+    system.coordinator.next(Stored)
+    system.coordinator.send(Prefetch(epoch=1, step=0, after=-1, blocks=moves((0, 0, 2))))
+    system.stages[0].next(Loaded)
+    assert (system.stages[0].blocks[2] == 9).all()
 
 
 def test_a_contradiction_ends_it_for_a_restart(system: System) -> None:

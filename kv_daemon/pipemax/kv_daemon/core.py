@@ -6,10 +6,9 @@ copy starts the next one and may complete a Store (Stored), a Prefetch (Loaded) 
 (Released). A reset voids all of it except what is wholly stored.
 """
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from itertools import chain, count, groupby
 
 from pipemax.kv_daemon import invariants
 from pipemax.kv_daemon.events import (
@@ -22,15 +21,15 @@ from pipemax.kv_daemon.events import (
     FromStage,
     LayOutHost,
     MapPool,
+    NewCoordinator,
     PoolMapped,
-    Run,
     SendToCoordinator,
     SendToStage,
-    StartCopy,
 )
 from pipemax.kv_daemon.host_blocks import UNPLACED, HostBlock, HostTable
-from pipemax.kv_daemon.transfers import Copy, Job, Lane, Move, merge
-from pipemax.proto.errors import InvariantError, PipemaxSystemError
+from pipemax.kv_daemon.stage_link import Merge, StageLink
+from pipemax.kv_daemon.transfers import Copy, Job, Move, merge
+from pipemax.proto.errors import PipemaxSystemError
 from pipemax.proto.messages.control import (
     BlockMove,
     Drop,
@@ -42,28 +41,10 @@ from pipemax.proto.messages.control import (
     Store,
     Stored,
 )
-from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+from pipemax.proto.messages.kv import AttachPool, Computed, PoolAttached
 
 PIECE_BYTES = 4 * 2**20
 """Most bytes of one StartCopy (but at least a block). More urgent work waits at most this long."""
-
-
-@dataclass(slots=True, eq=False)
-class Stage:
-    """What the core knows about one stage."""
-
-    index: int
-    block_bytes: int = 0
-    num_blocks: int = 0
-    attached: bool = False
-    """In this epoch."""
-    computed: int = -1
-    """Last step of this epoch that the stage computed."""
-    lanes: dict[Direction, Lane] = field(default_factory=lambda: {d: Lane() for d in DIRECTIONS})
-
-    @property
-    def bit(self) -> int:
-        return 1 << self.index
 
 
 class KvCore:
@@ -79,19 +60,18 @@ class KvCore:
         num_stages: int,
         host_bytes: int,
         piece_bytes: int = PIECE_BYTES,
-        merge_runs: Callable[[Iterable[Move]], tuple[Run, ...]] = merge,
+        merge_runs: Merge = merge,
     ) -> None:
         self.epoch = -1
-        self.stages = tuple(Stage(index) for index in range(num_stages))
+        self._out: list[Command] = []
+        self.stages = tuple(
+            StageLink(index, piece_bytes, merge_runs, self._out) for index in range(num_stages)
+        )
         self.table = HostTable(0)
         self.waiting: deque[tuple[int, Move]] = deque()
         """(after, move) of stores that wait for a draining host block. The coordinator counts a
         host block free as soon as it sends Drop, which may be a copy's length before it is."""
-        self.postponed: dict[HostBlock, list[tuple[Stage, Job, Move]]] = {}
-        """Loads that wait for the store of their block on their stage."""
         self._host_bytes = host_bytes
-        self._piece_bytes = piece_bytes
-        self._merge = merge_runs
         self._laid_out = False
         self.pending_releases: set[int] = set()
         """Requests whose Release waits for copies to end."""
@@ -100,8 +80,7 @@ class KvCore:
         self.void_running = 0
         """Copies under way that a reset made void."""
         self._all_bits = (1 << num_stages) - 1
-        self._store_order = itertools.count()
-        self._out: list[Command] = []
+        self._store_order = count()
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in this order. `now` is the cores' common clock argument; no
@@ -110,12 +89,12 @@ class KvCore:
         Raises ContradictionError when the coordinator asks for what cannot be, PipemaxSystemError
         when a stage changed its geometry. The state is undefined afterwards.
         """
-        self._out = []
         match event:
             case CopyDone():
                 self._on_copy_done(self.stages[event.stage], event.direction)
             case FromStage(message=Computed() as message):
-                self._on_computed(self.stages[event.stage], message)
+                if message.epoch == self.epoch:
+                    self.stages[event.stage].advance(message.step)
             case Prefetch() if event.epoch == self.epoch:
                 self._on_prefetch(event)
             case Store() if event.epoch == self.epoch:
@@ -129,20 +108,25 @@ class KvCore:
                 self._on_reset(event)
             case FromStage(message=AttachPool() as message):
                 self._on_attach(message)
+            case NewCoordinator():
+                self._void_everything(-1)
+                self._forget(list(self.table))
             case PoolMapped():
                 self._on_pool_mapped(event.offer)
             case _:
                 # An older epoch never happened. A newer one without its Reset was meant for the
                 # daemon that ran before this one: the coordinator has yet to hear of the restart.
                 pass
-        return self._out
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
 
     # What the shell reports.
 
     @property
     def busy(self) -> bool:
         """Copies are under way or queued."""
-        return any(lane.busy for stage in self.stages for lane in stage.lanes.values())
+        return any(stage.busy for stage in self.stages)
 
     @property
     def host_blocks_total(self) -> int:
@@ -178,11 +162,7 @@ class KvCore:
         """Enters `epoch`. Copies under way run on, but their end only sets their blocks free."""
         self.epoch = epoch
         self._reset_seen = self._reset_done = False
-        for stage in self.stages:
-            stage.attached = False
-            stage.computed = -1
-            self.void_running += sum(lane.void() for lane in stage.lanes.values())
-        self.postponed.clear()
+        self.void_running += sum(stage.void(epoch) for stage in self.stages)
         self.waiting.clear()
         self.pending_releases.clear()
         self._forget(list(self.table.storing))
@@ -202,14 +182,13 @@ class KvCore:
                 f"stage {stage.index} came back with blocks of {offer.block_bytes} bytes instead "
                 f"of {stage.block_bytes}; restart the whole system after changing model or dtype"
             )
-        stage.block_bytes = offer.block_bytes
-        stage.num_blocks = offer.num_blocks
-        stage.attached = True
+        stage.attach(offer.num_blocks, offer.block_bytes)
         self._out.append(SendToStage(stage.index, PoolAttached(epoch=self.epoch)))
         if all(stage.attached for stage in self.stages):
             self._lay_out()
             self._answer_reset()
-        self._pump(stage)
+        for direction in DIRECTIONS:
+            stage.pump(direction)
 
     def _lay_out(self) -> None:
         if self._laid_out:
@@ -241,18 +220,13 @@ class KvCore:
         moves.sort(key=lambda move: (move.block.host_id, move.device_block))
         shared = tuple(moves)
         for stage in self.stages:
-            job = Job(event.step, event.after, shared, len(shared))
-            if not shared:
-                self._loaded(stage, job)
-                continue
-            stage.lanes["load"].add(job, stage.computed)
-            self._pump_lane(stage, "load")
+            stage.add("load", Job(event.step, event.after, shared, len(shared)))
 
     def _on_store(self, event: Store) -> None:
         in_order = sorted(self._checked(event.blocks), key=lambda move: (move.request, move.index))
         stored: list[HostBlock] = []
         moves: list[Move] = []
-        for _, group in itertools.groupby(in_order, key=lambda move: move.request):
+        for _, group in groupby(in_order, key=lambda move: move.request):
             of_request = list(group)
             for position, (request, index, device_block) in enumerate(map(_fields, of_request)):
                 block = self.table.find(request, index)
@@ -306,105 +280,44 @@ class KvCore:
             return
         moves.sort(key=lambda move: move.block.host_id)
         shared = tuple(moves)
+        order = next(self._store_order)
         for stage in self.stages:
-            job = Job(next(self._store_order), after, shared, len(shared))
-            stage.lanes["store"].add(job, stage.computed)
-            self._pump_lane(stage, "store")
+            stage.add("store", Job(order, after, shared, len(shared)))
 
     def _forget(self, blocks: list[HostBlock]) -> None:
         """Drops `blocks`: their queued copies will be skipped, their host blocks are free once no
         copy touches them."""
         if not blocks:
             return
-        for block in blocks:
-            for stage, job, _ in self.postponed.pop(block, ()):
-                if stage.lanes["load"].settle(job, 1):
-                    self._loaded(stage, job)
-        self.table.forget(blocks, self._under_copy())
+        for stage in self.stages:
+            if stage.postponed:
+                for block in blocks:
+                    stage.cancel_loads(block)
+        under_copy = chain.from_iterable(stage.under_copy() for stage in self.stages)
+        self.table.forget(blocks, under_copy)
         if any(block.host_id == UNPLACED for block in blocks):
             self.waiting = deque(entry for entry in self.waiting if not entry[1].block.dropped)
 
-    def _under_copy(self) -> Iterator[HostBlock]:
-        for stage in self.stages:
-            for lane in stage.lanes.values():
-                if lane.running is not None:
-                    yield from (move.block for move in lane.running.moves)
-
     # Copies.
 
-    def _on_computed(self, stage: Stage, message: Computed) -> None:
-        if message.epoch != self.epoch or message.step <= stage.computed:
-            return
-        stage.computed = message.step
-        for lane in stage.lanes.values():
-            lane.open_gates(stage.computed)
-        self._pump(stage)
-
-    def _pump(self, stage: Stage) -> None:
-        for direction in DIRECTIONS:
-            self._pump_lane(stage, direction)
-
-    def _pump_lane(self, stage: Stage, direction: Direction) -> None:
-        """Starts the most urgent piece if nothing is under way."""
-        lane = stage.lanes[direction]
-        if lane.running is not None or not stage.attached:
-            return
-        limit = max(1, self._piece_bytes // stage.block_bytes)
-        while (job := lane.first()) is not None:
-            moves = self._take_piece(stage, direction, job, limit)
-            if moves:
-                lane.running = Copy(job, moves)
-                self._out.append(StartCopy(stage.index, direction, self._merge(moves)))
-                return
-
-    def _take_piece(self, stage: Stage, direction: Direction, job: Job, limit: int) -> list[Move]:
-        """The next moves of `job`, at most `limit`; fewer, or none, where blocks were dropped or
-        must be stored first."""
-        not_yet = stage.bit if direction == "load" else 0
-        moves: list[Move] = []
-        cancelled = 0
-        while len(moves) < limit and not job.exhausted:
-            for move in job.take(limit - len(moves)):
-                if move.block.dropped:
-                    cancelled += 1
-                elif move.block.to_store & not_yet:
-                    self.postponed.setdefault(move.block, []).append((stage, job, move))
-                else:
-                    moves.append(move)
-        if cancelled and stage.lanes[direction].settle(job, cancelled) and direction == "load":
-            self._loaded(stage, job)
-        return moves
-
-    def _on_copy_done(self, stage: Stage, direction: Direction) -> None:
-        lane = stage.lanes[direction]
-        copy = lane.running
-        if copy is None:
-            raise InvariantError(f"a {direction} on stage {stage.index} ended that never started")
-        lane.running = None
+    def _on_copy_done(self, stage: StageLink, direction: Direction) -> None:
+        copy = stage.end_copy(direction)
         stored: list[HostBlock] = []
         if copy.void:
             self.void_running -= 1
-        else:
-            if lane.settle(copy.job, len(copy.moves)) and direction == "load":
-                self._loaded(stage, copy.job)
-            if direction == "store":
-                stored = self._part_stored(stage, copy)
-        self._pump(stage)
-        released = []
-        for block, _ in copy.moves:
-            if (
-                block.dropped
-                and self.table.copy_ended(block)
-                and block.request in self.pending_releases
-            ):
-                self.pending_releases.remove(block.request)
-                released.append(block.request)
+        elif direction == "store":
+            stored = self._part_stored(stage, copy)
+            stage.pump("load")
+        stage.pump(direction)
+        at_rest = {b.request for b, _ in copy.moves if b.dropped and self.table.copy_ended(b)}
+        released = tuple(sorted(at_rest & self.pending_releases))
+        self.pending_releases.difference_update(released)
         self._answer_stored(stored)
-        self._answer_released(tuple(released))
+        self._answer_released(released)
         self._place_waiting()
         self._answer_reset()
 
-    def _part_stored(self, stage: Stage, copy: Copy) -> list[HostBlock]:
+    def _part_stored(self, stage: StageLink, copy: Copy) -> list[HostBlock]:
         """Stage `stage`'s part of these blocks is in host memory. Returns those wholly stored."""
         stored = []
         for block, _ in copy.moves:
@@ -412,27 +325,10 @@ class KvCore:
                 continue
             if self.table.part_stored(block, stage.bit):
                 stored.append(block)
-            self._resume_loads(block, stage)
+            stage.resume_loads(block)
         return stored
 
-    def _resume_loads(self, block: HostBlock, stage: Stage) -> None:
-        loads = self.postponed.pop(block, None)
-        if loads is None:
-            return
-        elsewhere = []
-        for load in loads:
-            if load[0] is stage:
-                stage.lanes["load"].resume(load[1], load[2])
-            else:
-                elsewhere.append(load)
-        if elsewhere:
-            self.postponed[block] = elsewhere
-
     # Answers.
-
-    def _loaded(self, stage: Stage, job: Job) -> None:
-        message = Loaded(epoch=self.epoch, step=job.priority)
-        self._out.append(SendToStage(stage.index, message))
 
     def _answer_stored(self, blocks: list[HostBlock]) -> None:
         if blocks:

@@ -32,6 +32,11 @@ class ContradictionError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class NewCoordinator:
+    """Another coordinator than before: its requests and its epochs are numbered anew."""
+
+
+@dataclass(frozen=True, slots=True)
 class FromStage:
     """A message of stage `stage`."""
 
@@ -54,7 +59,9 @@ class CopyDone:
     direction: Direction
 
 
-Event = Reset | Prefetch | Store | Drop | Release | FromStage | PoolMapped | CopyDone
+Event = (
+    Reset | Prefetch | Store | Drop | Release | NewCoordinator | FromStage | PoolMapped | CopyDone
+)
 
 
 class Run(NamedTuple):

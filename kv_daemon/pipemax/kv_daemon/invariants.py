@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 from pipemax.kv_daemon.events import DIRECTIONS, Direction
 from pipemax.kv_daemon.host_blocks import UNPLACED, HostBlock
-from pipemax.kv_daemon.transfers import Job, Lane
+from pipemax.kv_daemon.stage_link import StageLink
+from pipemax.kv_daemon.transfers import Job
 from pipemax.proto.errors import InvariantError
 
 if TYPE_CHECKING:
-    from pipemax.kv_daemon.core import KvCore, Stage
+    from pipemax.kv_daemon.core import KvCore
 
 
 def check(core: "KvCore") -> None:
@@ -18,7 +19,7 @@ def check(core: "KvCore") -> None:
     _check_draining(core)
     for stage in core.stages:
         for direction in DIRECTIONS:
-            _check_lane(core, stage, direction)
+            _check_lane(stage, direction)
         _check_store_bits(core, stage)
 
 
@@ -64,30 +65,31 @@ def _check_draining(core: "KvCore") -> None:
     _require(void == core.void_running, f"{core.void_running} void copies counted, {void} run")
 
 
-def _jobs(core: "KvCore", lane: Lane) -> set[Job]:
+def _jobs(stage: StageLink, direction: Direction) -> set[Job]:
+    lane = stage.lanes[direction]
     jobs = {job for _, _, job in (*lane.ready, *lane.gated)}
     if lane.running is not None and not lane.running.void:
         jobs.add(lane.running.job)
-    for loads in core.postponed.values():
-        jobs.update(job for stage, job, _ in loads if stage.lanes["load"] is lane)
+    if direction == "load":
+        jobs.update(job for loads in stage.postponed.values() for job, _ in loads)
     return jobs
 
 
-def _check_lane(core: "KvCore", stage: "Stage", direction: Direction) -> None:
+def _check_lane(stage: StageLink, direction: Direction) -> None:
     """Counts agree with contents, gates are open exactly as `computed` says, nothing idles."""
     lane = stage.lanes[direction]
     where = f"{direction} on stage {stage.index}"
-    under_copy: Counter[Job] = Counter()
+    not_queued: Counter[Job] = Counter()
     if lane.running is not None and not lane.running.void:
-        under_copy[lane.running.job] = len(lane.running.moves)
-    postponed = Counter(
-        job for loads in core.postponed.values() for owner, job, _ in loads if owner is stage
-    )
+        not_queued[lane.running.job] = len(lane.running.moves)
+    if direction == "load":
+        not_queued.update(job for loads in stage.postponed.values() for job, _ in loads)
     total = 0
-    for job in _jobs(core, lane):
+    for job in _jobs(stage, direction):
         left = len(job.moves) - job.cursor + len(job.late)
-        expected = left + under_copy[job] + (postponed[job] if direction == "load" else 0)
-        _require(job.outstanding == expected, f"{where}: a job counts its moves wrongly")
+        _require(
+            job.outstanding == left + not_queued[job], f"{where}: a job counts its moves wrongly"
+        )
         total += job.outstanding
     _require(lane.outstanding == total, f"{where}: the lane counts its moves wrongly")
     _require(all(job.queued for _, _, job in lane.ready), f"{where}: a queued job thinks it is not")
@@ -96,18 +98,18 @@ def _check_lane(core: "KvCore", stage: "Stage", direction: Direction) -> None:
         _require(all(job.exhausted for _, _, job in lane.ready), f"{where}: idle in spite of work")
 
 
-def _check_store_bits(core: "KvCore", stage: "Stage") -> None:
+def _check_store_bits(core: "KvCore", stage: StageLink) -> None:
     """A part not stored yet is queued, under copy or waiting once; a stored part is not."""
     lane = stage.lanes["store"]
-    moves = [move for job in _jobs(core, lane) for move in (*job.moves[job.cursor :], *job.late)]
+    jobs = _jobs(stage, "store")
+    moves = [move for job in jobs for move in (*job.moves[job.cursor :], *job.late)]
     moves += [move for _, move in core.waiting]
     if lane.running is not None and not lane.running.void:
         moves += lane.running.moves
     to_come = Counter(move.block for move in moves if not move.block.dropped)
     expected = Counter(block for block in core.table if block.to_store & stage.bit)
     _require(to_come == expected, f"stage {stage.index}: stores to come are not those queued")
-    for block, loads in core.postponed.items():
-        waits = any(owner is stage for owner, _, _ in loads)
+    for block in stage.postponed:
         _require(not block.dropped, "a load of a dropped block waits")
-        stored = not block.to_store & stage.bit
-        _require(not (waits and stored), f"stage {stage.index}: a load waits for a stored block")
+        waits = bool(block.to_store & stage.bit)
+        _require(waits, f"stage {stage.index}: a load waits for a block that is stored")

@@ -19,6 +19,7 @@ from pipemax.kv_daemon.events import (
     FromStage,
     LayOutHost,
     MapPool,
+    NewCoordinator,
     PoolMapped,
     SendToCoordinator,
     SendToStage,
@@ -35,6 +36,7 @@ from pipemax.proto.sockets import bind_router, connect_dealer, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 
 HELLO_INTERVAL_S = 1.0
+"""Also after the Welcome: a restarted coordinator learns of us by it."""
 BEAT_INTERVAL_S = 0.5
 REPORT_INTERVAL_S = 0.1
 """At most one KvReport in this time, however much was done."""
@@ -129,10 +131,10 @@ class Shell:
 
     def _tick(self, now: float) -> float:
         """Says what is due; returns the seconds until something is due again."""
+        if now >= self._hello_at:
+            self._hello_at = now + HELLO_INTERVAL_S
+            self._say_hello()
         if self._coordinator is None:
-            if now >= self._hello_at:
-                self._hello_at = now + HELLO_INTERVAL_S
-                self._say_hello()
             return self._hello_at - now
         if self._prefaulted.is_set() and self._ready_told != self._coordinator:
             self._ready_told = self._coordinator
@@ -141,12 +143,12 @@ class Shell:
             self._beat_at = now + BEAT_INTERVAL_S
             self._tell_coordinator(control.Beat())
         if not (self._worked or self._core.busy):
-            return self._beat_at - now
+            return min(self._beat_at, self._hello_at) - now
         pause = REPORT_INTERVAL_S if self._worked else BUSY_REPORT_INTERVAL_S
         if now >= self._report_at + pause:
             self._report(now)
             pause = BUSY_REPORT_INTERVAL_S
-        return min(self._beat_at, self._report_at + pause) - now
+        return min(self._beat_at, self._hello_at, self._report_at + pause) - now
 
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
@@ -236,7 +238,7 @@ class Shell:
             return True
         match message:
             case control.Welcome():
-                self._coordinator = message.instance_id
+                self._on_welcome(message)
             case control.Stop():
                 self._stopping = True
             case (
@@ -250,6 +252,12 @@ class Shell:
             case _:
                 log.warning("%s is not for the KV daemon", type(message).__name__)
         return True
+
+    def _on_welcome(self, welcome: control.Welcome) -> None:
+        if self._coordinator not in (None, welcome.instance_id):
+            log.info("a new coordinator, instance %s", welcome.instance_id)
+            self._feed(NewCoordinator())
+        self._coordinator = welcome.instance_id
 
     def _say_hello(self) -> None:
         hello = control.Hello(
