@@ -19,7 +19,8 @@ from pipemax.kv_daemon.events import (
     SendToStage,
     StartCopy,
 )
-from pipemax.kv_daemon.transfers import unmerged
+from pipemax.kv_daemon.stage_link import Merge
+from pipemax.kv_daemon.transfers import merge, unmerged
 from pipemax.proto.errors import PipemaxSystemError
 from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import (
@@ -43,11 +44,16 @@ class Daemon:
     """A core whose stages have attached for epoch 1. Commands pile up in `said`."""
 
     def __init__(
-        self, num_stages: int = 1, host_blocks: int = 100, piece_blocks: int = 8, **options: object
+        self,
+        num_stages: int = 1,
+        host_blocks: int = 100,
+        piece_blocks: int = 8,
+        depth: int = 1,
+        merge_runs: Merge = merge,
     ) -> None:
         host_bytes = host_blocks * num_stages * BLOCK_BYTES
         piece_bytes = piece_blocks * BLOCK_BYTES
-        self.core = KvCore(num_stages, host_bytes, piece_bytes, **options)  # type: ignore[arg-type]
+        self.core = KvCore(num_stages, host_bytes, piece_bytes, depth, merge_runs)
         self.said: list[Command] = []
         self.num_stages = num_stages
         self.begin(1)
@@ -92,7 +98,7 @@ class Daemon:
         """Stores blocks to the end on one stage; returns the copies it took."""
         self.store(blocks)
         runs: list[Run] = []
-        while self.core.stages[0].lanes["store"].running is not None:
+        while self.core.stages[0].lanes["store"].running:
             for command in self.take():
                 if isinstance(command, StartCopy):
                     runs += command.runs
@@ -158,6 +164,20 @@ def test_an_urgent_load_gets_in_between_the_pieces_of_another() -> None:
     said = daemon.take()
     assert said[0] == loaded(8)
     assert [copy.runs for copy in copies(said)] == [(Run(2, 102, 2),)]
+
+
+def test_as_many_copies_are_under_way_as_the_depth_says() -> None:
+    daemon = Daemon(piece_blocks=2, depth=2)
+    daemon.stored([(0, index, index) for index in range(6)])
+    daemon.prefetch(9, [(0, index, 100 + index) for index in range(6)])
+    assert [copy.runs for copy in copies(daemon.take())] == [(Run(0, 100, 2),), (Run(2, 102, 2),)]
+    daemon.done("load")
+    assert [copy.runs for copy in copies(daemon.take())] == [(Run(4, 104, 2),)]
+    daemon.feed(Release(epoch=1, requests=(0,)))
+    daemon.done("load")
+    assert daemon.take() == []
+    daemon.done("load")
+    assert daemon.take() == [loaded(9), told(Released(epoch=1, requests=(0,)))]
 
 
 def test_stores_go_in_the_order_asked_and_directions_do_not_wait_for_each_other() -> None:

@@ -80,6 +80,7 @@ class Machine(RuleBasedStateMachine):
         num_stages=st.integers(1, 3),
         host_blocks=st.integers(0, 8),
         piece_blocks=st.integers(1, 4),
+        depth=st.integers(1, 3),
         merging=st.booleans(),
         pace=st.integers(1, 8),
         random=RANDOM,
@@ -89,6 +90,7 @@ class Machine(RuleBasedStateMachine):
         num_stages: int,
         host_blocks: int,
         piece_blocks: int,
+        depth: int,
         merging: bool,
         pace: int,
         random: Random,
@@ -99,12 +101,14 @@ class Machine(RuleBasedStateMachine):
         self.block_bytes = [64 * (s + 1) for s in range(num_stages)]
         host_bytes = host_blocks * sum(self.block_bytes) + 63
         merge_runs = merge if merging else unmerged
-        self.core = KvCore(num_stages, host_bytes, piece_blocks * 128, merge_runs)
+        self.core = KvCore(num_stages, host_bytes, piece_blocks * 128, depth, merge_runs)
+        self.depth = depth
         self.host_blocks = host_blocks
         self.host: list[dict[int, Token]] = [{} for _ in range(num_stages)]
         self.device: list[dict[int, Token]] = [{} for _ in range(num_stages)]
         self.laid_out = False
-        self.copies: dict[tuple[int, str], CopyUnderWay] = {}
+        self.copies: list[CopyUnderWay] = []
+        """In the order in which they started."""
         self.requests: dict[int, list[Block]] = {}
         self.next_request = self.version = 0
         self.to_drop: list[tuple[int, int]] = []
@@ -176,14 +180,13 @@ class Machine(RuleBasedStateMachine):
                 self.on_answer(message)
 
     def start_copy(self, command: StartCopy) -> None:
-        key = (command.stage, command.direction)
-        assert key not in self.copies
+        assert len(self.in_lane(command)) < self.depth
         assert command.stage in self.attached
         device, host = self.device[command.stage], self.host[command.stage]
         copy = CopyUnderWay(device, command, [])
         for host_block, device_block in pairs(command):
             assert 0 <= host_block < self.host_blocks
-            for other in self.copies.values():
+            for other in self.copies:
                 if other.command.stage == command.stage:
                     touched = [h for h, _ in pairs(other.command)]
                     if "store" in (command.direction, other.command.direction):
@@ -197,7 +200,16 @@ class Machine(RuleBasedStateMachine):
                 assert token != TORN
                 device[device_block] = TORN
             copy.tokens.append(token)
-        self.copies[key] = copy
+        self.copies.append(copy)
+
+    def in_lane(self, command: StartCopy) -> list[StartCopy]:
+        lane = (command.stage, command.direction)
+        commands = [copy.command for copy in self.copies]
+        return [c for c in commands if (c.stage, c.direction) == lane]
+
+    def first_of_lanes(self) -> list[CopyUnderWay]:
+        """Copies that may end now."""
+        return [copy for copy in self.copies if self.in_lane(copy.command)[0] is copy.command]
 
     def on_loaded(self, stage: int, message: Loaded) -> None:
         assert message.epoch == self.epoch
@@ -219,7 +231,7 @@ class Machine(RuleBasedStateMachine):
             return
         if isinstance(message, Released):
             for request in message.requests:
-                for copy in self.copies.values():
+                for copy in self.copies:
                     assert copy not in self.released_copies[request]
                 for block in self.releasing.pop(request):
                     self.give_up_device(block)
@@ -352,9 +364,7 @@ class Machine(RuleBasedStateMachine):
             self.releasing[request] = blocks
             self.gone.update(block.token for block in blocks)
             self.released_copies[request] = [
-                copy
-                for copy in self.copies.values()
-                if any(token[0] == request for token in copy.tokens)
+                copy for copy in self.copies if any(token[0] == request for token in copy.tokens)
             ]
         self.feed(Release(epoch=self.epoch, requests=tuple(chosen)))
 
@@ -380,7 +390,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(random.randint(0, self.pace)):
             missing = sorted(set(range(self.num_stages)) - self.attached)
             able = self.able()
-            kinds = [kind for kind in (missing, able, sorted(self.copies)) if kind]
+            kinds = [kind for kind in (missing, able, self.copies) if kind]
             if not kinds:
                 return
             kind = random.choice(kinds)
@@ -389,7 +399,7 @@ class Machine(RuleBasedStateMachine):
             elif kind is able:
                 self.compute_on(random.choice(able))
             else:
-                self.finish_copy(random.choice(sorted(self.copies)))
+                self.finish_copy(random.choice(self.first_of_lanes()))
 
     def able(self) -> list[int]:
         return [stage for stage in range(self.num_stages) if self.can_compute(stage)]
@@ -402,8 +412,8 @@ class Machine(RuleBasedStateMachine):
         self.device[stage].update(step.fills)
         self.feed(FromStage(stage, Computed(epoch=self.epoch, step=step.step)))
 
-    def finish_copy(self, key: tuple[int, str]) -> None:
-        copy = self.copies.pop(key)
+    def finish_copy(self, copy: CopyUnderWay) -> None:
+        self.copies.remove(copy)
         stage = copy.command.stage
         pair_list = pairs(copy.command)
         for (host_block, device_block), token in zip(pair_list, copy.tokens, strict=True):
@@ -462,8 +472,8 @@ class Machine(RuleBasedStateMachine):
         progress = True
         while progress:
             progress = bool(self.copies)
-            for key in sorted(self.copies):
-                self.finish_copy(key)
+            for copy in self.first_of_lanes():
+                self.finish_copy(copy)
             for stage in range(self.num_stages):
                 while self.can_compute(stage):
                     self.compute_on(stage)

@@ -44,7 +44,11 @@ from pipemax.proto.messages.control import (
 from pipemax.proto.messages.kv import AttachPool, Computed, PoolAttached
 
 PIECE_BYTES = 4 * 2**20
-"""Most bytes of one StartCopy (but at least a block). More urgent work waits at most this long."""
+"""Most bytes of one StartCopy (but at least a block). More urgent work waits for at most DEPTH
+of them."""
+DEPTH = 2
+"""Most copies under way per stage and direction. While the engine is busy with one, the next waits
+behind it, so that the link does not idle for the way through the poll loop."""
 
 
 class KvCore:
@@ -60,12 +64,14 @@ class KvCore:
         num_stages: int,
         host_bytes: int,
         piece_bytes: int = PIECE_BYTES,
+        depth: int = DEPTH,
         merge_runs: Merge = merge,
     ) -> None:
         self.epoch = -1
         self._out: list[Command] = []
         self.stages = tuple(
-            StageLink(index, piece_bytes, merge_runs, self._out) for index in range(num_stages)
+            StageLink(index, piece_bytes, depth, merge_runs, self._out)
+            for index in range(num_stages)
         )
         self.table = HostTable(0)
         self.waiting: deque[tuple[int, Move]] = deque()

@@ -11,8 +11,8 @@ from pipemax.proto.messages.kv import AttachPool
 class CopyEngine(Protocol):
     """Copies between the host pool and the stages' device pools, beside the caller.
 
-    Used from one thread. At most one copy per stage and direction is under way; the core sees to
-    that.
+    Used from one thread. Copies of one stage in one direction are carried out in the order in which
+    they were started; all others are independent of each other.
     """
 
     def fileno(self) -> int:
@@ -30,7 +30,7 @@ class CopyEngine(Protocol):
         ...
 
     def start(self, stage: int, direction: Direction, runs: tuple[Run, ...]) -> None:
-        """Begins a copy of these runs."""
+        """Takes a copy of these runs on; returns at once."""
         ...
 
     def completed(self) -> list[tuple[int, Direction]]:

@@ -53,7 +53,7 @@ class PoolMapped:
 
 @dataclass(frozen=True, slots=True)
 class CopyDone:
-    """The one StartCopy under way on this stage in this direction has ended."""
+    """The oldest StartCopy under way on this stage in this direction has ended."""
 
     stage: int
     direction: Direction
@@ -102,7 +102,8 @@ class LayOutHost:
 
 @dataclass(frozen=True, slots=True)
 class StartCopy:
-    """Copy these runs; answer with CopyDone. At most one is under way per stage and direction."""
+    """Copy these runs, after those started before on this stage in this direction; answer with
+    CopyDone in the same order."""
 
     stage: int
     direction: Direction

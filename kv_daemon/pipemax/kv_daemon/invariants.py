@@ -54,9 +54,9 @@ def _check_draining(core: "KvCore") -> None:
     void = 0
     for stage in core.stages:
         for lane in stage.lanes.values():
-            if lane.running is not None:
-                under_copy.update(b for b, _ in lane.running.moves if b.dropped)
-                void += lane.running.void
+            for copy in lane.running:
+                under_copy.update(b for b, _ in copy.moves if b.dropped)
+                void += copy.void
     counted = {block: block.copies for block in core.table.draining}
     _require(dict(under_copy) == counted, "draining blocks are not those under copy")
     requests = {block.request for block in counted}
@@ -68,8 +68,7 @@ def _check_draining(core: "KvCore") -> None:
 def _jobs(stage: StageLink, direction: Direction) -> set[Job]:
     lane = stage.lanes[direction]
     jobs = {job for _, _, job in (*lane.ready, *lane.gated)}
-    if lane.running is not None and not lane.running.void:
-        jobs.add(lane.running.job)
+    jobs.update(copy.job for copy in lane.running if not copy.void)
     if direction == "load":
         jobs.update(job for loads in stage.postponed.values() for job, _ in loads)
     return jobs
@@ -80,8 +79,9 @@ def _check_lane(stage: StageLink, direction: Direction) -> None:
     lane = stage.lanes[direction]
     where = f"{direction} on stage {stage.index}"
     not_queued: Counter[Job] = Counter()
-    if lane.running is not None and not lane.running.void:
-        not_queued[lane.running.job] = len(lane.running.moves)
+    for copy in lane.running:
+        if not copy.void:
+            not_queued[copy.job] += len(copy.moves)
     if direction == "load":
         not_queued.update(job for loads in stage.postponed.values() for job, _ in loads)
     total = 0
@@ -94,7 +94,7 @@ def _check_lane(stage: StageLink, direction: Direction) -> None:
     _require(lane.outstanding == total, f"{where}: the lane counts its moves wrongly")
     _require(all(job.queued for _, _, job in lane.ready), f"{where}: a queued job thinks it is not")
     _require(all(after > stage.computed for after, _, _ in lane.gated), f"{where}: late gate")
-    if lane.running is None and stage.attached:
+    if not lane.running and stage.attached:
         _require(all(job.exhausted for _, _, job in lane.ready), f"{where}: idle in spite of work")
 
 
@@ -104,8 +104,9 @@ def _check_store_bits(core: "KvCore", stage: StageLink) -> None:
     jobs = _jobs(stage, "store")
     moves = [move for job in jobs for move in (*job.moves[job.cursor :], *job.late)]
     moves += [move for _, move in core.waiting]
-    if lane.running is not None and not lane.running.void:
-        moves += lane.running.moves
+    for copy in lane.running:
+        if not copy.void:
+            moves += copy.moves
     to_come = Counter(move.block for move in moves if not move.block.dropped)
     expected = Counter(block for block in core.table if block.to_store & stage.bit)
     _require(to_come == expected, f"stage {stage.index}: stores to come are not those queued")

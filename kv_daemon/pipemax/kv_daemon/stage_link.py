@@ -23,10 +23,13 @@ class StageLink:
     Prefetch is complete. Its commands go to `out`.
 
     piece_bytes: most bytes of one StartCopy, but at least a block.
+    depth: most copies under way in each direction.
     merge: how moves become copies.
     """
 
-    def __init__(self, index: int, piece_bytes: int, merge: Merge, out: list[Command]) -> None:
+    def __init__(
+        self, index: int, piece_bytes: int, depth: int, merge: Merge, out: list[Command]
+    ) -> None:
         self.index = index
         self.bit = 1 << index
         """This stage's bit in `HostBlock.to_store`."""
@@ -41,6 +44,7 @@ class StageLink:
         """Loads that wait for the store of their block on this stage."""
         self._epoch = -1
         self._piece_bytes = piece_bytes
+        self._depth = depth
         self._merge = merge
         self._out = out
 
@@ -80,25 +84,23 @@ class StageLink:
             self.pump(direction)
 
     def pump(self, direction: Direction) -> None:
-        """Starts the most urgent piece if nothing is under way."""
+        """Starts the most urgent pieces as long as another copy may be under way."""
         lane = self.lanes[direction]
-        if lane.running is not None or not self.attached:
+        if not self.attached:
             return
         limit = max(1, self._piece_bytes // self.block_bytes)
-        while (job := lane.first()) is not None:
+        while len(lane.running) < self._depth and (job := lane.first()) is not None:
             moves = self._take_piece(direction, job, limit)
             if moves:
-                lane.running = Copy(job, moves)
+                lane.running.append(Copy(job, moves))
                 self._out.append(StartCopy(self.index, direction, self._merge(moves)))
-                return
 
     def end_copy(self, direction: Direction) -> Copy:
-        """The copy under way in this direction has ended. Starts nothing yet."""
+        """The oldest copy under way in this direction has ended. Starts nothing yet."""
         lane = self.lanes[direction]
-        copy = lane.running
-        if copy is None:
+        if not lane.running:
             raise InvariantError(f"a {direction} on stage {self.index} ended that never started")
-        lane.running = None
+        copy = lane.running.popleft()
         if not copy.void and lane.settle(copy.job, len(copy.moves)):
             self._complete(direction, copy.job)
         return copy
@@ -106,8 +108,8 @@ class StageLink:
     def under_copy(self) -> Iterator[HostBlock]:
         """Each block once per copy under way that touches it."""
         for lane in self.lanes.values():
-            if lane.running is not None:
-                yield from (move.block for move in lane.running.moves)
+            for copy in lane.running:
+                yield from (move.block for move in copy.moves)
 
     def resume_loads(self, block: HostBlock) -> None:
         """`block` is stored on this stage: loads that waited for that may start."""

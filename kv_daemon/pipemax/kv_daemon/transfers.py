@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -86,7 +87,8 @@ class Lane:
     """Jobs of one stage in one direction, gated by computed steps, in priority order."""
 
     def __init__(self) -> None:
-        self.running: Copy | None = None
+        self.running: deque[Copy] = deque()
+        """Copies given to the engine, which carries them out in this order."""
         self.outstanding = 0
         """Moves of all jobs not done and not cancelled."""
         self.ready: list[tuple[int, int, Job]] = []
@@ -95,7 +97,7 @@ class Lane:
 
     @property
     def busy(self) -> bool:
-        return self.running is not None or self.outstanding > 0
+        return bool(self.running) or self.outstanding > 0
 
     def add(self, job: Job, computed: int) -> None:
         self.outstanding += job.outstanding
@@ -130,15 +132,15 @@ class Lane:
         self.outstanding -= count
         return job.outstanding == 0
 
-    def void(self) -> bool:
-        """Forgets all jobs; says whether a copy that had not been void runs on."""
+    def void(self) -> int:
+        """Forgets all jobs. Returns how many copies under way became void."""
         self.ready.clear()
         self.gated.clear()
         self.outstanding = 0
-        if self.running is None or self.running.void:
-            return False
-        self.running.void = True
-        return True
+        fresh = [copy for copy in self.running if not copy.void]
+        for copy in fresh:
+            copy.void = True
+        return len(fresh)
 
     def _push_ready(self, job: Job) -> None:
         job.queued = True
