@@ -1,7 +1,6 @@
 """Processes killed in the middle of a batch: the batch ends with the same tokens."""
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ import pytest
 
 from pipemax.client import Client
 from pipemax.proto.messages.ingest import Status
+from support.background import Background
 from support.local_system import LocalSystem, greedy, small_config, tokens_of
 from support.model_zoo import build_model, reference_tokens
 
@@ -24,29 +24,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     prompts = [[draw.randrange(3, 512) for _ in range(draw.randrange(1, 200))] for _ in range(20)]
     counts = [draw.randrange(20, 120) for _ in prompts]
     return model_dir, prompts, counts, reference_tokens(model_dir, prompts, counts)
-
-
-class Background(threading.Thread):
-    """Runs a function beside the test and hands its outcome back."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self._function = function
-        self._outcome: object = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._outcome = self._function()
-        except BaseException as error:
-            self._error = error
-
-    def outcome(self) -> object:
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._outcome
 
 
 def wait_for(client: Client, condition: Callable[[Status], bool]) -> Status:
