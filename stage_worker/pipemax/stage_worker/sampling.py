@@ -1,6 +1,7 @@
 """Picks tokens from logits.
 
-Order and meaning of the parameters are vLLM's: temperature, then min_p, top_k, top_p. What is left
+Order and meaning of the parameters are vLLM's (its v1 sampler): banned tokens, temperature, min_p,
+top_k, top_p. What is left
 is drawn from by one uniform number per (seed, position) and the inverse of the cumulative
 distribution, so that a draw depends on nothing else: not on the batch, the stages or the time.
 
@@ -28,15 +29,19 @@ _BAN: Final = float("-inf")
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     """One token id per row of `logits`, float32 `[len(rows), vocab]`, which is left as it was.
 
-    A banned token is never picked. Equal logits rank by token id, smaller first.
+    A banned token is never picked. Equal logits rank by token id, smaller first. A row whose
+    largest logit is not a finite number (float16 overflowed, say) is not drawn from but answered
+    greedily.
     """
     if logits.shape[0] != len(rows):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(rows)} sample rows")
     if not rows:
         return []
     logits = _without_banned(logits, rows)
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [index for index, row in enumerate(rows) if row.temperature > 0.0]
+    top, likeliest = logits.max(dim=-1)
+    tokens: list[int] = likeliest.tolist()
+    finite = torch.isfinite(top).tolist()
+    drawn = [index for index, row in enumerate(rows) if row.temperature > 0.0 and finite[index]]
     for start in range(0, len(drawn), _ROWS_AT_ONCE):
         part = drawn[start : start + _ROWS_AT_ONCE]
         picked = _draw(logits[part].numpy(), [rows[index] for index in part])

@@ -1,8 +1,10 @@
 """The compiled and gathered forms of paged attention against the plain one."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -185,3 +187,25 @@ def test_warm_up_compiles_what_a_step_calls(dtype: torch.dtype) -> None:
     compiled = len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)
     _outputs({value: key for key, value in _TORCH.items()}[dtype])
     assert (len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)) == compiled
+
+
+def test_kernels_are_kept_in_a_private_folder() -> None:
+    paged.warm_up(torch.float32)
+    folder = kernels.cache_folder()
+    assert folder is not None
+    assert list(folder.glob("kernels.attend_part-*.nbi"))
+    assert folder.stat().st_mode & 0o002 == 0
+
+
+def test_without_a_folder_to_cache_in_kernels_are_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def njit(*, cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")  # as numba does
+        return numba.njit(**options)
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    twice = kernels._compiled()(lambda x: 2 * x)
+    assert twice(4) == 8
+    assert twice.signatures

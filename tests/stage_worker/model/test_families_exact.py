@@ -78,6 +78,26 @@ def test_the_window_decides_tokens(model_of, family: str, tmp_path: Path) -> Non
     assert reference_tokens(tmp_path, _prompts(), _LIMITS) != expected
 
 
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize("scaling", [_YARN, _LLAMA3, _LINEAR], ids=lambda rope: rope["rope_type"])
+def test_rotary_scalings_that_are_accepted(tmp_path: Path, scaling: dict[str, object]) -> None:
+    rope = {"rope_theta": 10000.0, **scaling}
+    directory = build_model("llama", tmp_path, rope_parameters=rope)
+    expected = reference_tokens(directory, _prompts(), _LIMITS)
+    stages = load_stages(directory, (2, 2), block_size=8, num_blocks=_NUM_BLOCKS)
+    assert generate(stages, _prompts(), _LIMITS, num_blocks=_NUM_BLOCKS) == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reference_attention_gives_the_same_tokens(model_of, family: str) -> None:
     directory, expected = model_of(family)
@@ -93,10 +113,10 @@ def test_logits_equal_those_of_transformers(model_of, family: str) -> None:
     """Greedy tokens do not show a soft-cap or a scale on the logits; sampling does."""
     directory, _ = model_of(family)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    prompt = _prompts()[3]
+    prompt = _prompts()[4]
     expected = model(torch.tensor([prompt])).logits[0, -1]
     stages = load_stages(directory, (3, 1), block_size=8, num_blocks=_NUM_BLOCKS)
-    blocks = random.Random(1).sample(range(_NUM_BLOCKS), 8)
+    blocks = random.Random(1).sample(range(_NUM_BLOCKS), 13)
     found = run_step(stages, step_plan([Item(prompt, 0, blocks)]))
     torch.testing.assert_close(found[0], expected, atol=2e-4, rtol=1e-4)
 
@@ -106,11 +126,11 @@ def test_logits_equal_those_of_transformers(model_of, family: str) -> None:
 def test_half_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
     directory = build_model("llama", tmp_path, dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    prompt = _prompts()[3]
+    prompt = _prompts()[4]
     expected = model(torch.tensor([prompt])).logits[0, -4:]
     stages = load_stages(directory, (2, 2), block_size=8, num_blocks=_NUM_BLOCKS)
     assert stages[0].dtype == getattr(torch, dtype)
-    blocks = list(range(8))
+    blocks = list(range(13))
     run_step(stages, step_plan([Item(prompt[:-4], 0, blocks)]))
     found = torch.cat(
         [

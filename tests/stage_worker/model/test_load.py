@@ -1,5 +1,6 @@
 """A stage reads its own tensors and nothing else, and refuses what does not fit."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipemax.proto.errors import InvariantError, ModelError
+from pipemax.stage_worker.model import load
+from pipemax.stage_worker.model.families import FAMILIES as SUPPORTED
 from pipemax.stage_worker.model.inspect import inspect_model
 from pipemax.stage_worker.model.load import load_stage_model
 from support.model_zoo import FAMILIES, build_model, reference_tokens
@@ -152,6 +155,20 @@ def test_configuration_transformers_cannot_build(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({**config, "hidden_act": "unheard-of"}))
     with pytest.raises(ModelError, match="transformers cannot build LlamaForCausalLM"):
         load_stage_model(llama, stage=0, layer_split=(4,), dtype="auto", block_size=8)
+
+
+def test_a_model_that_scales_the_input_of_later_stages_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Granite would, if the table of families did not know that it does."""
+    directory = build_model("granite", tmp_path)
+    granite = next(family for family in SUPPORTED if family.name == "granite")
+    unaware = dataclasses.replace(granite, embedding_multiplier=None)
+    monkeypatch.setattr(load, "supported_family", lambda config: unaware)
+    arguments = {"layer_split": (2, 2), "dtype": "auto", "block_size": 8}
+    load_stage_model(directory, stage=0, **arguments)
+    with pytest.raises(ModelError, match="changes the input of later stages"):
+        load_stage_model(directory, stage=1, **arguments)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -147,6 +147,16 @@ def test_extreme_temperatures_and_logits() -> None:
     assert len(set(sample(flat, [_row(seed, temperature=100.0) for seed in range(300)]))) == 8
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+def test_broken_logits_harm_their_own_row_only(bad: float, settings: dict) -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(8))
+    rows = [_row(seed, **settings) for seed in range(3)]
+    expected = sample(logits, rows)
+    logits[1, 7] = bad
+    assert sample(logits, rows) == [expected[0], 7, expected[2]]
+
+
 def test_nothing_to_sample() -> None:
     assert sample(torch.empty(0, 10), []) == []
 

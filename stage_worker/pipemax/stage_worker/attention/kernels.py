@@ -10,6 +10,7 @@ The cache is the `__pycache__` next to it, or the user's own cache folder: never
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numba
@@ -351,5 +352,12 @@ def attend(
     if threads == 1:
         attend_part(*arguments, 0, 1)
         return
-    numba.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     _attend_parallel(*arguments, threads)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept on disk; None when no private folder can be written."""
+    stats = getattr(attend_part, "stats", None)
+    path = getattr(stats, "cache_path", None)
+    return Path(path) if path else None

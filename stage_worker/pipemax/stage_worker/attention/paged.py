@@ -1,5 +1,8 @@
 """Paged attention of one stage, and its place in transformers' attention interface."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -189,25 +192,39 @@ def register() -> None:
 
 
 def warm_up(dtype: torch.dtype) -> None:
-    """Compiles the kernels for `dtype` (or loads them from the cache on disk), so that the first
-    step does not wait for it."""
+    """Compiles the kernels for `dtype` and the current number of threads, or loads them from the
+    cache on disk, so that the first step does not wait for it."""
     pool = pool_array(torch.zeros(1, 1, 2, 8, 1, 8, dtype=dtype))
     rows = torch.zeros(1, 1, 8, dtype=dtype)
-    kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), np.zeros(1, np.int64))
     zero = np.zeros(1, np.int32)
     query = np.zeros((1, 1, 8), np.float32)
     out = np.zeros((1, 1, 8), np.float32)
-    threads = torch.get_num_threads()
-    kernels.attend(
-        pool,
-        0,
-        query,
-        zero,
-        zero + np.int32(1),
-        zero,
-        scaling=1.0,
-        softcap=0.0,
-        window=0,
-        out=out,
-        threads=threads,
-    )
+    with _one_compiler_at_a_time():
+        kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), np.zeros(1, np.int64))
+        kernels.attend(
+            pool,
+            0,
+            query,
+            zero,
+            zero + np.int32(1),
+            zero,
+            scaling=1.0,
+            softcap=0.0,
+            window=0,
+            out=out,
+            threads=torch.get_num_threads(),
+        )
+
+
+@contextmanager
+def _one_compiler_at_a_time() -> Iterator[None]:
+    """Stages start together: one compiles, the others then find its work in the cache. numba does
+    not lock its cache, and two processes that add different types to it at once can damage it."""
+    folder = kernels.cache_folder()
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "pipemax-kernels.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+        yield
