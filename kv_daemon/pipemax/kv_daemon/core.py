@@ -56,6 +56,7 @@ class KvCore:
 
     num_stages: stages of the pipeline; all must attach before anything is stored.
     host_bytes: size of the host pool; 0 works and stores nothing.
+    piece_bytes, depth: see PIECE_BYTES and DEPTH; depth 1 is the plain form.
     merge_runs: how moves become copies; `transfers.unmerged` is the plain form.
     """
 
