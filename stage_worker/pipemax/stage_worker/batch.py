@@ -53,7 +53,6 @@ class StepBatch:
     """[R] tokens each row attends to, itself included."""
     prefills: tuple[PrefillItem, ...]
     block_size: int
-    num_items: int
     max_block: int
     """The largest block id in the step."""
 
@@ -103,7 +102,6 @@ def prepare_batch(plan: StepPlan, block_size: int) -> StepBatch:
             for item in np.flatnonzero(~in_place)
         ),
         block_size=block_size,
-        num_items=num_tokens.shape[0],
         max_block=int(block_tables.max()),
     )
 

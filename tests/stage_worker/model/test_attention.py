@@ -172,6 +172,20 @@ def test_attention_outside_a_step_is_refused() -> None:
         attention.attend(0, one, one, one, 1.0, 0, 0.0)
 
 
+def test_keys_that_do_not_fit_the_pool_are_refused() -> None:
+    geometry = BlockGeometry(1, 8, 2, 8, "float32")
+    attention = PagedAttention(geometry, torch.float32, "kernel")
+    attention.bind_pool(torch.zeros(1, *geometry.block_shape))
+    attention.begin(prepare_batch(step_plan([Item([0], 0, [0])]), 8))
+    good = torch.ones(1, 2, 8)
+    attention.attend(0, good, good, good, 1.0, 0, 0.0)
+    for bad in (torch.ones(2, 2, 8), torch.ones(1, 3, 8), torch.ones(1, 2, 16)):
+        with pytest.raises(InvariantError, match="K of shape"):
+            attention.attend(0, good, bad, good, 1.0, 0, 0.0)
+        with pytest.raises(InvariantError, match="and V of"):
+            attention.attend(0, good, good, bad, 1.0, 0, 0.0)
+
+
 def test_masks_and_dropout_are_refused() -> None:
     one = torch.ones(1, 1, 1, 8)
     module = torch.nn.Module()

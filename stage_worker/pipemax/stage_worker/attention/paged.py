@@ -84,6 +84,12 @@ class PagedAttention:
         batch, pool = self._batch, self._pool
         if batch is None or pool is None:
             raise InvariantError("attention outside a step")
+        # The kernels check no bounds.
+        expected = (batch.num_tokens, self.geometry.num_kv_heads, self.geometry.head_dim)
+        if key.shape != expected or value.shape != expected:
+            raise InvariantError(
+                f"K of shape {tuple(key.shape)} and V of {tuple(value.shape)}, not {expected}"
+            )
         kernels.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
         if self.backend == "reference":
             return reference_attention(

@@ -60,6 +60,7 @@ def load_stage_model(
         )
     first = sum(layer_split[:stage])
     layers = (first, first + layer_split[stage])
+    is_first, is_last = stage == 0, stage == len(layer_split) - 1
     dtype_name: Dtype = info.dtype if dtype == "auto" else dtype
     geometry = BlockGeometry(
         num_layers=layer_split[stage],
@@ -68,33 +69,21 @@ def load_stage_model(
         head_dim=info.head_dim,
         dtype=dtype_name,
     )
-    is_first, is_last = stage == 0, stage == len(layer_split) - 1
-    weights_dtype = TORCH_DTYPES[dtype_name]
-    attention = paged.PagedAttention(geometry, weights_dtype, backend)
+    attention = paged.PagedAttention(geometry, TORCH_DTYPES[dtype_name], backend)
     model = _build(model_dir, family)
     try:
         _trim(model, family, layers, is_first=is_first, is_last=is_last)
         _attach(model, family, layers, attention)
-        with Checkpoint(model_dir, family) as checkpoint:
-            _load_weights(model, family, checkpoint, weights_dtype)
+        tensors_read = _load_weights(model, family, model_dir, attention.dtype)
         _compute_buffers(model, family)
         if not is_first:
-            _check_input_passes_unchanged(model, family, info.hidden_size, weights_dtype)
+            _check_input_passes_unchanged(model, family, info.hidden_size, attention.dtype)
     except AttributeError as error:
         raise ModelError(
             f"{family.architecture}: this transformers builds it in a way PipeMax does not know "
             f"({error}); install the version in ops/constraints-cpu.txt"
         ) from error
-    return StageModel(
-        model,
-        attention,
-        layers=layers,
-        hidden_size=info.hidden_size,
-        vocab_size=info.vocab_size,
-        is_first=is_first,
-        is_last=is_last,
-        tensors_read=tuple(checkpoint.names_read),
-    )
+    return StageModel(model, attention, info, layers, tensors_read)
 
 
 def _build(model_dir: Path, family: Family) -> Any:
@@ -149,8 +138,10 @@ def _attach(
         module.paged_layer = paged.PagedLayer(attention, index - layers[0])
 
 
-def _load_weights(model: Any, family: Family, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Replaces every parameter of the trimmed model by the checkpoint's.
+def _load_weights(
+    model: Any, family: Family, model_dir: Path, dtype: torch.dtype
+) -> tuple[str, ...]:
+    """Replaces every parameter of the trimmed model by the checkpoint's; returns what was read.
 
     With tied embeddings the head is the embedding, whichever of the two the checkpoint holds; one
     that holds both is taken at its word, as transformers does.
@@ -158,15 +149,15 @@ def _load_weights(model: Any, family: Family, checkpoint: Checkpoint, dtype: tor
     embedding = f"{model.base_model_prefix}.{family.embedding}.weight"
     tied = {embedding: _HEAD, _HEAD: embedding} if model.config.tie_word_embeddings else {}
     state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.state_dict().items():
-        source = name
-        if name in tied and not checkpoint.has(name):
-            source = tied[name]
-        if source in state:
-            state[name] = state[source]
-        else:
-            state[name] = checkpoint.read(source, parameter.shape, dtype)
+    with Checkpoint(model_dir, family) as checkpoint:
+        for name, parameter in model.state_dict().items():
+            source = tied[name] if name in tied and not checkpoint.has(name) else name
+            if source in state:
+                state[name] = state[source]
+            else:
+                state[name] = checkpoint.read(source, parameter.shape, dtype)
     model.load_state_dict(state, strict=True, assign=True)
+    return tuple(checkpoint.names_read)
 
 
 def _compute_buffers(model: Any, family: Family) -> None:

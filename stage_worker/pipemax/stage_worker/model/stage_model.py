@@ -11,6 +11,7 @@ from pipemax.proto.messages.control import SampleRow, StepPlan
 from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.attention.paged import PagedAttention, warm_up
 from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from pipemax.stage_worker.model.inspect import ModelInfo
 
 
 class StageModel:
@@ -23,12 +24,8 @@ class StageModel:
         self,
         model: Any,
         attention: PagedAttention,
-        *,
+        info: ModelInfo,
         layers: tuple[int, int],
-        hidden_size: int,
-        vocab_size: int,
-        is_first: bool,
-        is_last: bool,
         tensors_read: tuple[str, ...],
     ) -> None:
         self._model = model
@@ -36,10 +33,10 @@ class StageModel:
         self._attention = attention
         self.layers = layers
         """[first, last + 1) of the model's layers."""
-        self.hidden_size = hidden_size
-        self.vocab_size = vocab_size
-        self.is_first = is_first
-        self.is_last = is_last
+        self.is_first = layers[0] == 0
+        self.is_last = layers[1] == info.num_layers
+        self.hidden_size = info.hidden_size
+        self.vocab_size = info.vocab_size
         self.tensors_read = tensors_read
         """The checkpoint's tensors that this stage read, under the checkpoint's names."""
         self.weights_bytes = sum(
