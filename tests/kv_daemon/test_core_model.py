@@ -1,9 +1,5 @@
 """The core against a model of the world: a lawful coordinator, stages that compute steps in order,
-and memories whose blocks hold tokens (request, index, version) instead of KV.
-
-A block under copy holds TORN at its target until the copy ends. So a copy that starts too early,
-a host block given away too soon or a Loaded sent too soon shows up as a wrong token.
-"""
+and memories whose blocks hold tokens, which show every copy made too early or too late."""
 
 from dataclasses import dataclass, field
 from random import Random
@@ -40,10 +36,9 @@ from pipemax.proto.messages.control import (
     Stored,
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+from support.kv_memories import CopyUnderWay, Memories, Token
 
 T = TypeVar("T")
-Token = tuple[int, int, int]
-TORN: Token = (-1, -1, -1)
 NUM_DEVICE = 12
 RANDOM = st.randoms(use_true_random=True)
 """A seed: choices within a rule need no shrinking of their own."""
@@ -65,14 +60,6 @@ class Step:
     reads: dict[int, Token] = field(default_factory=dict)
     fills: dict[int, Token] = field(default_factory=dict)
     wait_for_load: bool = False
-
-
-@dataclass(eq=False)
-class CopyUnderWay:
-    device: dict[int, Token]
-    """The device pool as it was mapped when the copy started."""
-    command: StartCopy
-    tokens: list[Token]
 
 
 class Machine(RuleBasedStateMachine):
@@ -102,13 +89,9 @@ class Machine(RuleBasedStateMachine):
         host_bytes = host_blocks * sum(self.block_bytes) + 63
         merge_runs = merge if merging else unmerged
         self.core = KvCore(num_stages, host_bytes, piece_blocks * 128, depth, merge_runs)
-        self.depth = depth
         self.host_blocks = host_blocks
-        self.host: list[dict[int, Token]] = [{} for _ in range(num_stages)]
-        self.device: list[dict[int, Token]] = [{} for _ in range(num_stages)]
+        self.memories = Memories(num_stages, host_blocks, depth)
         self.laid_out = False
-        self.copies: list[CopyUnderWay] = []
-        """In the order in which they started."""
         self.requests: dict[int, list[Block]] = {}
         self.next_request = self.version = 0
         self.to_drop: list[tuple[int, int]] = []
@@ -169,7 +152,8 @@ class Machine(RuleBasedStateMachine):
                 assert command.num_blocks == self.host_blocks
                 assert command.block_bytes == tuple(self.block_bytes)
             case StartCopy():
-                self.start_copy(command)
+                assert command.stage in self.attached
+                self.memories.start(command, self.expected_store)
             case SendToStage(message=PoolAttached() as message):
                 assert message.epoch == self.epoch
                 self.attached.add(command.stage)
@@ -179,51 +163,19 @@ class Machine(RuleBasedStateMachine):
                 assert message.epoch == self.epoch
                 self.on_answer(message)
 
-    def start_copy(self, command: StartCopy) -> None:
-        assert len(self.in_lane(command)) < self.depth
-        assert command.stage in self.attached
-        device, host = self.device[command.stage], self.host[command.stage]
-        copy = CopyUnderWay(device, command, [])
-        for host_block, device_block in pairs(command):
-            assert 0 <= host_block < self.host_blocks
-            for other in self.copies:
-                if other.command.stage == command.stage:
-                    touched = [h for h, _ in pairs(other.command)]
-                    if "store" in (command.direction, other.command.direction):
-                        assert host_block not in touched
-            if command.direction == "store":
-                token = device[device_block]
-                assert token == self.expected_store[device_block], "stored too early"
-                host[host_block] = TORN
-            else:
-                token = host[host_block]
-                assert token != TORN
-                device[device_block] = TORN
-            copy.tokens.append(token)
-        self.copies.append(copy)
-
-    def in_lane(self, command: StartCopy) -> list[StartCopy]:
-        lane = (command.stage, command.direction)
-        commands = [copy.command for copy in self.copies]
-        return [c for c in commands if (c.stage, c.direction) == lane]
-
-    def first_of_lanes(self) -> list[CopyUnderWay]:
-        """Copies that may end now."""
-        return [copy for copy in self.copies if self.in_lane(copy.command)[0] is copy.command]
-
     def on_loaded(self, stage: int, message: Loaded) -> None:
         assert message.epoch == self.epoch
         assert message.step not in self.loaded[stage], "Loaded twice"
         self.loaded[stage].add(message.step)
         for device_block, token in self.prefetches[message.step].items():
             if token not in self.gone:
-                assert self.device[stage][device_block] == token
+                assert self.memories.device[stage][device_block] == token
 
     def on_answer(self, message: ResetDone | Stored | Released) -> None:
         if isinstance(message, ResetDone):
             assert not self.ready
             assert self.attached == set(range(self.num_stages))
-            assert not self.copies
+            assert not self.memories.copies
             assert message.num_host_blocks == self.host_blocks
             self.ready = True
             self.drop_what_was_lost()
@@ -231,7 +183,7 @@ class Machine(RuleBasedStateMachine):
             return
         if isinstance(message, Released):
             for request in message.requests:
-                for copy in self.copies:
+                for copy in self.memories.copies:
                     assert copy not in self.released_copies[request]
                 for block in self.releasing.pop(request):
                     self.give_up_device(block)
@@ -363,9 +315,7 @@ class Machine(RuleBasedStateMachine):
             blocks = self.requests.pop(request)
             self.releasing[request] = blocks
             self.gone.update(block.token for block in blocks)
-            self.released_copies[request] = [
-                copy for copy in self.copies if any(token[0] == request for token in copy.tokens)
-            ]
+            self.released_copies[request] = self.memories.touching(request)
         self.feed(Release(epoch=self.epoch, requests=tuple(chosen)))
 
     def can_compute(self, stage: int) -> bool:
@@ -390,7 +340,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(random.randint(0, self.pace)):
             missing = sorted(set(range(self.num_stages)) - self.attached)
             able = self.able()
-            kinds = [kind for kind in (missing, able, self.copies) if kind]
+            kinds = [kind for kind in (missing, able, self.memories.copies) if kind]
             if not kinds:
                 return
             kind = random.choice(kinds)
@@ -399,7 +349,7 @@ class Machine(RuleBasedStateMachine):
             elif kind is able:
                 self.compute_on(random.choice(able))
             else:
-                self.finish_copy(random.choice(self.first_of_lanes()))
+                self.finish_copy(random.choice(self.memories.may_end()))
 
     def able(self) -> list[int]:
         return [stage for stage in range(self.num_stages) if self.can_compute(stage)]
@@ -408,20 +358,13 @@ class Machine(RuleBasedStateMachine):
         self.computed[stage] += 1
         step = self.steps[self.computed[stage] - self.first_step]
         for device_block, token in step.reads.items():
-            assert token in self.gone or self.device[stage][device_block] == token
-        self.device[stage].update(step.fills)
+            assert token in self.gone or self.memories.device[stage][device_block] == token
+        self.memories.device[stage].update(step.fills)
         self.feed(FromStage(stage, Computed(epoch=self.epoch, step=step.step)))
 
     def finish_copy(self, copy: CopyUnderWay) -> None:
-        self.copies.remove(copy)
-        stage = copy.command.stage
-        pair_list = pairs(copy.command)
-        for (host_block, device_block), token in zip(pair_list, copy.tokens, strict=True):
-            if copy.command.direction == "store":
-                self.host[stage][host_block] = token
-            else:
-                copy.device[device_block] = token
-        self.feed(CopyDone(stage, copy.command.direction))
+        self.memories.end(copy)
+        self.feed(CopyDone(copy.command.stage, copy.command.direction))
 
     @precondition(lambda self: not self.ready or len(self.steps) > 12)
     @rule(random=RANDOM, keep=st.booleans())
@@ -438,7 +381,7 @@ class Machine(RuleBasedStateMachine):
             self.first_step = 0
             self.computed = [-1] * self.num_stages
         for stage in restarted:
-            self.device[stage] = {}
+            self.memories.restart(stage)
         for stage in early:
             self.attach_stage(stage)
         self.feed(Reset(epoch=self.epoch, keep_host_blocks=keep))
@@ -471,8 +414,8 @@ class Machine(RuleBasedStateMachine):
             self.feed(Reset(epoch=self.epoch))
         progress = True
         while progress:
-            progress = bool(self.copies)
-            for copy in self.first_of_lanes():
+            progress = bool(self.memories.copies)
+            for copy in self.memories.may_end():
                 self.finish_copy(copy)
             for stage in range(self.num_stages):
                 while self.can_compute(stage):
@@ -491,15 +434,6 @@ class Machine(RuleBasedStateMachine):
 
 def shuffled(random: Random, items: list[T]) -> list[T]:
     return random.sample(items, len(items))
-
-
-def pairs(command: StartCopy) -> list[tuple[int, int]]:
-    """(host block, device block) of every block of a copy."""
-    return [
-        (run.host_block + i, run.device_block + i)
-        for run in command.runs
-        for i in range(run.length)
-    ]
 
 
 Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=100, deadline=None)
