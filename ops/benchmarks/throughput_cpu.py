@@ -73,7 +73,9 @@ def contend_pipemax(model_dir: Path, stages: int) -> None:
         threads_per_stage=THREADS // stages,
     )
     config = build_config(options, f"bench-{os.getpid()}")
-    with System(config), Client(config.name) as client:
+    with System(config, temporary=True) as system:
+        system.wait_ready()
+        client = Client(config.name)
 
         def run(work: Work) -> None:
             sampling = [
@@ -83,7 +85,8 @@ def contend_pipemax(model_dir: Path, stages: int) -> None:
             done = client.generate([prompt for prompt, _ in work], sampling)
             assert [len(c.token_ids) for c in done] == [count for _, count in work]
 
-        serve_turns(run)
+        with client:
+            serve_turns(run)
 
 
 def load_transformers(model_dir: Path):  # type: ignore[no-untyped-def]
@@ -207,10 +210,10 @@ def main() -> None:
         return contend_continuous(options.model)
     if options.contend:
         return contend_pipemax(options.model, options.stages[0])
-    from pipemax.services.tiny_model import make_benchmark_model
+    from pipemax.services.tiny_model import SHAPE_100M, make_demo_model
 
     with tempfile.TemporaryDirectory(prefix="pipemax-bench-") as folder:
-        make_benchmark_model(Path(folder))
+        make_demo_model(Path(folder), shape=SHAPE_100M)
         contenders = [Contender(f"pipemax-{n}", Path(folder), "--stages", str(n))
                       for n in options.stages]  # fmt: skip
         contenders += [Contender(name, Path(folder)) for name in ("generate", "continuous")]
