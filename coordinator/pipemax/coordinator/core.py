@@ -39,6 +39,8 @@ class Scheduler:
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event; `now` is any monotonic clock in seconds."""
         commands = self._apply(event, now)
+        if isinstance(event, StageComputed | LinkMeasured):
+            return commands  # measurements alone change nothing that could be planned
         return commands + self._planner.pump(now)
 
     def check_invariants(self) -> None:

@@ -107,7 +107,7 @@ class TcpReader:
             self.close()
             raise ConfigError(
                 f"cannot listen for activations on {self._host} ({error}); "
-                "set --activation-host to an address of this machine"
+                "activation_host must be an address of this machine"
             ) from error
         replace_file(self._endpoint_file, f"tcp://{self._host}:{port}".encode())
 

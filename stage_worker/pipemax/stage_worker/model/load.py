@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipemax.proto.errors import InvariantError, ModelError
 from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.stage_worker.attention import paged
+from pipemax.stage_worker.dtypes import torch_dtype
 from pipemax.stage_worker.model.checkpoint import Checkpoint
 from pipemax.stage_worker.model.families import Family, supported_family
 from pipemax.stage_worker.model.inspect import inspect_model, read_config
@@ -23,11 +24,6 @@ from pipemax.stage_worker.model.stage_model import StageModel
 
 __all__ = ["StageModel", "load_stage_model"]
 
-TORCH_DTYPES: Final[dict[Dtype, torch.dtype]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _HEAD: Final = "lm_head.weight"
 
 
@@ -69,7 +65,7 @@ def load_stage_model(
         head_dim=info.head_dim,
         dtype=dtype_name,
     )
-    attention = paged.PagedAttention(geometry, TORCH_DTYPES[dtype_name], backend)
+    attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
     model = _build(model_dir, family)
     try:
         _trim(model, family, layers, is_first=is_first, is_last=is_last)
