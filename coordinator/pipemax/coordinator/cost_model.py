@@ -1,0 +1,297 @@
+"""How long a stage takes for a step, learned from what stages report.
+
+    T = c(rows) · (δ + α·b + π·P) + β·L + γ·A
+
+b decoding requests, L their context tokens, P prompt tokens, A the token pairs that prompt chunks
+attend over; rows = b + P is how tall the matrix products are. The first bracket is work that reads
+the weights: its cost climbs in steps of 128 rows, so a table c corrects it by rows, piecewise
+linear within a tile and free to jump at its edge. The form is the paper's `T = α·b + β·L + δ` with
+terms for prefill and the table added.
+
+δ, α, π, β, γ come from recursive least squares with forgetting in information form: the weighted
+sums of past steps fade, those of the warm-up sweep stay with a small weight. The matrix to invert
+is therefore never singular, however alike the steps of a long decode phase are, and what such steps
+say nothing about stays as the sweep had it. Errors are relative, so a long prefill step counts as
+much as a short decode step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TILE_ROWS = 128
+"""Rows of a GEMM tile: cost jumps where a further tile begins."""
+_KNOT_OFFSETS = (0, 63, TILE_ROWS - 1)
+"""Where in a tile the table has values: its first row, its middle and its last."""
+_FORGETTING = 0.97
+"""What one further step leaves of the weight of those before it: about 33 steps are remembered."""
+_PRIOR_STEPS = 2.0
+"""Weight of the whole warm-up sweep, in steps; it does not fade."""
+_RIDGE = 1e-6
+"""Of the mean diagonal: keeps the system solvable before there is a sweep."""
+_KNOT_GAIN = 0.05
+"""Weight of the newest step in a table value seen often; the first visits count more."""
+_FACTOR_RANGE = (0.5, 2.0)
+_FIT_ROUNDS = 8
+_OUTLIER = 0.1
+"""A relative error beyond this pulls no harder than one of this size: something else ran too."""
+_SETTLED_STEPS = 8
+"""Steps before errors are taken for outliers."""
+_SCALES = (1.0, 64.0, 256.0, 2.0**14, 2.0**18)
+"""Usual sizes of 1, b, P, L and A: keeps the numbers solved for alike in size."""
+_N = len(_SCALES)
+
+
+@dataclass(frozen=True, slots=True)
+class StepFeatures:
+    """What a step's time depends on."""
+
+    decode_requests: int
+    """b: requests that compute one token."""
+    context_tokens: int
+    """L: tokens whose KV they read."""
+    prefill_tokens: int = 0
+    """P: prompt tokens computed."""
+    prefill_pairs: int = 0
+    """A: over all prompt tokens computed, the tokens each attends to."""
+
+    @property
+    def rows(self) -> int:
+        return self.decode_requests + self.prefill_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """A decode step's time near some working point: `fixed_s + per_request_s·b + per_token_s·L`."""
+
+    fixed_s: float
+    per_request_s: float
+    per_token_s: float
+
+    def time_s(self, requests: int, context_tokens: int) -> float:
+        return self.fixed_s + self.per_request_s * requests + self.per_token_s * context_tokens
+
+
+class TileTable:
+    """c(rows): what the cost of a number of rows is to the straight line, as a factor."""
+
+    def __init__(self) -> None:
+        self._factors: dict[int, list[float]] = {}
+        self._visits: dict[int, list[float]] = {}
+
+    def factor(self, rows: int) -> float:
+        """1 for tiles never seen."""
+        tile, knot, right = _place(rows)
+        factors = self._factors.get(tile)
+        if factors is None:
+            return 1.0
+        return factors[knot] + right * (factors[knot + 1] - factors[knot])
+
+    def learn(self, rows: int, observed: float, weight: float) -> None:
+        """Moves the two values beside `rows` towards the `observed` factor; `weight`, 0 to 1, is
+        how much it says."""
+        low, high = _FACTOR_RANGE
+        observed = min(high, max(low, observed))
+        tile, knot, right = _place(rows)
+        if tile not in self._factors:
+            self._factors[tile] = [observed] * len(_KNOT_OFFSETS)
+            self._visits[tile] = [0.0] * len(_KNOT_OFFSETS)
+        factors, visits = self._factors[tile], self._visits[tile]
+        error = observed - self.factor(rows)
+        shares = (1.0 - right, right)
+        norm = sum(share * share for share in shares)
+        for index, share in enumerate(shares, start=knot):
+            visits[index] += share
+            gain = max(_KNOT_GAIN, 1.0 / (1.0 + visits[index])) * weight
+            moved = factors[index] + gain * share / norm * error
+            factors[index] = min(high, max(low, moved))
+
+
+class StageCost:
+    """One stage's model. Predicts nothing until it was fitted or has observed a step."""
+
+    def __init__(self, forgetting: float = _FORGETTING) -> None:
+        self._forgetting = forgetting
+        self._table = TileTable()
+        self._theta: list[float] | None = None
+        self._prior = _Sums()
+        self._recent = _Sums()
+        self._observed = 0
+        self.relative_error: float | None = None
+        """|predicted − measured| / measured of the last observed step, predicted before it was
+        learned from; None before there was a prediction."""
+
+    def fit(self, samples: Sequence[tuple[StepFeatures, float]]) -> None:
+        """Start over from a warm-up sweep: pairs of features and seconds, each more than 0.
+
+        The sweep should hold the first and last row of every tile that decode will use.
+        """
+        if not samples or any(seconds <= 0 for _, seconds in samples):
+            raise ValueError("a sweep needs samples, each of more than 0 seconds")
+        self._table = TileTable()
+        self._recent = _Sums()
+        self._observed = 0
+        for _ in range(_FIT_ROUNDS):
+            self._prior = _Sums()
+            for features, seconds in samples:
+                self._prior.add(self._inputs(features), seconds, _PRIOR_STEPS / len(samples))
+            self._solve()
+            for features, seconds in samples:
+                self._learn_factor(features, seconds)
+
+    def predict(self, features: StepFeatures) -> float | None:
+        """Seconds; None before anything is known."""
+        if self._theta is None:
+            return None
+        return _dot(self._theta, self._inputs(features))
+
+    def observe(self, features: StepFeatures, seconds: float) -> float | None:
+        """Learn from a step that took `seconds`; returns `relative_error`. Steps of no measurable
+        time are ignored."""
+        if seconds <= 0:
+            return self.relative_error
+        predicted = self.predict(features)
+        weight = 1.0
+        if predicted is not None:
+            self.relative_error = abs(predicted - seconds) / seconds
+            if self._observed >= _SETTLED_STEPS and self.relative_error > _OUTLIER:
+                weight = _OUTLIER / self.relative_error
+        self._observed += 1
+        self._recent.fade(self._forgetting)
+        self._recent.add(self._inputs(features), seconds, weight)
+        self._solve()
+        self._learn_factor(features, seconds, weight)
+        return self.relative_error
+
+    def linear(self, near: StepFeatures) -> LinearCost | None:
+        """The model as a decode step of about `near` sees it; None before anything is known."""
+        predicted = self.predict(near)
+        if predicted is None or self._theta is None:
+            return None
+        per_request = self._table.factor(near.rows) * self._theta[1] / _SCALES[1]
+        per_token = self._theta[3] / _SCALES[3]
+        variable = per_request * near.decode_requests + per_token * near.context_tokens
+        return LinearCost(max(0.0, predicted - variable), per_request, per_token)
+
+    def _inputs(self, features: StepFeatures) -> list[float]:
+        c = self._table.factor(features.rows)
+        return [
+            c,
+            c * features.decode_requests / _SCALES[1],
+            c * features.prefill_tokens / _SCALES[2],
+            features.context_tokens / _SCALES[3],
+            features.prefill_pairs / _SCALES[4],
+        ]
+
+    def _learn_factor(self, features: StepFeatures, seconds: float, weight: float = 1.0) -> None:
+        assert self._theta is not None
+        inputs = self._inputs(features)
+        weights_part = _dot(self._theta[:3], inputs[:3])
+        attention = _dot(self._theta[3:], inputs[3:])
+        if weights_part <= 0:
+            return
+        old = self._table.factor(features.rows)
+        observed = old * (seconds - attention) / weights_part
+        share = weights_part / (weights_part + attention)
+        self._table.learn(features.rows, observed, share * weight)
+
+    def _solve(self) -> None:
+        """No coefficient is negative: one that would be is left out and the others solved again."""
+        free = list(range(_N))
+        matrix, right = self._prior.plus(self._recent)
+        ridge = _RIDGE * sum(matrix[i][i] for i in free) / _N
+        for i in free:
+            matrix[i][i] += ridge
+        theta = [0.0] * _N
+        while free:
+            values = solve_symmetric(
+                [[matrix[i][j] for j in free] for i in free], [right[i] for i in free]
+            )
+            worst = min(range(len(free)), key=values.__getitem__)
+            if values[worst] >= 0:
+                for i, value in zip(free, values, strict=True):
+                    theta[i] = value
+                break
+            del free[worst]
+        self._theta = theta
+
+
+class PipelineCost:
+    """All stages' models; the slowest stage sets the pace."""
+
+    def __init__(self, num_stages: int) -> None:
+        self.stages = [StageCost() for _ in range(num_stages)]
+
+    def observe(self, stage: int, features: StepFeatures, seconds: float) -> float | None:
+        """See StageCost.observe."""
+        return self.stages[stage].observe(features, seconds)
+
+    def linear(self, near: StepFeatures) -> LinearCost | None:
+        """Of the stage that is slowest for `near`; None until every stage has a model."""
+        times = [stage.predict(near) for stage in self.stages]
+        known = [time for time in times if time is not None]
+        if not times or len(known) < len(times):
+            return None
+        return self.stages[known.index(max(known))].linear(near)
+
+
+class _Sums:
+    """Weighted normal equations of relative errors: Σ w·x·xᵀ/y² and Σ w·x/y."""
+
+    def __init__(self) -> None:
+        self._matrix = [[0.0] * _N for _ in range(_N)]
+        self._right = [0.0] * _N
+
+    def add(self, inputs: Sequence[float], seconds: float, weight: float) -> None:
+        scaled = [value / seconds for value in inputs]
+        for i, row in enumerate(self._matrix):
+            factor = weight * scaled[i]
+            if factor:
+                for j, value in enumerate(scaled):
+                    row[j] += factor * value
+                self._right[i] += factor
+
+    def fade(self, factor: float) -> None:
+        self._matrix = [[value * factor for value in row] for row in self._matrix]
+        self._right = [value * factor for value in self._right]
+
+    def plus(self, other: "_Sums") -> tuple[list[list[float]], list[float]]:
+        matrix = [
+            [a + b for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(self._matrix, other._matrix, strict=True)
+        ]
+        return matrix, [a + b for a, b in zip(self._right, other._right, strict=True)]
+
+
+def solve_symmetric(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """Solves `matrix · x = right` for a positive definite matrix, by its Cholesky factor. A
+    direction without any information gets 0."""
+    size = len(right)
+    lower = [[0.0] * size for _ in range(size)]
+    floor = 1e-12 * max((matrix[i][i] for i in range(size)), default=0.0)
+    solved = [0.0] * size
+    for i in range(size):
+        for j in range(i + 1):
+            rest = matrix[i][j] - sum(lower[i][k] * lower[j][k] for k in range(j))
+            if i == j:
+                lower[i][i] = rest**0.5 if rest > floor else float("inf")
+            else:
+                lower[i][j] = rest / lower[j][j]
+    for i in range(size):
+        rest = right[i] - sum(lower[i][k] * solved[k] for k in range(i))
+        solved[i] = rest / lower[i][i]
+    for i in reversed(range(size)):
+        rest = solved[i] - sum(lower[k][i] * solved[k] for k in range(i + 1, size))
+        solved[i] = rest / lower[i][i]
+    return solved
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def _place(rows: int) -> tuple[int, int, float]:
+    """The tile, the knot left of the row in it, and how far right of that knot it lies, 0 to 1."""
+    tile, offset = divmod(max(0, rows - 1), TILE_ROWS)
+    knot = 0 if offset < _KNOT_OFFSETS[1] else 1
+    left, right = _KNOT_OFFSETS[knot], _KNOT_OFFSETS[knot + 1]
+    return tile, knot, (offset - left) / (right - left)
