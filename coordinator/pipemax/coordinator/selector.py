@@ -1,0 +1,329 @@
+"""The two-stage greedy selector: which requests fill a slot's next turn.
+
+It chooses H among the host-resident candidates and D among the device-resident ones so that
+
+    |budget − Σ_H load_blocks| + λ · |T(H ∪ D) − T*|        [blocks]
+
+is small, where T = δ + α·(requests) + β·(context tokens) is the step's predicted time and T* the
+mean slot time, both in seconds. λ, in blocks per second, is what the slowest link carries, so the
+second term is in blocks as well: those that the link could bring in the time by which this slot
+is longer or shorter than the others. One block of budget left unused and one block's time of
+imbalance thus weigh the same: either way the link, or the pipeline, idles for as long.
+
+Σ_H load_blocks never exceeds the budget or the staging blocks, |H| + |D| never `max_requests`.
+
+1. *Greedy initialisation*: in order of waiting, host-resident requests while budget and staging
+   allow, then device-resident ones while they bring T closer to T*.
+2. *Local refinement*: drop up to three and add up to three requests of each kind at once, the best
+   such move per round, among those next to where the greedy pass stopped, as long as that lowers
+   the objective. Every round looks at another window; the number of rounds, and of moves tried in
+   each, is bounded by a constant, not by a clock: the same problem has the same answer everywhere.
+
+Nobody starves: who waited `overdue_after` turns goes before everything else, in order of waiting,
+and is not dropped again. If the first overdue host-resident request does not fit, no other is
+loaded, so that what the link and the pool gain is kept for it.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+
+from pipemax.coordinator.cost_model import LinearCost
+
+WINDOW = 5
+"""Requests on each side of the boundary that a round of refinement looks at."""
+MOVED_AT_ONCE = 3
+"""Requests of a kind that one move drops at most, and that it adds at most."""
+MAX_ROUNDS = 12
+"""Rounds of refinement at most."""
+GOOD_ENOUGH = 0.002
+"""Refinement ends when the objective is at most this share of the budget: no link is that even."""
+
+_by_turn, _by_key, _blocks_of = attrgetter("last_turn"), attrgetter("key"), itemgetter(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    key: int
+    last_turn: int
+    """Step that last moved the request forward, -1 for none; small is long ago."""
+    load_blocks: int
+    """Blocks to bring from the host."""
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionProblem:
+    host: Sequence[Candidate]
+    device: Sequence[Candidate]
+    """Their `load_blocks` are not counted."""
+    budget_blocks: int
+    staging_blocks: int
+    max_requests: int
+    cost: LinearCost
+    """Of the step; what is already in it is part of `fixed_s`."""
+    target_s: float
+    """T*."""
+    blocks_per_s: float
+    """λ."""
+    turn: int
+    """Number of the step being filled."""
+    overdue_after: int
+    """Turns after which a request goes before all that waited less; at least 1."""
+
+    @property
+    def room_blocks(self) -> int:
+        return max(0, min(self.budget_blocks, self.staging_blocks))
+
+    def objective(self, load_blocks: int, requests: int, context_tokens: int) -> float:
+        """In blocks; see the module. The arguments are sums over what is chosen."""
+        off_s = abs(self.cost.time_s(requests, context_tokens) - self.target_s)
+        return max(0, self.budget_blocks - load_blocks) + self.blocks_per_s * off_s
+
+    def is_overdue(self, candidate: Candidate) -> bool:
+        return self.turn - candidate.last_turn >= self.overdue_after
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    host: tuple[Candidate, ...]
+    device: tuple[Candidate, ...]
+    objective: float
+    """Blocks."""
+    greedy_objective: float
+    """Of the greedy initialisation alone."""
+
+
+def by_wait(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Who waited longest first. Two stable sorts by one number each: much faster than one by
+    pairs."""
+    return sorted(sorted(candidates, key=_by_key), key=_by_turn)
+
+
+def select(problem: SelectionProblem, refine: bool = True) -> Selection:
+    """Pure and deterministic. `refine=False` stops after the greedy initialisation."""
+    slot = _Slot(problem)
+    slot.fill_greedily()
+    greedy = slot.objective
+    if refine:
+        slot.refine()
+    return Selection(tuple(slot.host.taken), tuple(slot.device.taken), slot.objective, greedy)
+
+
+class _Pool:
+    """Candidates of one kind in order of waiting: forced, taken after them, and left."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self.taken: list[Candidate] = []
+        self.left = by_wait(candidates)
+        self.num_forced = 0
+
+    def window(self, round_number: int) -> tuple[list[Candidate], list[Candidate]]:
+        """Requests a round may drop (the last taken first) and those it may add (the longest
+        waiting first); later rounds look further from the boundary, and start over."""
+        movable = self.taken[self.num_forced :][::-1]
+        return _turned(movable, round_number), _turned(self.left, round_number)
+
+    def swap(self, drop: Sequence[Candidate], add: Sequence[Candidate]) -> None:
+        for candidate in drop:
+            self.taken.remove(candidate)
+        for candidate in add:
+            self.left.remove(candidate)
+        # In front: not in order of waiting any more, but near the boundary.
+        self.left[:0] = drop
+        self.taken.extend(add)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    drop: tuple[Candidate, ...]
+    add: tuple[Candidate, ...]
+    load_blocks: int
+    requests: int
+    context_tokens: int
+
+
+_STAY = _Move((), (), 0, 0, 0)
+_Part = tuple[int, int, int, tuple[Candidate, ...]]
+"""Blocks, requests, context tokens, and whose sums they are."""
+
+
+class _Slot:
+    """The sums over what is chosen, and the moves that change them."""
+
+    def __init__(self, problem: SelectionProblem) -> None:
+        self.problem = problem
+        self.host = _Pool(problem.host)
+        self.device = _Pool(problem.device)
+        self.load_blocks = 0
+        self.requests = 0
+        self.context_tokens = 0
+
+    @property
+    def objective(self) -> float:
+        return self.problem.objective(self.load_blocks, self.requests, self.context_tokens)
+
+    def fill_greedily(self) -> None:
+        blocked = self._force_overdue()
+        problem, room = self.problem, self.problem.room_blocks
+        left: list[Candidate] = []
+        pending = iter(() if blocked else self.host.left)
+        for candidate in pending:
+            if self.requests >= problem.max_requests or self.load_blocks >= room:
+                left.append(candidate)
+                break
+            if self.load_blocks + candidate.load_blocks <= room:
+                self._take(self.host, candidate, candidate.load_blocks)
+            else:
+                left.append(candidate)
+        left.extend(pending)
+        self.host.left = left
+        cost, target = problem.cost, problem.target_s
+        count = 0
+        for candidate in self.device.left:
+            tokens = self.context_tokens + candidate.context_tokens
+            now = cost.time_s(self.requests, self.context_tokens)
+            then = cost.time_s(self.requests + 1, tokens)
+            if self.requests >= problem.max_requests or abs(then - target) >= abs(now - target):
+                break
+            self._take(self.device, candidate, 0)
+            count += 1
+        del self.device.left[:count]
+
+    def refine(self) -> None:
+        enough = GOOD_ENOUGH * self.problem.budget_blocks
+        in_vain = 0
+        for round_number in range(MAX_ROUNDS):
+            before = self.objective
+            if before <= enough or in_vain > self._last_window():
+                return
+            in_vain = 0 if self._improve(round_number, before) else in_vain + 1
+
+    def _last_window(self) -> int:
+        """Windows after the first until all candidates were looked at."""
+        pools = (self.host, self.device)
+        return max(len(side) for pool in pools for side in (pool.taken, pool.left)) // WINDOW
+
+    def _force_overdue(self) -> bool:
+        """Take who waited too long; returns whether one of them blocks the link for the others."""
+        problem = self.problem
+        blocked = False
+        for pool in (self.host, self.device):
+            count = 0
+            for candidate in pool.left:
+                load = candidate.load_blocks if pool is self.host else 0
+                if not problem.is_overdue(candidate) or self.requests >= problem.max_requests:
+                    break
+                if self.load_blocks + load > problem.room_blocks and load:
+                    blocked = True
+                    break
+                self._take(pool, candidate, load)
+                count += 1
+            pool.num_forced = count
+            del pool.left[:count]
+        if blocked:
+            self.host.left = []
+        return blocked
+
+    def _take(self, pool: _Pool, candidate: Candidate, load_blocks: int) -> None:
+        pool.taken.append(candidate)
+        self.load_blocks += load_blocks
+        self.requests += 1
+        self.context_tokens += candidate.context_tokens
+
+    def _improve(self, window: int, best: float) -> bool:
+        """Apply the best move of this window if it lowers the objective."""
+        found: tuple[_Move, _Move] | None = None
+        device = _DeviceMoves(self, window)
+        for host_move in self._host_moves(window, best):
+            device_move, value = device.best_with(host_move)
+            if value < best - 1e-9 * best:
+                found, best = (host_move, device_move), value
+        if found is None:
+            return False
+        for pool, move in zip((self.host, self.device), found, strict=True):
+            pool.swap(move.drop, move.add)
+            self.load_blocks += move.load_blocks if pool is self.host else 0
+            self.requests += move.requests
+            self.context_tokens += move.context_tokens
+        return True
+
+    def _host_moves(self, window: int, best: float) -> list[_Move]:
+        """Moves that stay within the room and could beat `best` by what they leave of the
+        budget."""
+        movable, left = self.host.window(window)
+        adds = _parts(left)
+        loads = [part[0] for part in adds]
+        budget, room = self.problem.budget_blocks, self.problem.room_blocks
+        moves = [_STAY]
+        for dropped in _parts(movable):
+            kept = self.load_blocks - dropped[0]
+            first = bisect_left(loads, budget - best - kept)
+            for part in adds[first : bisect_right(loads, room - kept)]:
+                if dropped[3] or part[3]:
+                    moves.append(_move(dropped, part))
+        return moves
+
+
+class _DeviceMoves:
+    """Moves of device-resident requests, by the requests they add, each sorted by the time."""
+
+    def __init__(self, slot: _Slot, window: int) -> None:
+        self._slot = slot
+        self._cost = slot.problem.cost
+        movable, left = slot.device.window(window)
+        adds, drops = _parts(left), _parts(movable)
+        alpha, beta = self._cost.per_request_s, self._cost.per_token_s
+        by_count: dict[int, list[tuple[float, int, int]]] = {}
+        for d, (_, less, fewer, _) in enumerate(drops):
+            for a, (_, more, further, _) in enumerate(adds):
+                time_s = alpha * (more - less) + beta * (further - fewer)
+                by_count.setdefault(more - less, []).append((time_s, a, d))
+        self._by_count = sorted(by_count.items())
+        for _, moves in self._by_count:
+            moves.sort()
+        self._adds, self._drops = adds, drops
+
+    def best_with(self, host: _Move) -> tuple[_Move, float]:
+        """The device move that fits best beside `host`, and the objective with both."""
+        slot, problem = self._slot, self._slot.problem
+        load = slot.load_blocks + host.load_blocks
+        requests = slot.requests + host.requests
+        tokens = slot.context_tokens + host.context_tokens
+        missing_s = problem.target_s - self._cost.time_s(requests, tokens)
+        best = (float("inf"), 0, 0)
+        for count, moves in self._by_count:
+            if requests + count > problem.max_requests:
+                break
+            after = bisect_left(moves, (missing_s,))
+            for time_s, a, d in moves[max(0, after - 1) : after + 1]:
+                best = min(best, (abs(missing_s - time_s), a, d))
+        value = max(0, problem.budget_blocks - load) + problem.blocks_per_s * best[0]
+        return _move(self._drops[best[2]], self._adds[best[1]]), value
+
+
+def _parts(candidates: Sequence[Candidate]) -> list[_Part]:
+    """None, and every group of up to MOVED_AT_ONCE of `candidates`, sorted by blocks."""
+    parts: list[_Part] = [(0, 0, 0, ())]
+    for one in candidates:
+        parts += [
+            (blocks + one.load_blocks, count + 1, tokens + one.context_tokens, (*group, one))
+            for blocks, count, tokens, group in parts
+            if count < MOVED_AT_ONCE
+        ]
+    parts.sort(key=_blocks_of)
+    return parts
+
+
+def _move(drop: _Part, add: _Part) -> _Move:
+    return _Move(drop[3], add[3], add[0] - drop[0], add[1] - drop[1], add[2] - drop[2])
+
+
+def _turned(candidates: Sequence[Candidate], round_number: int) -> list[Candidate]:
+    """The window of a round; the list is taken for a ring."""
+    if len(candidates) <= WINDOW:
+        return list(candidates)
+    start = round_number * WINDOW % len(candidates)
+    part = list(candidates[start : start + WINDOW])
+    return part + list(candidates[: WINDOW - len(part)])
