@@ -1,21 +1,19 @@
 """Batch files through a client: one line out for each line in, whatever the line."""
 
-import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from pipemax.client import Client, Submit
-from pipemax.proto.errors import ConfigError, NotRunningError
+from pipemax.proto.errors import ConfigError, NotRunningError, PipemaxSystemError
 from pipemax.proto.messages.ingest import Refused
 from pipemax.services import batch_job
 from pipemax.services.batch_job import (
     BatchReport,
-    TokenBar,
     check_input,
     check_output,
     run_batch,
@@ -109,6 +107,8 @@ def test_bad_lines_get_error_lines_and_the_others_run(client: Client, tmp_path: 
     assert set(statuses.values()) == {400}
     assert {e["custom_id"] for e in lines if e["error"] is None} == {"first", "last"}
     assert (report.completed, report.failed) == (2, 5)
+    assert report.first_error is not None
+    assert report.first_error.startswith("line 2: the line is not JSON")
 
 
 def test_lines_too_long_are_skipped_not_read(
@@ -132,6 +132,12 @@ def test_empty_input(client: Client, tmp_path: Path) -> None:
     assert lines == []
     assert report.requests == 0
     assert report.throughput.startswith("Throughput: 0.00 requests/s")
+
+
+def test_a_full_disk_ends_the_batch_with_one_line(client: Client, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", request("a"))
+    with pytest.raises(PipemaxSystemError, match="cannot write /dev/full: No space left"):
+        run_batch(client, source, Path("/dev/full"))
 
 
 def test_what_was_written_stays_when_the_system_ends(tmp_path: Path, runtime_dir: Path) -> None:
@@ -170,23 +176,10 @@ class Recorder:
 
 def test_progress_is_told(client: Client, tmp_path: Path) -> None:
     progress = Recorder()
-    source = write(tmp_path / "in", request("a", "ab"), b"bad", request("b", "abcd"))
+    source = write(tmp_path / "in", request("a", "ab"), b"bad", b"", request("b", "abcd"), b"\n")
     run_batch(client, source, tmp_path / "out", progress)
-    assert progress.num_requests == 3
+    assert progress.num_requests == 3  # blank lines are none
     assert sorted(progress.tokens) == [0, 4, 8]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_bar_shows_on_terminals_only(terminal: bool) -> None:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=120)
-    with TokenBar(console) as bar:
-        bar.start(4)
-        bar.finished(1000)
-        bar.finished(0)
-    assert ("2/4 requests" in stream.getvalue()) == terminal
-    assert ("1,000 tokens" in stream.getvalue()) == terminal
-    assert terminal or stream.getvalue() == ""
 
 
 def test_report_line() -> None:
@@ -202,6 +195,9 @@ def test_check_input(tmp_path: Path) -> None:
         check_input(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="directory"):
         check_input(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        check_input(tmp_path / "pipe")
 
 
 def test_check_output(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from pipemax.proto.rundir import RunLock, create_run_dir
 from pipemax.services.cli import main
 from pipemax.services.cli.options import EngineOptions, takes_engine_options
 
+from .fake_coordinator import FakeCoordinator, finished
+
 COMMANDS = ("up", "down", "status", "run-batch", "demo", "collect-env", "version")
 
 
@@ -87,6 +89,7 @@ def test_no_module_of_the_services_loads_torch() -> None:
         (("run-batch", "-i", __file__, "-o", "/no/such/out"), "cannot write /no/such/out"),
         (("run-batch", "-i", __file__, "-o", "/dev/null", "--name", "ghost"), "no system named"),
         (("run-batch", "-i", __file__, "-o", "/dev/null", "--model", "/no/such"), "does not exist"),
+        (("run-batch", "-i", __file__, "-o", "/dev/null"), "no system named 'default' is running"),
     ],
 )
 def test_what_the_user_can_correct_exits_with_2(arguments: tuple[str, ...], text: str) -> None:
@@ -105,6 +108,36 @@ def test_batch_on_a_running_system_takes_no_engine_flags(runtime_dir: Path) -> N
     done = pipemax(*batch, "--block-size", "8", "--model", "/m")
     lock.release()
     assert_one_line(done, 2, "leave out --model, --block-size")
+
+
+@pytest.mark.parametrize(("models", "status"), [(("fake", "other"), 0), (("other", "other"), 1)])
+def test_batch_without_a_model_runs_on_the_running_system_and_fails_when_every_line_does(
+    models: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
+    lines = [
+        {
+            "custom_id": f"id-{n}",
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": model, "prompt": "water"},
+        }
+        for n, model in enumerate(models)
+    ]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_dir = create_run_dir("default")
+    lock = RunLock(run_dir)
+    try:
+        with FakeCoordinator(run_dir / "ingest.sock", finished):
+            done = pipemax("run-batch", "-i", str(source), "-o", str(out))
+    finally:
+        lock.release()
+    assert done.returncode == status, done.stderr
+    assert len(out.read_text().splitlines()) == 2
+    assert f"{models.count('other')} of them error lines" in done.stdout
+    if status:
+        assert done.stderr.startswith("pipemax: no line could be served; the first: line 1: model")
+        assert "--served-model-name" in done.stderr
 
 
 def test_down_signals_the_launcher_and_waits_for_the_lock(runtime_dir: Path) -> None:

@@ -7,19 +7,19 @@ from pathlib import Path
 import typer
 
 from pipemax.client import Client
-from pipemax.proto.errors import ConfigError
+from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.rundir import launcher_pid, run_dir_of, runtime_root
 from pipemax.services.batch_job import (
     BatchReport,
-    TokenBar,
     check_input,
     check_output,
     run_batch,
 )
-from pipemax.services.cli.options import EngineOptions
+from pipemax.services.cli.options import DEFAULT_NAME, EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
 from pipemax.services.own_system import own_system
+from pipemax.services.token_bar import TokenBar
 
 _PURPOSE = "batch"
 
@@ -30,8 +30,9 @@ def run_batch_file(
     """Runs every line of a batch file and prints what it came to.
 
     With `name`, the running system of that name does the work, or a new one under that name if
-    there is none; without, a new one under a name of its own. Raises ConfigError before anything
-    is loaded when input or output cannot be used or a flag cannot work.
+    there is none. Without a name, a model gets a new system of its own, and no model means the
+    running system of the default name. Raises ConfigError before anything is loaded when input or
+    output cannot be used or a flag cannot work, and PipemaxSystemError when no line was served.
     """
     check_input(input_path)
     check_output(output_path, input_path)
@@ -44,12 +45,16 @@ def run_batch_file(
     typer.echo(report.throughput)
     failed = f", {report.failed} of them error lines" if report.failed else ""
     typer.echo(f"{report.requests} results in {output_path}{failed}")
+    if report.failed and not report.completed:
+        raise PipemaxSystemError(f"no line could be served; the first: {report.first_error}")
     return report
 
 
 @contextlib.contextmanager
 def _system_for(engine: EngineOptions, name: str | None) -> Iterator[str]:
     """Name of a system that is ready."""
+    if name is None and not engine.model:
+        name = DEFAULT_NAME
     if name is not None and launcher_pid(run_dir_of(name)) is not None:
         if given := engine.given():
             raise ConfigError(

@@ -1,17 +1,15 @@
 """A batch file run through a client: lines in, lines out as they finish."""
 
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from pipemax.client import Client, Completion
-from pipemax.proto.errors import ConfigError, RequestError
+from pipemax.proto.errors import ConfigError, PipemaxSystemError, RequestError
 from pipemax.services.openai_batch import (
     BatchRequest,
     LineError,
@@ -22,6 +20,8 @@ from pipemax.services.openai_batch import (
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest input line; longer ones could not be sent to the coordinator."""
+_STATUS_OF_CODE = {"failed": 500, "draining": 503}
+"""HTTP's word for what is not the request's own fault; all else is 400."""
 _READ_BYTES = 2**20
 _UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -47,6 +47,8 @@ class BatchReport:
     """Of completed requests."""
     output_tokens: int
     seconds: float
+    first_error: str | None = None
+    """Of the first line that was answered by an error line."""
 
     @property
     def requests(self) -> int:
@@ -65,8 +67,11 @@ class BatchReport:
 
 
 def check_input(path: Path) -> None:
-    """Raises ConfigError unless `path` is a file that can be read."""
+    """Raises ConfigError unless `path` is a file that can be read, and read again: its lines are
+    counted first."""
     try:
+        if not (path.is_dir() or stat.S_ISREG(path.stat().st_mode)):
+            raise ConfigError(f"cannot read {path}: not a regular file; write the lines to one")
         with path.open("rb"):
             pass
     except OSError as error:
@@ -76,10 +81,10 @@ def check_input(path: Path) -> None:
 def check_output(path: Path, input_path: Path | None = None) -> None:
     """Raises ConfigError unless results can be written to `path`: to be called before anything is
     loaded. Leaves nothing behind and an existing file as it is (the batch will overwrite it)."""
-    existed = path.exists() or path.is_symlink()
-    if input_path is not None and _same_file(path, input_path):
-        raise ConfigError(f"{path} is both input and output; give another output")
     try:
+        existed = path.exists() or path.is_symlink()
+        if input_path is not None and _same_file(path, input_path):
+            raise ConfigError(f"{path} is both input and output; give another output")
         with path.open("ab"):
             pass
         if not existed:
@@ -106,12 +111,16 @@ def run_batch(
     them by `custom_id`. The input is read as fast as requests finish and never held as a whole. A
     bad line gets an error line; blank lines are skipped.
 
-    Raises PipemaxSystemError when the system ends meanwhile; what was written stays.
+    Raises PipemaxSystemError when the system ends meanwhile or the output cannot be written; what
+    was written stays.
     """
     job = _Job(client, progress or _Quiet())
-    job.progress.start(_count_lines(input_path))
+    with input_path.open("rb") as source:
+        job.progress.start(sum(1 for _ in _lines(source)))
     started_at = time.monotonic()
-    with input_path.open("rb") as source, output_path.open("wb") as sink:
+    # Unbuffered: a line is in the file as soon as its request is done, and closing the file has
+    # nothing left to write when the disk is full.
+    with input_path.open("rb") as source, output_path.open("wb", buffering=0) as sink:
         job.run(source, sink)
     return BatchReport(
         completed=job.completed,
@@ -119,6 +128,7 @@ def run_batch(
         prompt_tokens=job.prompt_tokens,
         output_tokens=job.output_tokens,
         seconds=time.monotonic() - started_at,
+        first_error=job.first_error,
     )
 
 
@@ -128,13 +138,14 @@ class _Job:
     def __init__(self, client: Client, progress: BatchProgress) -> None:
         self.progress = progress
         self.completed = self.failed = self.prompt_tokens = self.output_tokens = 0
+        self.first_error: str | None = None
         self._client = client
         self._unfinished: dict[str, tuple[int, BatchRequest]] = {}
         """(line number, request) by request id."""
         self._seen: dict[str, int] = {}
         """Line number by custom_id, to find the second use of one."""
 
-    def run(self, source: BinaryIO, sink: BinaryIO) -> None:
+    def run(self, source: BinaryIO, sink: FileIO) -> None:
         lines = _lines(source)
         more = True
         while more or self._unfinished:
@@ -148,7 +159,7 @@ class _Job:
                 if completion is not None:
                     self._finish(completion, sink)
 
-    def _submit(self, number: int, line: bytes | None, sink: BinaryIO) -> None:
+    def _submit(self, number: int, line: bytes | None, sink: FileIO) -> None:
         request_id, custom_id = f"line-{number}", None
         try:
             request = self._parse(number, line)
@@ -172,17 +183,17 @@ class _Job:
             raise error
         return request
 
-    def _finish(self, completion: Completion, sink: BinaryIO) -> None:
+    def _finish(self, completion: Completion, sink: FileIO) -> None:
         request_id = completion.request_id
         number, request = self._unfinished.pop(request_id)
         if completion.error is not None:
             code = completion.error_code or "failed"
-            status = 500 if code == "failed" else 400
+            status = _STATUS_OF_CODE.get(code, 400)
             message = completion.error
             self._fail(sink, number, request.custom_id, request_id, status, code, message)
             return
         created, model_name = int(time.time()), self._client.model_name
-        _write(sink, result_line(request, completion, model_name=model_name, created=created))
+        self._write(sink, result_line(request, completion, model_name=model_name, created=created))
         self.completed += 1
         self.prompt_tokens += completion.num_prompt_tokens
         self.output_tokens += len(completion.token_ids)
@@ -190,7 +201,7 @@ class _Job:
 
     def _fail(
         self,
-        sink: BinaryIO,
+        sink: FileIO,
         number: int,
         custom_id: str | None,
         request_id: str,
@@ -198,19 +209,26 @@ class _Job:
         code: str,
         message: str,
     ) -> None:
-        _write(
+        self._write(
             sink,
             error_line(
                 custom_id, request_id, status=status, code=code, message=message, line=number
             ),
         )
         self.failed += 1
+        if self.first_error is None:
+            self.first_error = f"line {number}: {message}"
         self.progress.finished(0)
 
-
-def _write(sink: BinaryIO, line: bytes) -> None:
-    sink.write(line + b"\n")
-    sink.flush()
+    def _write(self, sink: FileIO, line: bytes) -> None:
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[sink.write(rest) :]
+        except OSError as error:
+            raise PipemaxSystemError(
+                f"cannot write {sink.name}: {error.strerror}; make room and run the batch again"
+            ) from error
 
 
 def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
@@ -228,74 +246,9 @@ def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _count_lines(path: Path) -> int:
-    """Lines of the file, the last one too if it has no line break; blank lines count."""
-    count = 0
-    last = b"\n"
-    with path.open("rb") as source:
-        while chunk := source.read(_READ_BYTES):
-            count += chunk.count(b"\n")
-            last = chunk[-1:]
-    return count + (last != b"\n")
-
-
 class _Quiet:
     def start(self, num_requests: int) -> None:
         pass
 
     def finished(self, num_tokens: int) -> None:
         pass
-
-
-class TokenBar:
-    """A progress bar in tokens on standard error; nothing when that is no terminal.
-
-    The total is not known before the end: it is taken to be the requests' number times the mean
-    tokens of those that finished, and so is the time remaining.
-    """
-
-    def __init__(self, console: Console | None = None) -> None:
-        console = console or Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.fields[requests]}/{task.fields[num_requests]} requests"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} tokens"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=None, requests=0, num_requests=0, rate="")
-        self._requests = self._num_requests = self._tokens = 0
-        self._started_at = time.monotonic()
-
-    def __enter__(self) -> "TokenBar":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def start(self, num_requests: int) -> None:
-        self._num_requests = num_requests
-        self._started_at = time.monotonic()
-        self._bar.update(self._task, num_requests=num_requests)
-
-    def finished(self, num_tokens: int) -> None:
-        self._requests += 1
-        self._tokens += num_tokens
-        expected = self._tokens * max(1.0, self._num_requests / self._requests)
-        rate = self._tokens / max(time.monotonic() - self._started_at, 1e-9)
-        self._bar.update(
-            self._task,
-            completed=self._tokens,
-            total=expected or None,
-            requests=self._requests,
-            rate=f"{rate:,.0f} tokens/s",
-        )

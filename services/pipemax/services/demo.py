@@ -24,13 +24,14 @@ from pipemax.proto.geometry import BlockGeometry, blocks_for, split_layers
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import runtime_root
 from pipemax.proto.sizes import format_size
-from pipemax.services.batch_job import BatchReport, TokenBar, check_output, run_batch
+from pipemax.services.batch_job import BatchReport, check_output, run_batch
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
 from pipemax.services.own_system import own_system
 from pipemax.services.status_view import stage_table
 from pipemax.services.tiny_model import demo_requests, make_demo_model
+from pipemax.services.token_bar import TokenBar
 from pipemax.stage_worker.model.inspect import inspect_model
 
 _PURPOSE = "demo"

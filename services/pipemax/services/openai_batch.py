@@ -164,7 +164,8 @@ def _check_model(model: object, model_name: str) -> None:
     if model != model_name:
         raise LineError(
             "model_not_found",
-            f"model {model!r:.200} is not served; this system serves {model_name!r}",
+            f"model {model!r:.200} is not served; this system serves {model_name!r} "
+            "(--served-model-name gives it another name)",
             status=404,
         )
 

@@ -17,18 +17,27 @@ def run_batch(
     ],
     output_file: Annotated[
         Path,
-        typer.Option("--output-file", "-o", metavar="OUT.jsonl", help="One result per line."),
+        typer.Option(
+            "--output-file",
+            "-o",
+            metavar="OUT.jsonl",
+            help="One result per line, in the order in which they finish. Overwritten.",
+        ),
     ],
     name: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             help="Use the running system of this name; if there is none, start one under it.",
-            show_default="a system of its own",
+            show_default="a system of its own with --model, else the running default",
         ),
     ] = None,
 ) -> None:
-    """Run a file of OpenAI batch requests, starting and stopping a system for it if need be."""
+    """Run a file of OpenAI batch requests, starting and stopping a system for it if need be.
+
+    A line that cannot be served gets an error line and the others go on; the exit status is 1 when
+    none could.
+    """
     from pipemax.services.batch import run_batch_file
 
     run_batch_file(engine, input_file, output_file, name)
