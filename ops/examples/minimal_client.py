@@ -1,6 +1,6 @@
 """Two requests to a running PipeMax system with nothing but ZeroMQ and MessagePack.
 
-    python minimal_client.py ipc://$XDG_RUNTIME_DIR/pipemax/default/ingest.sock
+    python minimal_client.py ipc://RUN_DIRECTORY/ingest.sock
 
 `pipemax status` shows the run directory. Every message is one frame: a map with the key `type`.
 """

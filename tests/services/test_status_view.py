@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from pipemax.proto.messages.ingest import StageStatus, Status
+from pipemax.proto.rundir import run_dir_of
 from pipemax.services.status_view import stage_table, state_shares, status_view
 
 
@@ -28,8 +29,8 @@ def status(**changes: Any) -> Status:
     return Status(**(zeros | known | changes))
 
 
-def text(view: object) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def text(view: object, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(view)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -66,6 +67,7 @@ def test_summary_shows_requests_tiers_and_bytes() -> None:
         )
     )
     assert "mine: ready, up 1 h 02 min" in shown
+    assert str(run_dir_of("mine")) in shown
     assert "3 running, 5 waiting" in shown
     assert "4 of 10 blocks (40%)" in shown
     assert "0 of 0 blocks" in shown
@@ -105,3 +107,8 @@ def test_rates_are_those_since_the_last_look(changes: dict[str, Any], expected: 
     shown = text(status_view("x", status(**changes), before))
     assert ("now" in shown) == (expected is not None)
     assert expected is None or expected in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_narrow_terminal_loses_nothing(width: int) -> None:
+    assert "…" not in text(status_view("x", status()), width)

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from pipemax.proto.messages.ingest import StageStatus, Status
+from pipemax.proto.rundir import run_dir_of
 from pipemax.proto.sizes import format_size
 
 STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
@@ -21,9 +22,10 @@ def status_view(name: str, status: Status, previous: Status | None = None) -> Re
 def stage_table(status: Status, previous: Status | None = None) -> Table:
     """Each stage's time by state in percent, since `previous` or since its start."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("stage")
+    # Fold: on a narrow terminal a heading takes two lines rather than lose its end.
+    table.add_column("stage", overflow="fold")
     for heading in ("layers", "steps", *STATES):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     before = {} if previous is None else {(s.stage, s.pid): s for s in previous.stages}
     for stage in status.stages:
         first, end = stage.layers
@@ -51,7 +53,7 @@ def state_shares(stage: StageStatus, previous: StageStatus | None = None) -> Map
 def _summary(name: str, status: Status, previous: Status | None) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for heading, text in _lines(name, status, previous):
         table.add_row(heading, text)
     return table
@@ -62,6 +64,7 @@ def _lines(name: str, status: Status, previous: Status | None) -> list[tuple[str
     lines = [
         ("system", f"{name}: {status.phase}{waiting_for}, up {_duration(status.uptime_s)}"),
         ("model", status.model_name),
+        ("run directory", str(run_dir_of(name))),
         (
             "requests",
             f"{status.requests_running} running, {status.requests_waiting} waiting, "
