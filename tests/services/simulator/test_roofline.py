@@ -81,7 +81,7 @@ def test_experts_are_streamed_as_far_as_they_are_used() -> None:
 def test_prompts_cost_compute_unless_they_are_declared_free() -> None:
     paid = stage_of("llama-2-70b", "l20")
     free = StageModel(paid.gpu, paid.model, 10, free_prefill=True)
-    load = StepLoad(0, 1000, prefill_pairs=10**8, prefill_context=10**5)
+    load = StepLoad(0, 1000, prefill_rows=500, prefill_pairs=10**8, prefill_context=10**5)
     assert free.step_s(load) == free.decode_s(0, 1000)
     assert paid.step_s(load) > 2 * free.step_s(load)
     assert paid.prefill_tokens_s(200) > paid.prefill_tokens_s(20_000)

@@ -41,14 +41,19 @@ class Efficiencies:
     """GEMM cost climbs in steps of 128 tokens, shaped after measurements on an L20."""
 
 
+DEFAULT_EFFICIENCIES = Efficiencies()
+
+
 @dataclass(frozen=True, slots=True)
 class StepLoad:
     """What of a step the time depends on."""
 
-    rows: int
-    """Tokens in the batch, decode and prefill together."""
+    decode_rows: int
+    """Tokens of decode items: one each."""
     decode_context: int
     """Context tokens that decode items read, summed."""
+    prefill_rows: int = 0
+    """Prompt tokens."""
     prefill_pairs: int = 0
     """Pairs of a new prompt token and a token it attends to, summed."""
     prefill_context: int = 0
@@ -62,7 +67,7 @@ class StageModel:
     gpu: Gpu
     model: ModelShape
     num_layers: int
-    efficiencies: Efficiencies = Efficiencies()
+    efficiencies: Efficiencies = DEFAULT_EFFICIENCIES
     weight_element_bytes: float = 2.0
     kv_element_bytes: float = 2.0
     free_prefill: bool = False
@@ -105,10 +110,12 @@ class StageModel:
         efficiencies = self.efficiencies
         read_s = 1 / (efficiencies.attention * self.gpu.hbm_bytes_s)
         attention_s = self.kv_token_bytes * load.decode_context * read_s
+        rows = load.decode_rows
         if not self.free_prefill:
             attention_s += self.kv_token_bytes * load.prefill_context * read_s
             attention_s += self._pair_s * load.prefill_pairs
-        return self._linear_s(load.rows) + attention_s + efficiencies.t_fix_s
+            rows += load.prefill_rows
+        return self._linear_s(rows) + attention_s + efficiencies.t_fix_s
 
     def decode_s(self, requests: float, context: float) -> float:
         """Step time of a batch of `requests` that decode over `context` tokens in all; both may be

@@ -1,0 +1,141 @@
+"""Everything that determines a simulation: the same spec gives the same run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from pipemax.proto.errors import ConfigError
+from pipemax.proto.geometry import blocks_for, split_layers
+from pipemax.services.simulator.catalogue import Gpu, ModelShape
+from pipemax.services.simulator.faults import Fault
+from pipemax.services.simulator.roofline import DEFAULT_EFFICIENCIES, Efficiencies, StageModel
+from pipemax.services.simulator.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the way between processes costs. Assumptions, not measurements."""
+
+    message_s: float = 50e-6
+    """One message over a local socket."""
+    plan_s: float = 300e-6
+    """From tokens at the coordinator to the next plan leaving it."""
+    hop_s: float = 15e-6
+    """Activations to the next stage: latency beside the bytes."""
+    copy_s: float = 10e-6
+    """From the end of a copy to the daemon knowing it."""
+    link_jitter: float = 0.0
+    """Standard deviation of a copy's duration, as a share of it."""
+    compute_jitter: float = 0.0
+    """The same of a step's duration on a stage."""
+    load_s: float = 5.0
+    """A stage's weights, at its start and after a crash."""
+
+    def __post_init__(self) -> None:
+        for jitter in (self.link_jitter, self.compute_jitter):
+            if not 0 <= jitter <= 0.5:
+                raise ConfigError(f"a jitter of {jitter:g} is not between 0 and 0.5")
+
+
+_DEFAULT_TIMING = Timing()
+IDEAL = Timing(message_s=0.0, plan_s=0.0, hop_s=0.0, copy_s=0.0, load_s=0.0)
+"""As the closed form has it: only compute and the link take time."""
+
+
+@dataclass(frozen=True)
+class SimulationSpec:
+    """One run. Sizes in bytes, times in seconds."""
+
+    gpu: Gpu
+    num_gpus: int
+    model: ModelShape
+    workload: Workload
+    efficiencies: Efficiencies = DEFAULT_EFFICIENCIES
+    timing: Timing = _DEFAULT_TIMING
+    weight_element_bytes: float = 2.0
+    kv_element_bytes: float = 2.0
+    layer_split: tuple[int, ...] = ()
+    """Empty: as even as can be."""
+    host_bytes: int = 256 * 10**9
+    """Host KV pool for all stages; 0 turns offloading off."""
+    block_size: int = 32
+    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    gpus_per_uplink: int = 1
+    """GPUs that share one host link."""
+    free_prefill: bool = False
+    policy: str = "oldest-first"
+    seed: int = 0
+    horizon_s: float = 1e9
+    warm_up_s: float = 0.0
+    """Steady figures count from here on."""
+    faults: Sequence[Fault] = field(default_factory=tuple)
+    piece_bytes: int = 128 * 2**20
+    """Largest copy the daemon starts at once; smaller pieces cost simulation time."""
+    device_blocks: int | None = None
+    """Instead of what memory would hold, for tests."""
+    gantt_s: tuple[float, float] | None = None
+    """Record what each stage does in this window of time."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_gpus <= 1024 or self.gpus_per_uplink < 1:
+            raise ConfigError(
+                f"{self.num_gpus} GPUs, {self.gpus_per_uplink} per uplink: at least 1"
+            )
+        if self.num_gpus > self.model.num_layers:
+            raise ConfigError(
+                f"{self.model.name} has {self.model.num_layers} layers, too few for "
+                f"{self.num_gpus} GPUs"
+            )
+        split = self.layers
+        if len(split) != self.num_gpus or sum(split) != self.model.num_layers or min(split) < 1:
+            raise ConfigError(
+                f"the layer split {','.join(map(str, split))} does not put the model's "
+                f"{self.model.num_layers} layers on {self.num_gpus} GPUs"
+            )
+        needed = blocks_for(self.workload.max_model_len, self.block_size) + 1
+        if self.num_device_blocks < needed:
+            raise ConfigError(
+                f"the KV pool of {self.gpu.name} holds {self.num_device_blocks} blocks of "
+                f"{self.block_size} tokens, the longest request needs {needed}: use more GPUs"
+            )
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        return self.layer_split or split_layers(self.model.num_layers, self.num_gpus)
+
+    @cached_property
+    def stages(self) -> tuple[StageModel, ...]:
+        """The performance model of each stage; equal stages share one object."""
+        models = {
+            layers: StageModel(
+                self.gpu,
+                self.model,
+                layers,
+                self.efficiencies,
+                self.weight_element_bytes,
+                self.kv_element_bytes,
+                self.free_prefill,
+            )
+            for layers in set(self.layers)
+        }
+        return tuple(models[layers] for layers in self.layers)
+
+    @cached_property
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block on each stage."""
+        return tuple(round(stage.kv_token_bytes * self.block_size) for stage in self.stages)
+
+    @cached_property
+    def num_device_blocks(self) -> int:
+        """Of the stage that has the fewest."""
+        if self.device_blocks is not None:
+            return self.device_blocks
+        return min(
+            int(stage.kv_bytes // size)
+            for stage, size in zip(self.stages, self.block_bytes, strict=True)
+        )
+
+    @cached_property
+    def num_host_blocks(self) -> int:
+        return self.host_bytes // sum(self.block_bytes)

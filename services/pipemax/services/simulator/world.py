@@ -1,0 +1,365 @@
+"""A whole system in virtual time: the shipped cores between modelled stages and modelled links.
+
+Start, recovery and every step go through the same events as in the real processes: Hello, ready,
+Reset, attaching, then plans, activations, Computed, Loaded and StepDone, each a message latency
+apart. Not modelled: lost or duplicated messages, the sharing of a link between activations and KV,
+and the time of `prepare` and `send`, which the performance model has in its fixed part.
+"""
+
+import random
+
+from pipemax.kv_daemon.events import FromStage
+from pipemax.proto import PROTOCOL_VERSION
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages.control import Hello, KvReady, Reset, ResetDone, StageReady, StepPlan
+from pipemax.proto.messages.kv import AttachPool, Loaded, PoolAttached
+from pipemax.proto.messages.types import Message
+from pipemax.services.simulator.coordinator import (
+    END_OF_SEQUENCE,
+    DaemonOrder,
+    ModelledCoordinator,
+)
+from pipemax.services.simulator.daemon import ModelledDaemon
+from pipemax.services.simulator.engine import NS, EventLoop, to_ns
+from pipemax.services.simulator.faults import Fault
+from pipemax.services.simulator.links import make_links
+from pipemax.services.simulator.records import (
+    Interval,
+    Result,
+    Sample,
+    StageFigures,
+    StateRecord,
+    Timeline,
+)
+from pipemax.services.simulator.spec import SimulationSpec
+from pipemax.services.simulator.stage import ModelledStage, PlannedStep
+
+DAEMON = "kv-daemon"
+_NO_HANDLE = MemfdHandle(pid=0, fd=0, inode=0, size_bytes=0)
+_VOCABULARY = 32_000
+
+
+class World:
+    """One run of a spec."""
+
+    def __init__(self, spec: SimulationSpec, check_every: int = 0) -> None:
+        """`check_every`: check both cores' invariants after every so many events of the
+        coordinator; 0 never does."""
+        self.spec = spec
+        self.loop = EventLoop()
+        self.intervals: list[Interval] = []
+        self._draw = random.Random(f"jitter {spec.seed}")
+        self._check_every = check_every
+        self._coordinator_events = 0
+        self._message_ns = to_ns(spec.timing.message_s)
+        self._hop_ns = to_ns(spec.timing.hop_s)
+        self._lengths = [lengths.output_tokens for lengths in spec.workload.requests]
+        links = make_links(
+            self.loop,
+            spec.num_gpus,
+            spec.gpu.link_bytes_s,
+            spec.gpus_per_uplink,
+            spec.timing.link_jitter,
+        )
+        self.links = links
+        self.coordinator = ModelledCoordinator(
+            spec, self.loop, self._send_plan, self._send_reset, self._to_daemon, self._after_event
+        )
+        self.daemon = ModelledDaemon(
+            spec, self.loop, links, self._draw, self._daemon_to_coordinator, self._daemon_to_stage
+        )
+        start_s, end_s = spec.gantt_s or (0.0, 0.0)
+        window = (to_ns(start_s), to_ns(end_s))
+        self.stages = [
+            ModelledStage(index, model, self.loop, StateRecord(index, window, self.intervals), self)
+            for index, model in enumerate(spec.stages)
+        ]
+        self._timeline = Timeline(0.25)
+        self._steady_from: tuple[int, int, list[dict[str, int]]] | None = None
+        self._steady_to: tuple[int, int, list[dict[str, int]]] | None = None
+
+    def run(self) -> Result:
+        """Until all requests have finished or the horizon is reached. Raises InvariantError when
+        nothing can happen any more although requests are unfinished."""
+        spec = self.spec
+        self.coordinator.submit_all(spec)
+        for stage in self.stages:
+            self._start_stage(stage)
+        self._start_daemon()
+        for fault in spec.faults:
+            self.loop.at(to_ns(fault.at_s), self._begin_fault, fault)
+        self.loop.at(to_ns(spec.warm_up_s), self._begin_steady)
+        self._sample()
+        total = len(self._lengths)
+        outputs = self.coordinator.outputs
+        self.loop.run(to_ns(spec.horizon_s), lambda: len(outputs) == total)
+        if self.loop.now_ns < to_ns(spec.horizon_s) and len(outputs) < total:
+            raise InvariantError(f"nothing happens, and {total - len(outputs)} requests wait")
+        return self._result()
+
+    # What stages say
+
+    def computed(self, stage: ModelledStage, planned: PlannedStep, compute_ns: int) -> None:
+        """See stage.Surroundings."""
+        loop = self.loop
+        epoch, step = planned.epoch, planned.step
+        tokens: list[int] | None = None
+        if stage.index + 1 < len(self.stages):
+            successor = self.stages[stage.index + 1]
+            rows = planned.load.decode_rows + planned.load.prefill_rows
+            carry_ns = to_ns(stage.model.hop_bytes(rows) / self.spec.gpu.link_bytes_s)
+            if self.spec.free_prefill:
+                carry_ns = 0
+            loop.after(
+                self._hop_ns + carry_ns,
+                self._rows_arrive,
+                successor,
+                epoch,
+                step,
+                successor.incarnation,
+            )
+        else:
+            tokens = [self._token(row.seed, row.position) for row in planned.plan.sample]
+        daemon = self.daemon
+        loop.after(self._message_ns, daemon.computed, stage.index, epoch, step, daemon.incarnation)
+        loop.after(
+            self._message_ns,
+            self.coordinator.step_done,
+            epoch,
+            stage.index,
+            step,
+            compute_ns / NS,
+            tokens,
+        )
+
+    def vary(self, compute_ns: int) -> int:
+        jitter = self.spec.timing.compute_jitter
+        if not jitter:
+            return compute_ns
+        return round(compute_ns * max(0.1, self._draw.gauss(1.0, jitter)))
+
+    def _rows_arrive(self, stage: ModelledStage, epoch: int, step: int, incarnation: int) -> None:
+        if incarnation == stage.incarnation:
+            stage.add_rows(epoch, step)
+
+    def _token(self, key: int, position: int) -> int:
+        """The request's output ends where the workload says; until then any token will do."""
+        if position + 1 >= self._lengths[key]:
+            return END_OF_SEQUENCE
+        return 1 + (key * 7919 + position) % (_VOCABULARY - 1)
+
+    # What the coordinator says
+
+    def _send_plan(self, plan: StepPlan) -> None:
+        self.loop.after(self._message_ns, self._plan_arrives, PlannedStep(plan))
+
+    def _plan_arrives(self, planned: PlannedStep) -> None:
+        for stage in self.stages:
+            stage.add_plan(planned)
+
+    def _send_reset(self, reset: Reset) -> None:
+        self.loop.after(self._message_ns, self._reset_arrives, reset)
+
+    def _reset_arrives(self, reset: Reset) -> None:
+        self.daemon.feed(reset)
+        for stage in self.stages:
+            if not stage.alive:
+                continue
+            stage.reset(reset.epoch)
+            offer = AttachPool(
+                epoch=reset.epoch,
+                stage=stage.index,
+                handle=_NO_HANDLE,
+                num_blocks=self.spec.num_device_blocks,
+                block_bytes=self.spec.block_bytes[stage.index],
+            )
+            self.loop.after(self._message_ns, self._attach, offer)
+
+    def _attach(self, offer: AttachPool) -> None:
+        self.daemon.feed(FromStage(offer.stage, offer))
+
+    def _to_daemon(self, message: DaemonOrder) -> None:
+        self.loop.after(self._message_ns, self._daemon_hears, message, self.daemon.incarnation)
+
+    def _daemon_hears(self, message: DaemonOrder, incarnation: int) -> None:
+        if incarnation == self.daemon.incarnation:
+            self.daemon.feed(message)
+
+    # What the daemon says
+
+    def _daemon_to_coordinator(self, message: Message) -> None:
+        self.loop.after(self._message_ns, self.coordinator.from_daemon, DAEMON, message)
+
+    def _daemon_to_stage(self, index: int, message: Message) -> None:
+        stage = self.stages[index]
+        self.loop.after(self._message_ns, self._stage_hears, stage, message, stage.incarnation)
+
+    def _stage_hears(self, stage: ModelledStage, message: Message, incarnation: int) -> None:
+        if incarnation != stage.incarnation:
+            return
+        match message:
+            case Loaded(epoch=epoch, step=step):
+                stage.add_loaded(epoch, step)
+            case PoolAttached(epoch=epoch) if epoch == stage.epoch:
+                # The ring with the neighbours is agreed meanwhile; that takes no longer.
+                done = ResetDone(epoch=epoch)
+                name = f"stage-{stage.index}"
+                self.loop.after(self._message_ns, self.coordinator.reset_done, name, done)
+
+    # Starts, crashes and slowness
+
+    def _start_stage(self, stage: ModelledStage) -> None:
+        name = f"stage-{stage.index}"
+        self._say_hello(name, "stage", stage.index, stage.incarnation)
+        first = sum(self.spec.layers[: stage.index])
+        ready = StageReady(
+            stage=stage.index,
+            layers=(first, first + self.spec.layers[stage.index]),
+            num_blocks=self.spec.num_device_blocks,
+            block_bytes=self.spec.block_bytes[stage.index],
+            weights_bytes=round(stage.model.weights_bytes),
+            load_s=self.spec.timing.load_s,
+            activation_transport="shm",
+        )
+        delay_ns = self._message_ns + to_ns(self.spec.timing.load_s)
+        self.loop.after(delay_ns, self.coordinator.ready, name, ready)
+
+    def _start_daemon(self) -> None:
+        self._say_hello(DAEMON, "kv_daemon", 0, self.daemon.incarnation)
+        ready = KvReady(pool_bytes=self.spec.host_bytes)
+        self.loop.after(self._message_ns, self.coordinator.ready, DAEMON, ready)
+
+    def _say_hello(self, name: str, role: str, index: int, incarnation: int) -> None:
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            role="stage" if role == "stage" else "kv_daemon",
+            index=index,
+            pid=index + 1,
+            incarnation=f"{name} {incarnation}",
+        )
+        self.loop.after(self._message_ns, self.coordinator.hello, name, hello)
+
+    def _begin_fault(self, fault: Fault) -> None:
+        match fault.kind:
+            case "crash-stage":
+                self.stages[fault.stage].crash()
+            case "crash-daemon":
+                self.daemon.crash()
+            case "slow-link":
+                self.links[fault.stage].speed = fault.factor
+            case "slow-stage":
+                self.stages[fault.stage].speed = fault.factor
+        self.loop.after(to_ns(fault.lasts_s), self._end_fault, fault)
+
+    def _end_fault(self, fault: Fault) -> None:
+        match fault.kind:
+            case "crash-stage":
+                stage = self.stages[fault.stage]
+                if not stage.alive:
+                    stage.restart()
+                    self._start_stage(stage)
+            case "crash-daemon":
+                if not self.daemon.alive:
+                    self.daemon.restart()
+                    self._start_daemon()
+            case "slow-link":
+                self.links[fault.stage].speed = 1.0
+            case "slow-stage":
+                self.stages[fault.stage].speed = 1.0
+
+    # Records
+
+    def _after_event(self) -> None:
+        scheduler = self.coordinator.scheduler
+        self._coordinator_events += 1
+        if self._check_every and self._coordinator_events % self._check_every == 0:
+            scheduler.check_invariants()
+            self.daemon.core.check_invariants()
+        if self._steady_from and not self._steady_to and not scheduler.state.waiting:
+            self._steady_to = self._steady_mark()
+
+    def _begin_steady(self) -> None:
+        if self.coordinator.scheduler.state.waiting:
+            self._steady_from = self._steady_mark()
+
+    def _steady_mark(self) -> tuple[int, int, list[dict[str, int]]]:
+        now_ns = self.loop.now_ns
+        for stage in self.stages:
+            stage.record.switch(stage.record.state, now_ns)
+        states = [dict(stage.record.spent_ns) for stage in self.stages]
+        tokens = self.coordinator.scheduler.state.counters.generation_tokens
+        return now_ns, tokens, states
+
+    def _sample(self) -> None:
+        state = self.coordinator.scheduler.state
+        size = self.spec.block_size
+        held = state.blocks.num_blocks - state.blocks.num_free
+        self._timeline.add(
+            Sample(
+                self.loop.now,
+                held * size,
+                state.host_used * size,
+                len(state.running),
+                len(state.waiting),
+                state.counters.generation_tokens,
+                state.counters.prompt_tokens,
+            )
+        )
+        if not self.loop.is_idle:
+            self.loop.after(to_ns(self._timeline.every_s), self._sample)
+
+    def _result(self) -> Result:
+        spec = self.spec
+        counters = self.coordinator.scheduler.state.counters
+        end = self._steady_mark()
+        steady_s, steady_tokens = 0.0, 0
+        steady_states: list[dict[str, float]] = []
+        if self._steady_from:
+            since, until = self._steady_from, self._steady_to or end
+            steady_s = (until[0] - since[0]) / NS
+            steady_tokens = until[1] - since[1]
+            steady_states = [
+                {state: (after[state] - before[state]) / NS for state in after}
+                for before, after in zip(since[2], until[2], strict=True)
+            ]
+        return Result(
+            simulated_s=self.loop.now,
+            num_events=self.loop.num_events,
+            num_requests=len(self._lengths),
+            finished=len(self.coordinator.outputs),
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            generation_tokens=counters.generation_tokens,
+            recomputed_tokens=counters.recomputed_tokens,
+            preemptions=counters.preemptions,
+            prefetched_tokens=counters.prefetched_tokens,
+            context_tokens=counters.context_tokens,
+            num_device_blocks=spec.num_device_blocks,
+            num_host_blocks=spec.num_host_blocks,
+            block_size=spec.block_size,
+            stages=[self._figures(index) for index in range(spec.num_gpus)],
+            steady_s=steady_s,
+            steady_generation_tokens=steady_tokens,
+            steady_state_s=steady_states,
+            timeline=self._timeline.samples,
+            intervals=self.intervals,
+            outputs=dict(self.coordinator.outputs),
+        )
+
+    def _figures(self, index: int) -> StageFigures:
+        load_bytes, load_ns, _ = self.links[index].totals["load"]
+        store_bytes, store_ns, _ = self.links[index].totals["store"]
+        spent = self.stages[index].record.spent_ns
+        return StageFigures(
+            {state: ns / NS for state, ns in spent.items()},
+            load_bytes,
+            store_bytes,
+            load_ns / NS,
+            store_ns / NS,
+        )
+
+
+def simulate(spec: SimulationSpec) -> Result:
+    """Runs a spec to its end."""
+    return World(spec).run()
