@@ -101,12 +101,6 @@ class Supervisor:
         """Processes that are alive as far as is known."""
         return tuple(name for name, child in self._children.items() if child.running)
 
-    def next_wake(self) -> float | None:
-        """When a Tick has something to do, None while only events matter."""
-        times = [child.restart_at for child in self._children.values()]
-        known = [at for at in (*times, self._ready_deadline, self._kill_at) if at is not None]
-        return min(known, default=None)
-
     def check_invariants(self) -> None:
         """Raises AssertionError when the state contradicts itself."""
         for name, child in self._children.items():
