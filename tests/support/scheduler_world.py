@@ -9,6 +9,7 @@ What happens next is drawn from a seeded generator among all things that could h
 import random
 import zlib
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from pipemax.coordinator.core import Scheduler
@@ -19,33 +20,51 @@ from pipemax.coordinator.events import (
     Event,
     FinishRequest,
     KvReleased,
+    LinkMeasured,
     Paused,
     Resumed,
+    StageComputed,
     StepReturned,
     Submitted,
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.proto.messages.control import BlockMove, Drop, Prefetch, Release, StepPlan, Store
-from pipemax.proto.messages.ingest import SamplingParams
+from pipemax.proto.messages.ingest import FinishReason, SamplingParams
 from pipemax.proto.messages.types import unpack_i32
 
-VOCAB = 50_000
+VOCAB = 60
+"""Small, so that end-of-sequence and stop tokens do come up."""
+EOS = frozenset({7})
+BLOCK_BYTES = 64
 Block = list[int]
 
 
-def next_token(history: list[int]) -> int:
-    return zlib.crc32(str(history).encode()) % VOCAB
+def next_token(history: list[int], banned: Collection[int] = ()) -> int:
+    salt = 0
+    while (token := zlib.crc32(f"{salt}{history}".encode()) % VOCAB) in banned:
+        salt += 1
+    return token
 
 
-def expected_output(prompt: list[int], max_tokens: int, eos: frozenset[int]) -> list[int]:
+def expected_output(
+    prompt: list[int], sampling: SamplingParams, max_model_len: int
+) -> tuple[list[int], FinishReason]:
+    """What a request must bring, by the plainest possible loop."""
+    assert sampling.max_tokens is not None
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else EOS)
     tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_tokens:
-        tokens.append(next_token(tokens))
-        if tokens[-1] in eos:
-            break
-    return tokens[len(prompt) :]
+    outputs: list[int] = []
+    while True:
+        banned = ends if len(outputs) < sampling.min_tokens else ()
+        outputs.append(next_token(tokens, banned))
+        tokens.append(outputs[-1])
+        if len(outputs) >= sampling.min_tokens and outputs[-1] in ends:
+            return outputs, "stop"
+        if len(outputs) == sampling.max_tokens or len(tokens) == max_model_len:
+            return outputs, "length"
 
 
 @dataclass
@@ -68,78 +87,124 @@ class Stage:
 
 
 class World:
-    def __init__(self, seed: int, *, stages: int, blocks: int, host: int, block_size: int) -> None:
+    """`link_blocks`: blocks the link carries in the time of a step, as measurements will say; None
+    leaves the prefetch budget unlimited."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        stages: int,
+        blocks: int,
+        host: int,
+        block_size: int,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 64,
+        link_blocks: float | None = None,
+    ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
         self.num_blocks = blocks
         self.num_host_blocks = host
+        self.link_blocks = link_blocks
+        self.max_model_len = (blocks - 1) * block_size
         limits = SchedulerLimits(
             block_size=block_size,
             num_slots=stages,
-            max_num_seqs=16,
-            max_num_batched_tokens=64,
-            max_model_len=(blocks - 1) * block_size,
-            eos_token_ids=frozenset({7}),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            eos_token_ids=EOS,
         )
         self.scheduler = Scheduler(limits)
         self.stages = [Stage([[-1] * block_size for _ in range(blocks)]) for _ in range(stages)]
         self.host: dict[tuple[int, int], list[Block | None]] = {}
         self.inbox: dict[str, deque[Event]] = {"stages": deque(), "daemon": deque()}
-        self.samples: dict[int, list[tuple[int, int]]] = {}
         self.finished: dict[int, FinishRequest] = {}
         self.epoch = 0
         self.now = 0.0
+        self.events = 0
         self.loaded_blocks = 0
-        self.max_idle_turns = 0
-        self.resume(device_kept=False, host_kept=False)
+        self.longest_wait = 0.0
+        """Turns a decoding request waited, over what fair shares would make it wait."""
+        self.lost: list[int | None] = []
+        """Processes not back yet: stages, and None for the daemon."""
+        self.lose(stage=None)
+        for stage in range(stages):
+            self.lose(stage=stage)
+        self.come_back()
 
     # What the coordinator process would do
 
     def tell(self, event: Event) -> None:
         self.now += 1.0
+        self.events += 1
         for command in self.scheduler.handle(event, self.now):
             self._carry_out(command)
         self.scheduler.check_invariants()
+        self._check_progress()
 
-    def submit(self, key: int, prompt: list[int], max_tokens: int) -> None:
-        sampling = SamplingParams(max_tokens=max_tokens)
+    def submit(self, key: int, prompt: list[int], sampling: SamplingParams) -> None:
         self.tell(Submitted(key, prompt, sampling, seed=0))
 
     def cancel(self, key: int) -> None:
         self.tell(Cancelled(key))
 
     def lose(self, *, stage: int | None) -> None:
-        """A stage (or, with None, the daemon) dies and comes back."""
-        self.tell(Paused())
+        """A stage (or, with None, the daemon) dies. Nothing is planned until `come_back`."""
+        if not self.lost:
+            self.tell(Paused())
+        self.lost.append(stage)
         for one in self.stages:
             one.plans.clear()
             one.jobs.clear()
             one.loads_left.clear()
             one.computed = -1
-        for queue in self.inbox.values():
-            if self.random.random() < 0.5:  # of the old epoch: the shell drops them
-                queue.clear()
-        self.inbox["stages"].clear()
-        self.inbox["daemon"].clear()
+        for queue in self.inbox.values():  # of the old epoch: the shell drops them
+            queue.clear()
         if stage is None:
             self.host.clear()
         else:
             self.stages[stage].pool = [[-1] * self.size for _ in range(self.num_blocks)]
             self.host = {k: v for k, v in self.host.items() if None not in v}
-        self.resume(device_kept=stage is None, host_kept=stage is not None)
 
-    def resume(self, *, device_kept: bool, host_kept: bool) -> None:
+    def come_back(self) -> None:
+        """All that was lost is ready again."""
+        lost, self.lost = self.lost, []
         self.epoch += 1
         self.tell(
             Resumed(
                 self.epoch,
                 self.num_blocks,
                 self.num_host_blocks,
-                [64] * len(self.stages),
-                device_kept=device_kept,
-                host_kept=host_kept,
+                [BLOCK_BYTES] * len(self.stages),
+                device_kept=all(stage is None for stage in lost),
+                host_kept=None not in lost,
             )
         )
+
+    def _check_progress(self) -> None:
+        """The pipeline does not idle, and does not come to rest, while something could run."""
+        state = self.scheduler.state
+        if state.paused:
+            return
+        for request in state.running.values():
+            fair = len(state.running) + state.limits.num_slots
+            if request.num_outputs and not request.in_flight:
+                wait = (state.next_step - request.last_turn) / fair
+                self.longest_wait = max(self.longest_wait, wait)
+            if len(state.in_flight) < state.limits.num_slots:
+                assert not self._could_run(request), f"request {request.key} is left to idle"
+        if not state.in_flight and (state.running or state.waiting):
+            hosts = [state for request in state.running.values() for state in request.host]
+            assert state.releasing or HostState.STORING in hosts, "nothing moves any more"
+
+    def _could_run(self, request: Request) -> bool:
+        if not request.remaining or not request.is_device_complete:
+            return False
+        if request.staged_for != NO_STEP or (request.in_flight and request.remaining == 1):
+            return False
+        return request.blocks_short(1, self.size) <= self.scheduler.state.blocks.num_free
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -160,12 +225,10 @@ class World:
                 self._forget(lambda k: k[0] in keys)
                 self.inbox["daemon"].append(KvReleased(keys))
 
-    def _forget(self, gone: object) -> None:
-        test = gone
-        assert callable(test)
-        self.host = {k: v for k, v in self.host.items() if not test(k)}
+    def _forget(self, gone: Callable[[tuple[int, int]], bool]) -> None:
+        self.host = {k: v for k, v in self.host.items() if not gone(k)}
         for stage in self.stages:
-            for job in [j for j in stage.jobs if test((j.move.request, j.move.index))]:
+            for job in [j for j in stage.jobs if gone((j.move.request, j.move.index))]:
                 stage.jobs.remove(job)
                 if job.kind == "load":
                     stage.loads_left[job.step] -= 1
@@ -239,9 +302,19 @@ class World:
                 [stage.pool[table[p // self.size]][p % self.size] for p in range(start + count)]
             )
         stage.computed = plan.step
+        if self.link_blocks is not None:
+            self._measure(index, plan.step, self.link_blocks)
         if index == len(self.stages) - 1:
-            sampled = [next_token(histories[row.item]) for row in plan.sample]
+            sampled = [next_token(histories[row.item], row.banned_token_ids) for row in plan.sample]
             self.inbox["stages"].append(StepReturned(plan.step, sampled))
+
+    def _measure(self, stage: int, step: int, link_blocks: float) -> None:
+        self.inbox["stages"].append(StageComputed(stage, step, compute_s=1.0))
+        if self.random.random() < 0.2:
+            num_stages = len(self.stages)
+            num_bytes = round(link_blocks * BLOCK_BYTES * 1000)
+            measured = LinkMeasured([num_bytes] * num_stages, [1000.0] * num_stages)
+            self.inbox["daemon"].append(measured)
 
     def _copy(self, index: int, job: Job) -> None:
         stage = self.stages[index]

@@ -75,7 +75,7 @@ class Scheduler:
             case Paused():
                 self.state.paused = True
             case Resumed():
-                return restart_from(self.state, event)
+                return restart_from(self.state, event) + self._finish_cancelled()
         return []
 
     def _submit(self, event: Submitted, now: float) -> None:
@@ -94,6 +94,18 @@ class Scheduler:
             return []
         running.cancelled = True
         return [] if running.in_flight else self._finish(running, "abort", None)
+
+    def _finish_cancelled(self) -> list[Command]:
+        """After a reset: requests that waited for a step which never came back."""
+        state = self.state
+        waiting = [request for request in state.waiting if request.cancelled]
+        commands: list[Command] = []
+        for request in waiting:
+            state.waiting.remove(request)
+            commands.append(self._result(request, "abort", None))
+        for request in [r for r in state.running.values() if r.cancelled]:
+            commands += self._finish(request, "abort", None)
+        return commands
 
     def _step_returned(self, event: StepReturned, now: float) -> list[Command]:
         state = self.state

@@ -90,7 +90,14 @@ class Planner:
         idle = [r for r in state.running.values() if r.remaining > 0 and r.is_device_complete]
         decodes = [r for r in idle if r.remaining == 1]
         staged = [r for r in idle if r.staged_for == state.next_step]
-        residents = [r for r in decodes if r.staged_for == NO_STEP and not r.in_flight]
+        free = state.blocks.num_free
+        residents = [
+            r
+            for r in decodes
+            if r.staged_for == NO_STEP
+            and not r.in_flight
+            and r.blocks_short(1, state.limits.block_size) <= free
+        ]
         target = self._slot_target(decodes)
         by_key = {r.key: r for r in residents}
         keys = self._policy.choose_residents(
@@ -111,15 +118,17 @@ class Planner:
         return items
 
     def _add(self, items: list[Item], request: Request, most_tokens: int) -> int:
-        """Adds up to `most_tokens` of the request if blocks for them are to be had; returns how
-        many."""
-        count = min(request.remaining, most_tokens)
-        short = request.blocks_short(count, self._state.limits.block_size)
-        if short:
-            blocks = self._state.blocks.take_for_write(short)
-            if blocks is None:
-                return 0
-            request.extend_table(blocks)
+        """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
+        how many."""
+        blocks, size = self._state.blocks, self._state.limits.block_size
+        room = (len(request.table) + blocks.num_free) * size - request.planned
+        count = min(request.remaining, most_tokens, room)
+        if count <= 0:
+            return 0
+        taken = blocks.take_for_write(request.blocks_short(count, size))
+        if taken is None:
+            raise InvariantError("free device blocks are miscounted")
+        request.extend_table(taken)
         items.append(Item(request, request.planned, count, samples=count == request.remaining))
         return count
 
@@ -142,6 +151,7 @@ class Planner:
         request.in_flight += 1
         request.last_step = max(request.last_step, step)
         request.last_turn = step
+        request.evicting = False
 
     def _close_staging(self) -> None:
         """The staged step is planned: what was prefetched and did not get in is resident now."""
@@ -301,10 +311,11 @@ class Planner:
 
     def _make_room(self, items: Iterable[Item]) -> None:
         """Evict members of the step just planned, so that a later prefetch, or a waiting prompt,
-        finds room once the step is computed. They have the longest way to their next turn."""
+        finds room once the step is computed, and no more than the link can fill. They have the
+        longest way to their next turn."""
         state = self._state
         missing = [r.num_missing for r in self._host_resident()]
-        staging = int(STAGING_SHARE * state.blocks.num_blocks)
+        staging = min(int(STAGING_SHARE * state.blocks.num_blocks), int(state.budget.per_step))
         wanted = min(sum(missing), max(staging, *missing)) if missing else 0
         if state.waiting:
             wanted += self._prompt_blocks(state.waiting[0])

@@ -119,6 +119,8 @@ class SchedulerState:
         self.next_kv_key += 1
         if request.admitted_at is None:
             request.admitted_at = now
+            # Queues up behind those that run: a stream of newcomers must not keep them waiting.
+            request.last_turn = self.next_step - 1
         self.running[request.key] = request
         self.by_kv_key[request.kv_key] = request
 
