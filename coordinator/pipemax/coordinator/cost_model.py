@@ -67,7 +67,7 @@ class LinearCost:
     per_request_s: float
     per_token_s: float
 
-    def time_s(self, requests: int, context_tokens: int) -> float:
+    def time_s(self, requests: float, context_tokens: float) -> float:
         return self.fixed_s + self.per_request_s * requests + self.per_token_s * context_tokens
 
 

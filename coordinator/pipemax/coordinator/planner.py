@@ -8,9 +8,10 @@ prefetch of the next step, and evict after this step what the one after that nee
 
 from collections.abc import Iterable
 
+from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToDaemon, ToStages
 from pipemax.coordinator.plan_message import build_step_plan
-from pipemax.coordinator.policy import Candidate, SelectionPolicy, SlotTarget
+from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.state import Item, SchedulerState, StepInFlight
 from pipemax.proto.errors import InvariantError
@@ -177,13 +178,29 @@ class Planner:
 
     def _slot_target(self, decodes: Iterable[Request]) -> SlotTarget:
         """An even share of all requests that decode this round, in flight ones included."""
-        slots = self._state.limits.num_slots
-        requests = [r for r in decodes if not r.in_flight]
-        flying = [
-            item for step in self._state.in_flight.values() for item in step.items if item.samples
-        ]
-        context = sum(r.planned for r in requests) + sum(item.start for item in flying)
-        return SlotTarget(-(-(len(requests) + len(flying)) // slots), -(-context // slots))
+        state, slots = self._state, self._state.limits.num_slots
+        idle = [r for r in decodes if not r.in_flight]
+        flying = [item for step in state.in_flight.values() for item in step.items if item.samples]
+        context = -(-(sum(r.planned for r in idle) + sum(i.start for i in flying)) // slots)
+        requests = -(-(len(idle) + len(flying)) // slots)
+        return SlotTarget(
+            requests=requests,
+            context_tokens=context,
+            max_requests=state.limits.max_num_seqs,
+            turn=state.next_step,
+            num_slots=slots,
+            device_blocks=state.blocks.num_blocks,
+            block_size=state.limits.block_size,
+            cost=state.costs.linear(StepFeatures(requests, context)),
+            blocks_per_s=state.budget.blocks_per_s,
+        )
+
+    def _outlook(self) -> Outlook:
+        """What is known now of the next step."""
+        idle = [r for r in self._state.running.values() if r.remaining == 1 and not r.in_flight]
+        decodes = [r for r in idle if r.is_device_complete]
+        residents = [self._candidate(r) for r in decodes if r.staged_for == NO_STEP]
+        return Outlook(self._slot_target(decodes), residents)
 
     def _prefill_share(self, idle: Iterable[Request]) -> int:
         """Prompt tokens per step that spread what is left over all slots."""
@@ -289,7 +306,7 @@ class Planner:
         granted = state.budget.grant(largest)
         if urgent:
             granted = max(granted, largest)
-        keys = self._policy.choose_prefetch(candidates, granted, free)
+        keys = self._policy.choose_prefetch(candidates, granted, free, self._outlook())
         step = state.next_step
         moves: list[BlockMove] = []
         after = NO_STEP

@@ -5,6 +5,7 @@ whole; a daemon that died takes the host pool. Of each request the longest usabl
 rest is recomputed like a prompt; a request with no usable prefix waits for admission again.
 """
 
+from pipemax.coordinator.cost_model import PipelineCost
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.events import Command, Resumed, ToDaemon
 from pipemax.coordinator.link_budget import LinkBudget
@@ -22,6 +23,8 @@ def restart_from(state: SchedulerState, event: Resumed) -> list[Command]:
     state.staged_step = NO_STEP
     state.num_host_blocks = event.num_host_blocks
     state.budget = LinkBudget(event.block_bytes)
+    if len(state.costs.stages) != len(event.block_bytes):
+        state.costs = PipelineCost(len(event.block_bytes))
     commands: list[Command] = []
     void: list[Request] = []
     if not event.host_kept:

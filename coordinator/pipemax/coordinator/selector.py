@@ -38,7 +38,8 @@ MOVED_AT_ONCE = 3
 MAX_ROUNDS = 12
 """Rounds of refinement at most."""
 GOOD_ENOUGH = 0.002
-"""Refinement ends when the objective is at most this share of the budget: no link is that even."""
+"""Refinement ends when the objective is at most this share of the budget, or of what the link
+carries in T*: no link and no step is that even."""
 
 _by_turn, _by_key, _blocks_of = attrgetter("last_turn"), attrgetter("key"), itemgetter(0)
 
@@ -192,7 +193,8 @@ class _Slot:
         del self.device.left[:count]
 
     def refine(self) -> None:
-        enough = GOOD_ENOUGH * self.problem.budget_blocks
+        problem = self.problem
+        enough = GOOD_ENOUGH * max(problem.budget_blocks, problem.blocks_per_s * problem.target_s)
         in_vain = 0
         for round_number in range(MAX_ROUNDS):
             before = self.objective

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
@@ -45,6 +46,18 @@ class Item:
 class StepInFlight:
     slot: int
     items: list[Item]
+
+    def features(self) -> StepFeatures:
+        """What the step's time depends on."""
+        decodes = context = prefill = pairs = 0
+        for item in self.items:
+            if item.num_tokens == 1:
+                decodes += 1
+                context += item.end
+            else:
+                prefill += item.num_tokens
+                pairs += item.num_tokens * item.start + item.num_tokens * (item.num_tokens + 1) // 2
+        return StepFeatures(decodes, context, prefill, pairs)
 
 
 @dataclass(slots=True)
@@ -103,6 +116,8 @@ class SchedulerState:
     host_used: int = 0
     blocks: DeviceBlocks = field(default_factory=lambda: DeviceBlocks(0))
     budget: LinkBudget = field(default_factory=lambda: LinkBudget(()))
+    costs: PipelineCost = field(default_factory=lambda: PipelineCost(0))
+    """Outlives epochs: the stages stay the same."""
     waiting: deque[Request] = field(default_factory=deque)
     running: dict[int, Request] = field(default_factory=dict)
     """By key, in order of admission."""
@@ -113,6 +128,13 @@ class SchedulerState:
     """Step that a prefetch was ordered for and that is not planned yet; NO_STEP for none."""
     counters: Counters = field(default_factory=Counters)
     output_lengths: OutputLengths = field(default_factory=OutputLengths)
+
+    def stage_computed(self, stage: int, step: int, compute_s: float) -> None:
+        """Learn from a stage's time for a step in flight."""
+        self.budget.step_measured(stage, compute_s)
+        flight = self.in_flight.get(step)
+        if flight is not None:
+            self.costs.observe(stage, flight.features(), compute_s)
 
     def admit(self, request: Request, now: float) -> None:
         request.forget_kv(self.next_kv_key)
