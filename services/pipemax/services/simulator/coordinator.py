@@ -19,6 +19,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import (
@@ -40,7 +41,6 @@ from pipemax.proto.messages.control import (
 from pipemax.proto.messages.ingest import SamplingParams
 from pipemax.proto.messages.types import Message
 from pipemax.services.simulator.engine import EventLoop, to_ns
-from pipemax.services.simulator.policies import policy_by_name
 from pipemax.services.simulator.spec import SimulationSpec
 
 END_OF_SEQUENCE = 0
@@ -68,7 +68,7 @@ class ModelledCoordinator:
                 max_model_len=spec.workload.max_model_len,
                 eos_token_ids=frozenset({END_OF_SEQUENCE}),
             ),
-            policy_by_name(spec.policy),
+            make_policy(spec.policy),
         )
         self.assembly = Assembly(spec.num_gpus)
         self.outputs: dict[int, int] = {}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.geometry import blocks_for, split_layers
 from pipemax.services.simulator.catalogue import Gpu, ModelShape
@@ -64,7 +65,8 @@ class SimulationSpec:
     gpus_per_uplink: int = 1
     """GPUs that share one host link."""
     free_prefill: bool = False
-    policy: str = "oldest-first"
+    policy: str = DEFAULT_POLICY
+    """By name, see `pipemax.coordinator.policy`."""
     seed: int = 0
     horizon_s: float = 1e9
     warm_up_s: float = 0.0

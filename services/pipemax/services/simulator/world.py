@@ -7,6 +7,7 @@ and the time of `prepare` and `send`, which the performance model has in its fix
 """
 
 import random
+from collections.abc import Callable
 
 from pipemax.kv_daemon.events import FromStage
 from pipemax.proto import PROTOCOL_VERSION
@@ -43,14 +44,21 @@ _VOCABULARY = 32_000
 class World:
     """One run of a spec."""
 
-    def __init__(self, spec: SimulationSpec, check_every: int = 0) -> None:
+    def __init__(
+        self,
+        spec: SimulationSpec,
+        check_every: int = 0,
+        on_progress: Callable[[float, int], None] | None = None,
+    ) -> None:
         """`check_every`: check both cores' invariants after every so many events of the
-        coordinator; 0 never does."""
+        coordinator; 0 never does. `on_progress` hears simulated seconds and finished requests now
+        and then."""
         self.spec = spec
         self.loop = EventLoop()
         self.intervals: list[Interval] = []
         self._draw = random.Random(f"jitter {spec.seed}")
         self._check_every = check_every
+        self._on_progress = on_progress
         self._coordinator_events = 0
         self._message_ns = to_ns(spec.timing.message_s)
         self._hop_ns = to_ns(spec.timing.hop_s)
@@ -306,6 +314,8 @@ class World:
                 state.counters.prompt_tokens,
             )
         )
+        if self._on_progress is not None:
+            self._on_progress(self.loop.now, len(self.coordinator.outputs))
         if not self.loop.is_idle:
             self.loop.after(to_ns(self._timeline.every_s), self._sample)
 

@@ -1,0 +1,161 @@
+"""What `pipemax simulate` does with its flags."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from pipemax.coordinator.policy import DEFAULT_POLICY
+from pipemax.proto.errors import ConfigError
+from pipemax.proto.sizes import parse_size
+from pipemax.services.simulator.catalogue import load_catalogue
+from pipemax.services.simulator.faults import parse_fault
+from pipemax.services.simulator.gantt import draw_svg
+from pipemax.services.simulator.records import Result
+from pipemax.services.simulator.report import Run, describe, result_data, result_view
+from pipemax.services.simulator.roofline import Efficiencies
+from pipemax.services.simulator.spec import SimulationSpec, Timing
+from pipemax.services.simulator.workload import DEFAULT_SIGMA, parse_workload
+from pipemax.services.simulator.world import World
+
+_ROUNDS_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateFlags:
+    """What a user asked for, not yet validated; `build_spec` does that."""
+
+    gpu: str
+    count: int
+    model: str
+    catalogue: Path | None = None
+    kv_offloading_size: str = "400GB"
+    gpus_per_uplink: int = 1
+    bits: str = "16/16"
+    workload: str = "sharegpt"
+    requests: int = 1000
+    sigma: float = DEFAULT_SIGMA
+    seed: int = 0
+    block_size: int = 32
+    gemm_staircase: bool = False
+    policy: str | None = None
+    """None takes the scheduler's default."""
+    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    horizon_s: float | None = None
+    warm_up_s: float = 0.0
+    link_jitter: float = 0.0
+    compute_jitter: float = 0.0
+    faults: tuple[str, ...] = ()
+
+
+def build_spec(flags: SimulateFlags) -> SimulationSpec:
+    """Raises ConfigError or ModelError for what cannot be simulated."""
+    catalogue = load_catalogue(flags.catalogue)
+    weight_bits, kv_bits = _parse_bits(flags.bits)
+    if flags.horizon_s is not None and not 0 < flags.horizon_s < 1e9:
+        raise ConfigError(f"--horizon {flags.horizon_s:g} is not a time above 0")
+    return SimulationSpec(
+        gpu=catalogue.gpu(flags.gpu),
+        num_gpus=flags.count,
+        model=catalogue.model(flags.model),
+        workload=parse_workload(flags.workload, flags.requests, flags.seed, flags.sigma),
+        efficiencies=Efficiencies(gemm_staircase=flags.gemm_staircase),
+        timing=Timing(link_jitter=flags.link_jitter, compute_jitter=flags.compute_jitter),
+        weight_element_bytes=weight_bits / 8,
+        kv_element_bytes=kv_bits / 8,
+        host_bytes=parse_size(flags.kv_offloading_size),
+        block_size=flags.block_size,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        gpus_per_uplink=flags.gpus_per_uplink,
+        policy=flags.policy or DEFAULT_POLICY,
+        seed=flags.seed,
+        horizon_s=flags.horizon_s or 1e9,
+        warm_up_s=flags.warm_up_s,
+        faults=tuple(parse_fault(text, flags.count) for text in flags.faults),
+    )
+
+
+def run_simulate(
+    flags: SimulateFlags, *, compare: bool, as_json: bool, svg: Path | None, window: str | None
+) -> None:
+    """Simulates, prints and draws. Raises ConfigError for flags that cannot work."""
+    spec = build_spec(flags)
+    shown = _parse_window(window)
+    if shown and svg is None:
+        raise ConfigError("--window says what --svg shows; give --svg FILE as well")
+    if compare and not spec.host_bytes:
+        raise ConfigError("--compare needs offloading on: give --kv-offloading-size a size")
+    heading = "with offloading" if spec.host_bytes else "without offloading"
+    plans = [(heading, spec)]
+    if compare:
+        plans.append(("without offloading", replace(spec, host_bytes=0)))
+    console = Console(stderr=True)
+    runs: list[Run] = []
+    with console.status("simulating") as status:
+        for name, one in plans:
+            runs.append((name, one, run_watched(one, name, status.update)))
+        if svg is not None:
+            picture = _draw(spec, runs[0][2], shown, status.update)
+    if svg is not None:
+        try:
+            svg.write_text(picture)
+        except OSError as error:
+            raise ConfigError(f"cannot write {svg}: {error.strerror}") from error
+    if as_json:
+        typer.echo(json.dumps([result_data(one, result) for _, one, result in runs]))
+        return
+    out = Console()
+    out.print(f"[bold]{describe(spec)}[/bold]", highlight=False)
+    out.print(result_view(runs), highlight=False)
+
+
+def run_watched(spec: SimulationSpec, name: str, update: Callable[[str], None]) -> Result:
+    """Runs a spec and says how far it is."""
+
+    def progress(seconds: float, finished: int) -> None:
+        total = len(spec.workload.requests)
+        update(f"{name}: {seconds:,.0f} s simulated, {finished:,} of {total:,} requests")
+
+    return World(spec, on_progress=progress).run()
+
+
+def _draw(
+    spec: SimulationSpec,
+    result: Result,
+    window: tuple[float, float] | None,
+    update: Callable[[str], None],
+) -> str:
+    """Runs it again, now that we know when most requests ran, and keeps what happens then."""
+    if window is None:
+        width = _ROUNDS_SHOWN * spec.num_gpus * result.simulated_s / max(result.steps, 1)
+        busiest = max(result.timeline, key=lambda sample: sample.running, default=None)
+        middle = busiest.at_s if busiest else 0.0
+        window = (max(0.0, middle - width / 2), max(middle, width / 2) + width / 2)
+    again = replace(spec, gantt_s=window, horizon_s=min(spec.horizon_s, window[1]))
+    result.intervals = run_watched(again, "for the picture", update).intervals
+    return draw_svg(again, result, describe(spec))
+
+
+def _parse_bits(text: str) -> tuple[int, int]:
+    first, slash, second = text.partition("/")
+    allowed = {"4": 4, "8": 8, "16": 16, "32": 32}
+    if not slash or first not in allowed or second not in allowed:
+        raise ConfigError(f"--bits {text!r} is not two of 4, 8, 16, 32, such as 16/8")
+    return allowed[first], allowed[second]
+
+
+def _parse_window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        start_s, end_s = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--window {text!r} is not two times such as 100,102") from error
+    if not 0 <= start_s < end_s:
+        raise ConfigError(f"--window {text!r}: the first time must be before the second")
+    return start_s, end_s
