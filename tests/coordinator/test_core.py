@@ -11,6 +11,7 @@ from pipemax.proto.messages.ingest import SamplingParams
 from support.scheduler_world import VOCAB, World, expected_output
 
 Req = tuple[int, list[int], SamplingParams]
+POLICIES = ("oldest-first", "pipemax", "fcfs", "count-balanced", "static-prefetch:0.2")
 MOST_UNFAIR_WAIT = 20
 """Turns a decoding request may wait, over its fair share. Met so far: 8, in a million events."""
 
@@ -107,6 +108,7 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     seqs=st.sampled_from([1, 2, 16]),
     batched_tokens=st.sampled_from([1, 5, 64]),
     link_blocks=st.sampled_from([None, None, 0.3, 4]),
+    policy=st.sampled_from(POLICIES),
     count=st.integers(1, 20),
     losses=st.integers(0, 5),
     cancels=st.integers(0, 5),
@@ -120,6 +122,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
     seqs: int,
     batched_tokens: int,
     link_blocks: float | None,
+    policy: str,
     count: int,
     losses: int,
     cancels: int,
@@ -133,6 +136,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
         max_num_seqs=seqs,
         max_num_batched_tokens=batched_tokens,
         link_blocks=link_blocks,
+        policy=policy,
     )
     half = world.max_model_len // 2
     requests = list(make_requests(world, count, max(1, min(60, half)), max(1, min(30, half))))
@@ -140,9 +144,17 @@ def test_every_request_finishes_once_with_the_right_tokens(
     check_results(world, requests, cancelled)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_nobody_waits_much_longer_than_a_fair_share(seed: int) -> None:
-    world = World(seed, stages=3, blocks=40, host=1000, block_size=4)
+@pytest.mark.parametrize(
+    ("policy", "link_blocks", "seed"),
+    [("oldest-first", None, seed) for seed in range(3)]
+    + [("oldest-first", 4, 3), ("pipemax", 4, 0), ("pipemax", 4, 1), ("pipemax", 1, 2)],
+)
+def test_nobody_waits_much_longer_than_a_fair_share(
+    policy: str, link_blocks: float | None, seed: int
+) -> None:
+    world = World(
+        seed, stages=3, blocks=40, host=1000, block_size=4, link_blocks=link_blocks, policy=policy
+    )
     requests = long_requests(world, 40, 60, 30)
     check_results(world, requests, drive(world, requests, Troubles(0, 0)))
     assert world.longest_wait < MOST_UNFAIR_WAIT

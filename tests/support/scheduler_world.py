@@ -29,6 +29,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.policy import DEFAULT_POLICY, make_policy
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.proto.messages.control import BlockMove, Drop, Prefetch, Release, StepPlan, Store
@@ -101,6 +102,7 @@ class World:
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 64,
         link_blocks: float | None = None,
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
@@ -116,7 +118,7 @@ class World:
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
         )
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, make_policy(policy))
         self.stages = [Stage([[-1] * block_size for _ in range(blocks)]) for _ in range(stages)]
         self.host: dict[tuple[int, int], list[Block | None]] = {}
         self.inbox: dict[str, deque[Event]] = {"stages": deque(), "daemon": deque()}
@@ -303,13 +305,14 @@ class World:
             )
         stage.computed = plan.step
         if self.link_blocks is not None:
-            self._measure(index, plan.step, self.link_blocks)
+            compute_s = 1.0 + 0.01 * len(counts) + 0.001 * sum(starts)
+            self._measure(index, plan.step, compute_s, self.link_blocks)
         if index == len(self.stages) - 1:
             sampled = [next_token(histories[row.item], row.banned_token_ids) for row in plan.sample]
             self.inbox["stages"].append(StepReturned(plan.step, sampled))
 
-    def _measure(self, stage: int, step: int, link_blocks: float) -> None:
-        self.inbox["stages"].append(StageComputed(stage, step, compute_s=1.0))
+    def _measure(self, stage: int, step: int, compute_s: float, link_blocks: float) -> None:
+        self.inbox["stages"].append(StageComputed(stage, step, compute_s))
         if self.random.random() < 0.2:
             num_stages = len(self.stages)
             num_bytes = round(link_blocks * BLOCK_BYTES * 1000)
