@@ -72,7 +72,7 @@ class SimulationSpec:
     warm_up_s: float = 0.0
     """Steady figures count from here on."""
     faults: Sequence[Fault] = field(default_factory=tuple)
-    piece_bytes: int = 128 * 2**20
+    piece_bytes: int = 512 * 2**20
     """Largest copy the daemon starts at once; smaller pieces cost simulation time."""
     device_blocks: int | None = None
     """Instead of what memory would hold, for tests."""
