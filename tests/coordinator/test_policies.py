@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipemax.coordinator.cost_model import LinearCost
 from pipemax.coordinator.link_budget import LINK_EFFICIENCY, LinkBudget
 from pipemax.coordinator.policy import (
+    DEFAULT_POLICY,
     MIN_OVERDUE_TURNS,
     Candidate,
     CountBalanced,
@@ -21,6 +22,7 @@ from pipemax.coordinator.policy import (
     StaticPrefetch,
     make_policy,
 )
+from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
 
 NAMES = ("oldest-first", "pipemax", "fcfs", "count-balanced", "static-prefetch:0.1")
@@ -59,9 +61,14 @@ def test_policies_are_made_by_name(name: str, kind: type) -> None:
     assert type(make_policy(name)) is kind
 
 
+def test_one_default_everywhere() -> None:
+    config = EngineConfig(model="", served_model_name="", layer_split=(1,), max_model_len=1)
+    assert config.policy == DEFAULT_POLICY
+
+
 @pytest.mark.parametrize("name", ["", "newest", "Pipemax", "fcfs:1", "pipemax:"])
 def test_an_unknown_name_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not known; choose .*static-prefetch:<fraction>"):
+    with pytest.raises(ConfigError, match=r"--policy .*: choose .*static-prefetch:<fraction>"):
         make_policy(name)
 
 

@@ -98,6 +98,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         emulate_link_bandwidth="1.5GiB",
         max_num_seqs=9,
         max_num_batched_tokens=77,
+        policy="static-prefetch:0.1",
         metrics_host="0.0.0.0",
         metrics_port=9001,
     )
@@ -118,6 +119,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         emulate_link_bandwidth_bytes_s=3 * 2**29,
         max_num_seqs=9,
         max_num_batched_tokens=77,
+        policy="static-prefetch:0.1",
         metrics_host="0.0.0.0",
         metrics_port=9001,
     )
@@ -137,6 +139,8 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         ({"threads_per_stage": 0}, "--threads-per-stage 0: expected int >= 1"),
         ({"max_num_seqs": 0}, "--max-num-seqs 0"),
         ({"max_num_batched_tokens": -3}, "--max-num-batched-tokens -3"),
+        ({"policy": "newest"}, "--policy newest: choose oldest-first, pipemax, fcfs"),
+        ({"policy": "static-prefetch:2"}, "--policy static-prefetch: '2' is not a fraction"),
         ({"metrics_port": 70000}, "--metrics-port 70000: expected int <= 65535"),
         ({"ready_timeout": 0.0}, "--ready-timeout 0: must be more than 0"),
         ({"ready_timeout": float("nan")}, "--ready-timeout nan"),

@@ -250,7 +250,7 @@ def make_policy(name: str) -> SelectionPolicy:
         return StaticPrefetch(_fraction(fraction))
     if name not in _POLICIES:
         known = ", ".join([*_POLICIES, f"{_STATIC}:<fraction>"])
-        raise ConfigError(f"policy {name!r} is not known; choose {known}")
+        raise ConfigError(f"--policy {name}: choose {known}")
     return _POLICIES[name]()
 
 
@@ -261,7 +261,7 @@ def _fraction(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise ConfigError(
-            f"policy {_STATIC}: {text!r} is not a fraction of the device blocks; "
+            f"--policy {_STATIC}: {text!r} is not a fraction of the device blocks; "
             f"write a number above 0 and up to 1, as in {_STATIC}:0.15"
         )
     return value

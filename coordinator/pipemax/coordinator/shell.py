@@ -26,6 +26,7 @@ from pipemax.coordinator.events import (
     ToStages,
 )
 from pipemax.coordinator.metrics import Metrics
+from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.sessions import ClientId, Sessions
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.coordinator.status import StatusView
@@ -64,7 +65,8 @@ class CoordinatorShell:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=config.max_model_len,
                 eos_token_ids=text.eos_token_ids,
-            )
+            ),
+            make_policy(config.policy),
         )
         self._assembly = Assembly(config.pipeline_parallel_size)
         self._sessions = Sessions(config, text, self._send_client)

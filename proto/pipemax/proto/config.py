@@ -52,6 +52,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
     """Most tokens in one micro-batch. Longer prompts are prefilled in chunks."""
+    policy: str = "oldest-first"
+    """Which requests take part in a step: `oldest-first`, `pipemax`, `fcfs`, `count-balanced` or
+    `static-prefetch:<fraction>`; see the coordinator's policy.py."""
     seed: NotNegative = 0
     """Seeds the sampling of requests that bring no seed of their own."""
     activation_transport: Literal["shm", "tcp"] = "shm"

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from pipemax.coordinator.policy import make_policy
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.geometry import BlockGeometry, Dtype, blocks_for, split_layers
@@ -52,6 +53,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
     """The fields that need no look at the model; those that do hold a valid stand-in."""
     if options.device == "cuda":
         raise ConfigError("--device cuda is not implemented yet; use --device cpu")
+    make_policy(options.policy)
     bandwidth = options.emulate_link_bandwidth
     values: dict[str, Any] = {
         "name": name,
@@ -70,6 +72,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         ),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
+        "policy": options.policy,
         "seed": options.seed,
         "activation_transport": options.activation_transport,
         "threads_per_stage": (

@@ -163,6 +163,15 @@ class EngineOptions:
             rich_help_panel=_BATCH,
         ),
     ] = _CONFIG.max_num_batched_tokens
+    policy: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Which requests take part in a step: oldest-first, pipemax, fcfs, count-balanced "
+            "or static-prefetch:<fraction of the device pool>.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = _CONFIG.policy
 
     metrics_host: Annotated[
         str, typer.Option(metavar="HOST", help="Address of /metrics.", rich_help_panel=_LAUNCH)
