@@ -183,6 +183,7 @@ def decode_forecast(
     mean_context: float,
     *,
     offload: bool,
+    host_tokens: float = math.inf,
     staging_buffers: int = 2,
 ) -> DecodeForecast:
     """Closed form of steady decode with every request at the mean context.
@@ -191,7 +192,8 @@ def decode_forecast(
     of X tokens each are set aside, X = η·B_p·t/κ being what the link brings in one step time, and
     a slot has (K − m·X)/N resident and X prefetched tokens. t depends on the batch and X on t: the
     fixed point is found by iteration (the map is a contraction as long as attention takes less
-    than a step; 200 rounds are far beyond convergence). X is at most K/m.
+    than a step; 200 rounds are far beyond convergence). X is at most K/m, and N·X at most the
+    `host_tokens` that host memory holds.
     """
     pool_tokens = stage.kv_bytes / stage.kv_token_bytes
     link = stage.efficiencies.link * stage.gpu.link_bytes_s
@@ -199,7 +201,8 @@ def decode_forecast(
     prefetched = 0.0
     for _ in range(200 if offload else 0):
         step_s = stage.decode_s(batch, batch * mean_context)
-        prefetched = min(link * step_s / stage.kv_token_bytes, pool_tokens / staging_buffers)
+        carried = link * step_s / stage.kv_token_bytes
+        prefetched = min(carried, pool_tokens / staging_buffers, host_tokens / num_slots)
         resident = (pool_tokens - staging_buffers * prefetched) / num_slots
         batch = (resident + prefetched) / mean_context
     step_s = stage.decode_s(batch, batch * mean_context)
