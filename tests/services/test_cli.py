@@ -15,7 +15,17 @@ from pipemax.services.cli.options import EngineOptions, takes_engine_options
 
 from .fake_coordinator import FakeCoordinator, finished
 
-COMMANDS = ("up", "down", "status", "run-batch", "demo", "collect-env", "version")
+COMMANDS = (
+    "up",
+    "down",
+    "status",
+    "run-batch",
+    "demo",
+    "plan",
+    "simulate",
+    "collect-env",
+    "version",
+)
 
 
 def pipemax(*arguments: str) -> subprocess.CompletedProcess[str]:

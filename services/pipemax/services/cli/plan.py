@@ -39,8 +39,8 @@ def plan(
 ) -> None:
     """Say how a model would lie on some GPUs, how fast it would be and whether offloading pays.
 
-    A closed form that assumes full memory and takes no account of scheduling: it answers at once
-    and errs to the high side. `pipemax simulate` with the same flags runs the real scheduler.
+    A closed form: every request at the mean context, all memory in use, prefill and decode in
+    turns. It answers at once; `pipemax simulate` with the same flags runs the real scheduler.
     """
     from rich.console import Console
 
