@@ -68,6 +68,25 @@ def expected_output(
             return outputs, "length"
 
 
+def run_step(plan: StepPlan, pool: list[Block], block_size: int) -> list[list[int]]:
+    """Writes the step's tokens into `pool`; returns each item's whole context, read from there."""
+    counts, starts = unpack_i32(plan.num_tokens), unpack_i32(plan.context_lens)
+    lengths, flat = unpack_i32(plan.block_counts), unpack_i32(plan.block_tables)
+    tokens = unpack_i32(plan.token_ids)
+    histories = []
+    first_block = first_token = 0
+    for count, start, length in zip(counts, starts, lengths, strict=True):
+        table = flat[first_block : first_block + length]
+        new = tokens[first_token : first_token + count]
+        first_block, first_token = first_block + length, first_token + count
+        for position, token in enumerate(new, start):
+            pool[table[position // block_size]][position % block_size] = token
+        histories.append(
+            [pool[table[p // block_size]][p % block_size] for p in range(start + count)]
+        )
+    return histories
+
+
 @dataclass
 class Job:
     """One block to copy on one stage."""
@@ -288,24 +307,10 @@ class World:
         stage = self.stages[index]
         plan = stage.plans.popleft()
         assert plan.step > stage.computed
-        counts, starts = unpack_i32(plan.num_tokens), unpack_i32(plan.context_lens)
-        lengths, flat = unpack_i32(plan.block_counts), unpack_i32(plan.block_tables)
-        tokens = unpack_i32(plan.token_ids)
-        histories = []
-        first_block = first_token = 0
-        for count, start, length in zip(counts, starts, lengths, strict=True):
-            table = flat[first_block : first_block + length]
-            new = tokens[first_token : first_token + count]
-            first_block, first_token = first_block + length, first_token + count
-            for offset, token in enumerate(new):
-                position = start + offset
-                stage.pool[table[position // self.size]][position % self.size] = token
-            histories.append(
-                [stage.pool[table[p // self.size]][p % self.size] for p in range(start + count)]
-            )
+        histories = run_step(plan, stage.pool, self.size)
         stage.computed = plan.step
         if self.link_blocks is not None:
-            compute_s = 1.0 + 0.01 * len(counts) + 0.001 * sum(starts)
+            compute_s = 1.0 + 0.01 * len(histories) + 0.001 * sum(map(len, histories))
             self._measure(index, plan.step, compute_s, self.link_blocks)
         if index == len(self.stages) - 1:
             sampled = [next_token(histories[row.item], row.banned_token_ids) for row in plan.sample]

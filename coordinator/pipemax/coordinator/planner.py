@@ -317,7 +317,7 @@ class Planner:
                 break
             blocks, ready_after = taken
             after = max(after, ready_after)
-            for index, block in state.load_into(request, blocks, step):
+            for index, block in state.load_into(request, blocks, step, ready_after):
                 moves.append(BlockMove(request.kv_key, index, block))
         state.budget.spend(len(moves))
         if moves:

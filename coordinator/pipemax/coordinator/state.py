@@ -193,9 +193,10 @@ class SchedulerState:
             self._free_indices(request, [index])
 
     def load_into(
-        self, request: Request, blocks: Iterable[int], step: int
+        self, request: Request, blocks: Iterable[int], step: int, after: int
     ) -> list[tuple[int, int]]:
-        """Assign `blocks` to the indices the device lacks; returns (index, block) pairs."""
+        """Assign `blocks`, which step `after` still uses, to the indices the device lacks; returns
+        (index, block) pairs."""
         supply = iter(blocks)
         pairs = []
         for index, block in enumerate(request.table):
@@ -205,6 +206,8 @@ class SchedulerState:
         request.num_missing = 0
         request.evicting = False
         request.staged_for = step
+        # If the request ends before `step`, its blocks must not be taken for unused.
+        request.last_step = max(request.last_step, after)
         request.load_step = step
         request.loading = [index for index, _ in pairs]
         return pairs
