@@ -1,5 +1,6 @@
 # `make demo` and `make test` are complete from a fresh clone: they make .venv first.
-# Without a GPU, ops/constraints-cpu.txt keeps pip from fetching 3 GB of CUDA libraries.
+# Without a GPU, ops/constraints-cpu.txt asks for a torch that exists as a CPU build: where pip's index
+# has it, that saves 3 GB of CUDA libraries.
 
 PYTHON ?= python3
 VENV ?= .venv
