@@ -166,6 +166,10 @@ def test_the_slowest_stage_sets_the_pace() -> None:
     cost.observe(0, step, 0.01)
     assert cost.linear(step) is None
     cost.observe(1, step, 0.03)
+    assert cost.take_error(1) is None
+    cost.observe(1, step, 0.03)
+    assert cost.take_error(1) == pytest.approx(0, abs=0.01)
+    assert cost.take_error(1) is None
     found = cost.linear(step)
     assert found is not None
     assert found.time_s(10, 1000) == pytest.approx(0.03, rel=0.01)

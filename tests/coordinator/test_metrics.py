@@ -60,6 +60,7 @@ def test_promtool_accepts_it(view: StatusView) -> None:
     view.refresh()
     text = exposition(view, result(), result(finish_reason="length"))
     check_metrics(text)
+    assert 'pipemax_prefetch_budget_blocks_total{model_name="tiny"} 0.0' in text
     assert 'pipemax_stage_seconds_total{stage="1",state="wait_kv"} 2.0' in text
     assert 'pipemax_kv_offload_load_bytes_total{model_name="tiny"} 2000.0' in text
     success = 'pipemax_request_success_total{finished_reason="length",model_name="tiny"} 1.0'
@@ -70,6 +71,15 @@ def test_latency_between_tokens_is_the_mean_after_the_first(view: StatusView) ->
     view.refresh()
     text = exposition(view, result())
     assert 'pipemax_inter_token_latency_seconds_sum{model_name="tiny"} 0.1' in text
+
+
+def test_errors_of_predicted_steps_are_a_histogram_by_stage(view: StatusView) -> None:
+    metrics = Metrics("tiny", lambda: view.latest)
+    metrics.step_predicted(1, 0.07)
+    text = generate_latest(metrics.registry).decode()
+    check_metrics(text)
+    assert 'pipemax_step_time_relative_error_bucket{le="0.05",stage="1"} 0.0' in text
+    assert 'pipemax_step_time_relative_error_bucket{le="0.08",stage="1"} 1.0' in text
 
 
 def test_counters_go_on_when_a_process_restarts(view: StatusView) -> None:

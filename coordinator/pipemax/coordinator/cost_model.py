@@ -225,6 +225,12 @@ class PipelineCost:
         """See StageCost.observe."""
         return self.stages[stage].observe(features, seconds)
 
+    def take_error(self, stage: int) -> float | None:
+        """The relative error of the stage's last observed step, once: None until the next one."""
+        model = self.stages[stage]
+        error, model.relative_error = model.relative_error, None
+        return error
+
     def linear(self, near: StepFeatures) -> LinearCost | None:
         """Of the stage that is slowest for `near`; None until every stage has a model."""
         times = [stage.predict(near) for stage in self.stages]

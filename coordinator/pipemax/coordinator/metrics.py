@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from pipemax.proto.messages.ingest import Finished, Status
 
 _LATENCY_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+_ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
@@ -41,6 +42,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("context_tokens", "Context tokens read by all steps.", lambda s: s.context_tokens),
     ("prefetched_tokens", "Context tokens that came from the host for the step reading them.",
      lambda s: s.prefetched_tokens),
+    ("prefetch_budget_blocks",
+     "KV blocks that the ordered prefetches could have brought within the link's budget.",
+     lambda s: s.prefetch_budget_blocks),
+    ("prefetch_blocks", "KV blocks that prefetches were ordered for.",
+     lambda s: s.prefetch_blocks),
     ("kv_offload_load_bytes", "KV bytes moved from host to device.", lambda s: s.load_bytes),
     ("kv_offload_store_bytes", "KV bytes moved from device to host.", lambda s: s.store_bytes),
     ("kv_offload_load_seconds", "Time with a host-to-device copy under way, all links.",
@@ -121,12 +127,23 @@ class Metrics:
         self._between_tokens = self._histogram(
             "inter_token_latency_seconds", "Mean time between a request's tokens.", _TOKEN_BUCKETS_S
         )
+        self._step_error = Histogram(
+            "pipemax_step_time_relative_error",
+            "Off the measured step time, predicted before it was learned from; as a share of it.",
+            ["stage"],
+            buckets=_ERROR_BUCKETS,
+            registry=self.registry,
+        )
         self._total = self._histogram(
             "e2e_request_latency_seconds", "Submission to result.", _LATENCY_BUCKETS_S
         )
         self._queue = self._histogram(
             "request_queue_time_seconds", "Submission to admission.", _LATENCY_BUCKETS_S
         )
+
+    def step_predicted(self, stage: int, relative_error: float) -> None:
+        """A stage reported a step whose time had been predicted."""
+        self._step_error.labels(str(stage)).observe(relative_error)
 
     def request_finished(self, result: Finished) -> None:
         self.collector.finished[result.finish_reason] += 1

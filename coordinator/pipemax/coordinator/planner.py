@@ -321,6 +321,9 @@ class Planner:
                 moves.append(BlockMove(request.kv_key, index, block))
         state.budget.spend(len(moves))
         if moves:
+            allowed = min(granted, sum(c.load_blocks for c in candidates))
+            state.counters.prefetch_budget_blocks += allowed
+            state.counters.prefetch_blocks += len(moves)
             state.staged_step = step
             self._commands.append(
                 ToDaemon(Prefetch(epoch=state.epoch, step=step, after=after, blocks=tuple(moves)))

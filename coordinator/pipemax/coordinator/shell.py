@@ -175,6 +175,9 @@ class CoordinatorShell:
         if not self._is_current(message.epoch):
             return
         self._tell(StageComputed(message.stage, message.step, message.compute_s))
+        error = self._scheduler.state.costs.take_error(message.stage)
+        if error is not None:
+            self.metrics.step_predicted(message.stage, error)
         if message.tokens is None:
             return
         tokens = unpack_i32(message.tokens)

@@ -83,6 +83,10 @@ class Counters:
     decode_context_tokens: int = 0
     decode_prefetched_tokens: int = 0
     recomputed_tokens: int = 0
+    prefetch_budget_blocks: int = 0
+    """Allowed to the prefetches ordered: the link's budget, or all there was to load if less."""
+    prefetch_blocks: int = 0
+    """Of those, ordered."""
 
 
 class OutputLengths:

@@ -83,6 +83,8 @@ class StatusView:
             context_tokens=counters.context_tokens,
             decode_context_tokens=counters.decode_context_tokens,
             decode_prefetched_tokens=counters.decode_prefetched_tokens,
+            prefetch_budget_blocks=counters.prefetch_budget_blocks,
+            prefetch_blocks=counters.prefetch_blocks,
             device_blocks_total=blocks.num_blocks,
             device_blocks_used=blocks.num_blocks - blocks.num_free,
             host_blocks_total=state.num_host_blocks,

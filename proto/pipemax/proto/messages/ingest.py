@@ -142,6 +142,11 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     """Tokens of context that decode items (one new token on a finished prompt) read."""
     decode_prefetched_tokens: Count
     """Of those, tokens prefetched from the host for that very step."""
+    prefetch_budget_blocks: Count = 0
+    """Blocks that the prefetches ordered so far could have brought within the link's budget, or all
+    there was to bring, if less."""
+    prefetch_blocks: Count = 0
+    """Blocks they did bring."""
     device_blocks_total: Count
     device_blocks_used: Count
     host_blocks_total: Count
