@@ -17,6 +17,10 @@ _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "NUMBA_NUM_THREADS",
 )
+_WAIT_POLICY = "OMP_WAIT_POLICY"
+"""By default OpenMP's threads wait for each other by spinning. But a stage is never alone on its
+cores: coordinator, KV daemon and other stages take turns there, and a thread that spins keeps the
+one it waits for from running (measured: up to 35 times slower, see ops/benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,9 @@ def _python_process(
     argv = [sys.executable, "-P", "-m", f"pipemax.{package}", "--run-dir", str(run_dir)]
     if index is not None:
         argv += ["--index", str(index)]
-    return ProcessSpec(name, tuple(argv), dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    env = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    env[_WAIT_POLICY] = os.environ.get(_WAIT_POLICY, "PASSIVE")
+    return ProcessSpec(name, tuple(argv), env)
 
 
 def log_file(run_dir: Path, process: str) -> Path:
