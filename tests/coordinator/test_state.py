@@ -20,7 +20,7 @@ def test_blocks_of_a_prefetch_that_was_given_up_still_belong_to_the_step_that_re
     state = SchedulerState(LIMITS, num_host_blocks=10, blocks=DeviceBlocks(4))
     request = Request(1, list(range(9)), SamplingParams(max_tokens=4), seed=0, now=0.0)
     state.admit(request, 0.0)
-    request.extend_table(state.blocks.take_for_write(2) or [])
+    state.extend_table(request, state.blocks.take_for_write(2) or [])
     request.planned = request.computed = 2 * BLOCK_SIZE
     request.host = [HostState.STORED] * 2
     state.host_used = 2

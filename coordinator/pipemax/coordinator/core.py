@@ -81,14 +81,13 @@ class Scheduler:
     def _submit(self, event: Submitted, now: float) -> None:
         prompt = list(event.prompt_token_ids)
         request = Request(event.key, prompt, event.sampling, event.seed, now)
-        self.state.waiting.append(request)
+        self.state.waiting[request.key] = request
 
     def _cancel(self, key: int) -> list[Command]:
         state = self.state
-        for request in state.waiting:
-            if request.key == key:
-                state.waiting.remove(request)
-                return [self._result(request, "abort", None)]
+        waiting = state.waiting.pop(key, None)
+        if waiting is not None:
+            return [self._result(waiting, "abort", None)]
         running = state.running.get(key)
         if running is None:
             return []
@@ -98,10 +97,9 @@ class Scheduler:
     def _finish_cancelled(self) -> list[Command]:
         """After a reset: requests that waited for a step which never came back."""
         state = self.state
-        waiting = [request for request in state.waiting if request.cancelled]
         commands: list[Command] = []
-        for request in waiting:
-            state.waiting.remove(request)
+        for request in [r for r in state.waiting.values() if r.cancelled]:
+            del state.waiting[request.key]
             commands.append(self._result(request, "abort", None))
         for request in [r for r in state.running.values() if r.cancelled]:
             commands += self._finish(request, "abort", None)
@@ -133,7 +131,9 @@ class Scheduler:
             self.state.counters.generation_tokens += 1
             if request.first_token_at is None:
                 request.first_token_at = now
+            self.state.forecast.grown(request)
             reason, stop_reason = self._why_finished(request, token, event)
+        self.state.rosters.place(request)
         if request.cancelled:
             return (
                 [] if request.in_flight else self._finish(request, reason or "abort", stop_reason)
@@ -163,7 +163,7 @@ class Scheduler:
             release = Release(epoch=self.state.epoch, requests=(request.kv_key,))
             commands.append(ToDaemon(release))
         if reason in ("stop", "length"):
-            self.state.output_lengths.seen(request.num_outputs)
+            self.state.forecast.finished(request.num_outputs, self.state.running.values())
         return [*commands, self._result(request, reason, stop_reason)]
 
     def _result(

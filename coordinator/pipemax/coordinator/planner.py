@@ -7,12 +7,14 @@ prefetch of the next step, and evict after this step what the one after that nee
 """
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToDaemon, ToStages
 from pipemax.coordinator.plan_message import build_step_plan
 from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
 from pipemax.coordinator.request import NO_STEP, HostState, Request
+from pipemax.coordinator.rosters import candidate_of
 from pipemax.coordinator.state import Item, SchedulerState, StepInFlight
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import blocks_for
@@ -27,6 +29,8 @@ TAIL_SHARE = 0.25
 """Most of the device pool that the tails of offloaded requests may take: tails never leave it."""
 OFFLOAD_PRESSURE = 0.9
 """Write-through starts when the expected need exceeds this share of the device pool."""
+_LOAD_BLOCKS = attrgetter("load_blocks")
+_BY_WAIT = attrgetter("last_turn", "key")
 
 
 class Planner:
@@ -34,6 +38,8 @@ class Planner:
         self._state = state
         self._policy = policy
         self._commands: list[Command] = []
+        self._declined: tuple[int, int, int, int] | None = None
+        """What the policy was asked when it last chose nobody: it would do so again."""
 
     def pump(self, now: float) -> list[Command]:
         """Plan whatever can be planned now."""
@@ -88,35 +94,32 @@ class Planner:
     def _compose(self) -> list[Item]:
         """The items of the next step; allocates the blocks they fill."""
         state = self._state
-        idle = [r for r in state.running.values() if r.remaining > 0 and r.is_device_complete]
-        decodes = [r for r in idle if r.remaining == 1]
-        staged = [r for r in idle if r.staged_for == state.next_step]
-        free = state.blocks.num_free
-        residents = [
-            r
-            for r in decodes
-            if r.staged_for == NO_STEP
-            and not r.in_flight
-            and r.blocks_short(1, state.limits.block_size) <= free
-        ]
-        target = self._slot_target(decodes)
-        by_key = {r.key: r for r in residents}
+        staged = list(state.rosters.staged.values())
         keys = self._policy.choose_residents(
-            [self._candidate(r) for r in residents], [self._candidate(r) for r in staged], target
+            self._residents(), [candidate_of(r) for r in staged], self._slot_target()
         )
         items: list[Item] = []
         tokens = 0
         limits = state.limits
-        for request in [*staged, *(by_key[key] for key in keys)]:
+        for request in [*staged, *(state.running[key] for key in keys)]:
             if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
                 tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
-        chunk = min(limits.max_num_batched_tokens - tokens, self._prefill_share(idle))
-        for request in idle:
+        chunk = min(limits.max_num_batched_tokens - tokens, self._prefill_share())
+        for request in state.rosters.prefilling.values():
             if chunk <= 0 or len(items) >= limits.max_num_seqs:
                 break
-            if request.remaining > 1 and request.staged_for == NO_STEP:
-                chunk -= self._add(items, request, chunk)
+            chunk -= self._add(items, request, chunk)
         return items
+
+    def _residents(self) -> list[Candidate]:
+        """Device-resident requests that can take their turn: each finds a block if it needs one."""
+        state = self._state
+        residents = list(state.rosters.resident.values())
+        free = state.blocks.num_free
+        if free:
+            return residents
+        size = state.limits.block_size
+        return [c for c in residents if not state.running[c.key].blocks_short(1, size)]
 
     def _add(self, items: list[Item], request: Request, most_tokens: int) -> int:
         """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
@@ -129,7 +132,7 @@ class Planner:
         taken = blocks.take_for_write(request.blocks_short(count, size))
         if taken is None:
             raise InvariantError("free device blocks are miscounted")
-        request.extend_table(taken)
+        self._state.extend_table(request, taken)
         items.append(Item(request, request.planned, count, samples=count == request.remaining))
         return count
 
@@ -153,16 +156,17 @@ class Planner:
         request.last_step = max(request.last_step, step)
         request.last_turn = step
         request.evicting = False
+        self._state.rosters.place(request)
 
     def _close_staging(self) -> None:
         """The staged step is planned: what was prefetched and did not get in is resident now."""
         state = self._state
         if state.staged_step == NO_STEP:
             return
-        for request in state.running.values():
-            if request.staged_for != NO_STEP:
-                request.last_step = max(request.last_step, request.staged_for)
-                request.staged_for = NO_STEP
+        for request in list(state.rosters.staged.values()):
+            request.last_step = max(request.last_step, request.staged_for)
+            request.staged_for = NO_STEP
+            state.rosters.place(request)
         state.staged_step = NO_STEP
 
     def _skip_orphaned_staging(self) -> None:
@@ -170,19 +174,20 @@ class Planner:
         number unused: a step has one prefetch only. Their blocks are held until the daemon says
         that no copy touches them, so no step needs to wait for these loads."""
         state = self._state
-        if state.staged_step == NO_STEP:
-            return
-        if all(r.staged_for == NO_STEP for r in state.running.values()):
+        if state.staged_step != NO_STEP and not state.rosters.staged:
             state.staged_step = NO_STEP
             state.next_step += 1
 
-    def _slot_target(self, decodes: Iterable[Request]) -> SlotTarget:
+    def _slot_target(self) -> SlotTarget:
         """An even share of all requests that decode this round, in flight ones included."""
         state, slots = self._state, self._state.limits.num_slots
-        idle = [r for r in decodes if not r.in_flight]
-        flying = [item for step in state.in_flight.values() for item in step.items if item.samples]
-        context = -(-(sum(r.planned for r in idle) + sum(i.start for i in flying)) // slots)
-        requests = -(-(len(idle) + len(flying)) // slots)
+        staged = [r.planned for r in state.rosters.staged.values() if r.remaining == 1]
+        context = sum(staged) + sum(c.context_tokens for c in state.rosters.resident.values())
+        count = len(staged) + len(state.rosters.resident)
+        for step in state.in_flight.values():
+            count += step.num_samples
+            context += step.sampled_context
+        requests, context = -(-count // slots), -(-context // slots)
         return SlotTarget(
             requests=requests,
             context_tokens=context,
@@ -195,16 +200,11 @@ class Planner:
             blocks_per_s=state.budget.blocks_per_s,
         )
 
-    def _outlook(self) -> Outlook:
-        """What is known now of the next step."""
-        idle = [r for r in self._state.running.values() if r.remaining == 1 and not r.in_flight]
-        decodes = [r for r in idle if r.is_device_complete]
-        residents = [self._candidate(r) for r in decodes if r.staged_for == NO_STEP]
-        return Outlook(self._slot_target(decodes), residents)
-
-    def _prefill_share(self, idle: Iterable[Request]) -> int:
+    def _prefill_share(self) -> int:
         """Prompt tokens per step that spread what is left over all slots."""
-        left = sum(r.remaining for r in idle if r.remaining > 1)
+        rosters = self._state.rosters
+        left = sum(r.remaining for r in rosters.prefilling.values())
+        left += sum(r.remaining for r in rosters.staged.values() if r.remaining > 1)
         return max(MIN_PREFILL_CHUNK_TOKENS, -(-left // self._state.limits.num_slots))
 
     def _free_slot(self) -> int:
@@ -215,13 +215,13 @@ class Planner:
 
     def _admit(self, now: float) -> None:
         state = self._state
-        while state.waiting and self._fits(state.waiting[0]):
-            request = state.waiting.popleft()
+        while state.waiting and self._fits(request := next(iter(state.waiting.values()))):
+            del state.waiting[request.key]
             state.admit(request, now)
             blocks = state.blocks.take_for_write(self._prompt_blocks(request))
             if blocks is None:
                 raise InvariantError("admitted a request without device blocks for it")
-            request.extend_table(blocks)
+            state.extend_table(request, blocks)
 
     def _fits(self, request: Request) -> bool:
         """Room on the device for the prompt now, and in device plus host for the growth expected
@@ -230,25 +230,20 @@ class Planner:
         need = self._prompt_blocks(request)
         # Decoding requests need a new block every `block_size` steps; keep one for each. And leave
         # room for whoever waits longest on the host: newcomers must not keep it out for ever.
-        reserve = len(state.running) + self._longest_wait_blocks()
-        if need + reserve > state.blocks.num_free:
+        room = state.blocks.num_free - need - len(state.running)
+        if room < 0 or room < self._longest_wait_blocks():
             return False
         if not state.running:
             return True
-        outputs = state.output_lengths.forecast(request.max_tokens, request.num_outputs)
-        size = state.limits.block_size
-        final = blocks_for(min(request.num_prompt + outputs, state.limits.max_model_len), size)
-        forecast = state.total_blocks() + state.forecast_growth_blocks() + max(need, final)
+        forecast = state.expected_blocks() + max(need, state.forecast.final_blocks(request))
         on_device = state.blocks.num_blocks
         if forecast > on_device and len(state.running) >= TAIL_SHARE * on_device:
             return False
         return forecast <= on_device + state.num_host_blocks
 
     def _longest_wait_blocks(self) -> int:
-        waiting = self._host_resident()
-        if not waiting:
-            return 0
-        return min(waiting, key=lambda r: (r.last_turn, r.key)).num_missing
+        waiting = self._state.rosters.on_host.values()
+        return min(waiting, key=_BY_WAIT).load_blocks if waiting else 0
 
     def _prompt_blocks(self, request: Request) -> int:
         return blocks_for(len(request.tokens), self._state.limits.block_size)
@@ -269,6 +264,7 @@ class Planner:
                 request.next_store += 1
                 request.host[index] = HostState.STORING
                 state.host_used += 1
+                state.num_storing += 1
                 moves.append(BlockMove(request.kv_key, index, request.table[index]))
         if moves:
             self._commands.append(
@@ -283,22 +279,18 @@ class Planner:
             return False
         if state.waiting or state.host_used:
             return True
-        expected = state.total_blocks() + state.forecast_growth_blocks()
-        return expected > OFFLOAD_PRESSURE * state.blocks.num_blocks
+        return state.expected_blocks() > OFFLOAD_PRESSURE * state.blocks.num_blocks
 
     def _plan_prefetch(self, latest: int, urgent: bool = False) -> None:
         """Order the prefetch of the next step into blocks that steps up to `latest` leave free.
         `urgent`: the step has nothing else, so at least one request may exceed the budget."""
-        state = self._state
+        state, rosters = self._state, self._state.rosters
         self._skip_orphaned_staging()
-        requests = self._host_resident()
-        if state.staged_step != NO_STEP:
+        if state.staged_step != NO_STEP or not rosters.on_host:
             return
-        if not requests:
-            return
-        candidates = [self._candidate(r) for r in requests]
-        largest = max(c.load_blocks for c in candidates)
-        growth = sum(1 for r in state.running.values() if r.is_device_complete)
+        candidates = list(rosters.on_host.values())
+        largest = max(map(_LOAD_BLOCKS, candidates))
+        growth = len(state.running) - rosters.num_incomplete
         free = min(
             state.blocks.num_ready(latest) - growth,
             max(int(STAGING_SHARE * state.blocks.num_blocks), largest),
@@ -306,7 +298,12 @@ class Planner:
         granted = state.budget.grant(largest)
         if urgent:
             granted = max(granted, largest)
-        keys = self._policy.choose_prefetch(candidates, granted, free, self._outlook())
+        question = (state.next_step, rosters.version, granted, free)
+        if free <= 0 or question == self._declined:
+            return
+        outlook = Outlook(self._slot_target(), list(rosters.resident.values()))
+        keys = self._policy.choose_prefetch(candidates, granted, free, outlook)
+        self._declined = None if keys else question
         step = state.next_step
         moves: list[BlockMove] = []
         after = NO_STEP
@@ -317,8 +314,9 @@ class Planner:
                 break
             blocks, ready_after = taken
             after = max(after, ready_after)
-            for index, block in state.load_into(request, blocks, step, ready_after):
-                moves.append(BlockMove(request.kv_key, index, block))
+            indices = state.load_into(request, blocks, step, ready_after)
+            kv_key = request.kv_key
+            moves += [BlockMove(kv_key, *pair) for pair in zip(indices, blocks, strict=True)]
         state.budget.spend(len(moves))
         if moves:
             allowed = min(granted, sum(c.load_blocks for c in candidates))
@@ -334,37 +332,28 @@ class Planner:
         finds room once the step is computed, and no more than the link can fill. They have the
         longest way to their next turn."""
         state = self._state
-        missing = [r.num_missing for r in self._host_resident()]
+        rosters = state.rosters
+        wanted = rosters.missing_blocks
         staging = min(int(STAGING_SHARE * state.blocks.num_blocks), int(state.budget.per_step))
-        wanted = min(sum(missing), max(staging, *missing)) if missing else 0
+        if wanted > staging:
+            wanted = min(wanted, max(staging, *map(_LOAD_BLOCKS, rosters.on_host.values())))
         if state.waiting:
-            wanted += self._prompt_blocks(state.waiting[0])
+            wanted += self._prompt_blocks(next(iter(state.waiting.values())))
         if wanted:
-            wanted += sum(1 for r in state.running.values() if r.is_device_complete)
+            wanted += len(state.running) - rosters.num_incomplete
         for item in items:
             if state.blocks.num_free >= wanted:
                 return
             if item.samples:
                 state.evict(item.request)
 
-    def _host_resident(self) -> list[Request]:
-        """Idle requests that need a prefetch before they can run."""
-        return [
-            r for r in self._state.running.values() if not r.is_device_complete and not r.in_flight
-        ]
-
-    def _candidate(self, request: Request) -> Candidate:
-        return Candidate(request.key, request.last_turn, request.num_missing, request.planned)
-
     # When nothing moves
 
     def _is_stuck(self) -> bool:
         """No event is on its way that could change anything, and there is work."""
         state = self._state
-        if state.in_flight or state.releasing or not (state.running or state.waiting):
-            return False
-        storing = any(HostState.STORING in r.host for r in state.running.values())
-        return not storing
+        coming = state.in_flight or state.releasing or state.num_storing
+        return not coming and bool(state.running or state.waiting)
 
     def _preempt(self) -> bool:
         """Make room: evict an idle request if that frees anything, else recompute the newest one
@@ -381,5 +370,5 @@ class Planner:
             release = Release(epoch=state.epoch, requests=(victim.kv_key,))
             self._commands.append(ToDaemon(release))
         state.counters.preemptions += 1
-        state.waiting.appendleft(victim)
+        state.put_first(victim)
         return True

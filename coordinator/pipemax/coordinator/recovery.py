@@ -10,6 +10,7 @@ from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.events import Command, Resumed, ToDaemon
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
+from pipemax.coordinator.rosters import Rosters
 from pipemax.coordinator.state import Releasing, SchedulerState
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import Drop, Release
@@ -77,17 +78,21 @@ def _keep_prefix(request: Request, event: Resumed, block_size: int) -> None:
 
 
 def _send_back(state: SchedulerState, request: Request, host_kept: bool) -> None:
-    del state.running[request.key]
-    del state.by_kv_key[request.kv_key]
+    state.stop_running(request)
     if host_kept:
         state.releasing[request.kv_key] = Releasing(0, [], NO_STEP)
-    state.waiting.appendleft(request)
+    state.put_first(request)
 
 
 def _rebuild_books(state: SchedulerState, event: Resumed) -> None:
     """Nothing is in flight: every device block that is in no table is free at once."""
     for entry in state.releasing.values():
         entry.device_blocks = []
+    state.rosters = Rosters()
+    for request in state.running.values():
+        state.rosters.place(request)
+    state.total_blocks = sum(len(r.table) for r in state.running.values())
+    state.num_storing = 0
     used = [b for r in state.running.values() for b in r.table if b != NO_BLOCK]
     state.blocks = DeviceBlocks(event.num_device_blocks, used)
     state.host_used = sum(r.next_store for r in state.running.values())

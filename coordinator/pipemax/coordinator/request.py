@@ -125,10 +125,6 @@ class Request:
         """Blocks to allocate before `num_tokens` more tokens can be computed."""
         return max(0, blocks_for(self.planned + num_tokens, block_size) - len(self.table))
 
-    def extend_table(self, blocks: list[int]) -> None:
-        self.table += blocks
-        self.host += [HostState.NONE] * len(blocks)
-
     def stored_prefix(self) -> int:
         """Blocks from the first on that the host holds."""
         count = 0

@@ -4,14 +4,16 @@ Every device block is free, or in exactly one request's table, or held until the
 no copy touches it. Host blocks are counted, not placed: placement is the daemon's business.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.device_blocks import DeviceBlocks
+from pipemax.coordinator.forecast import Forecast
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
+from pipemax.coordinator.rosters import Rosters
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import blocks_for
 
@@ -42,22 +44,28 @@ class Item:
         return self.start + self.num_tokens
 
 
-@dataclass(slots=True)
 class StepInFlight:
-    slot: int
-    items: list[Item]
+    """A planned step, and sums over its items that are asked for more than once."""
 
-    def features(self) -> StepFeatures:
+    def __init__(self, slot: int, items: list[Item]) -> None:
+        self.slot = slot
+        self.items = items
+        self.num_samples = sum(item.samples for item in items)
+        self.sampled_context = sum(item.start for item in items if item.samples)
+        self.features = _features(items)
         """What the step's time depends on."""
-        decodes = context = prefill = pairs = 0
-        for item in self.items:
-            if item.num_tokens == 1:
-                decodes += 1
-                context += item.end
-            else:
-                prefill += item.num_tokens
-                pairs += item.num_tokens * item.start + item.num_tokens * (item.num_tokens + 1) // 2
-        return StepFeatures(decodes, context, prefill, pairs)
+
+
+def _features(items: Iterable[Item]) -> StepFeatures:
+    decodes = context = prefill = pairs = 0
+    for item in items:
+        if item.num_tokens == 1:
+            decodes += 1
+            context += item.end
+        else:
+            prefill += item.num_tokens
+            pairs += item.num_tokens * item.start + item.num_tokens * (item.num_tokens + 1) // 2
+    return StepFeatures(decodes, context, prefill, pairs)
 
 
 @dataclass(slots=True)
@@ -89,26 +97,6 @@ class Counters:
     """Of those, ordered."""
 
 
-class OutputLengths:
-    """Forecast of output lengths from those already seen: their running mean."""
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._count = 0
-
-    def seen(self, num_outputs: int) -> None:
-        self._total += num_outputs
-        self._count += 1
-
-    def forecast(self, max_tokens: int, num_outputs: int) -> int:
-        """Final output length expected of a request that has `num_outputs` already. Before any
-        request has finished, the largest possible."""
-        if not self._count:
-            return max_tokens
-        mean = -(-self._total // self._count)
-        return max(min(max_tokens, mean), num_outputs)
-
-
 @dataclass(slots=True)
 class SchedulerState:
     limits: SchedulerLimits
@@ -122,7 +110,8 @@ class SchedulerState:
     budget: LinkBudget = field(default_factory=lambda: LinkBudget(()))
     costs: PipelineCost = field(default_factory=lambda: PipelineCost(0))
     """Outlives epochs: the stages stay the same."""
-    waiting: deque[Request] = field(default_factory=deque)
+    waiting: OrderedDict[int, Request] = field(default_factory=OrderedDict)
+    """By key, in order of service."""
     running: dict[int, Request] = field(default_factory=dict)
     """By key, in order of admission."""
     by_kv_key: dict[int, Request] = field(default_factory=dict)
@@ -131,14 +120,22 @@ class SchedulerState:
     staged_step: int = NO_STEP
     """Step that a prefetch was ordered for and that is not planned yet; NO_STEP for none."""
     counters: Counters = field(default_factory=Counters)
-    output_lengths: OutputLengths = field(default_factory=OutputLengths)
+    forecast: Forecast = field(init=False)
+    rosters: Rosters = field(default_factory=Rosters)
+    total_blocks: int = 0
+    """Blocks of running requests, each counted once wherever it lives."""
+    num_storing: int = 0
+    """Blocks of running requests that are being stored."""
+
+    def __post_init__(self) -> None:
+        self.forecast = Forecast(self.limits.block_size)
 
     def stage_computed(self, stage: int, step: int, compute_s: float) -> None:
         """Learn from a stage's time for a step in flight."""
         self.budget.step_measured(stage, compute_s)
         flight = self.in_flight.get(step)
         if flight is not None:
-            self.costs.observe(stage, flight.features(), compute_s)
+            self.costs.observe(stage, flight.features, compute_s)
 
     def admit(self, request: Request, now: float) -> None:
         request.forget_kv(self.next_kv_key)
@@ -149,6 +146,28 @@ class SchedulerState:
             request.last_turn = self.next_step - 1
         self.running[request.key] = request
         self.by_kv_key[request.kv_key] = request
+        self.forecast.add(request)
+        self.rosters.place(request)
+
+    def extend_table(self, request: Request, blocks: list[int]) -> None:
+        """Give a running request `blocks` behind those it has."""
+        request.table += blocks
+        request.host += [HostState.NONE] * len(blocks)
+        self.total_blocks += len(blocks)
+
+    def put_first(self, request: Request) -> None:
+        """Queue up a request that ran before, ahead of all that wait."""
+        self.waiting[request.key] = request
+        self.waiting.move_to_end(request.key, last=False)
+
+    def stop_running(self, request: Request) -> None:
+        """Strike a request from the books of those that run; its blocks are the caller's."""
+        del self.running[request.key]
+        del self.by_kv_key[request.kv_key]
+        self.forecast.remove(request)
+        self.rosters.remove(request)
+        self.total_blocks -= len(request.table)
+        self.num_storing -= request.host.count(HostState.STORING)
 
     def forget_kv(self, request: Request) -> bool:
         """Take a running request's KV away. Returns whether the daemon must be told to release
@@ -160,10 +179,9 @@ class SchedulerState:
             if block != NO_BLOCK:
                 held = state == HostState.STORING or (staged and state == HostState.STORED)
                 (touched if held else free).append(block)
-        on_host = sum(state != HostState.NONE for state in request.host)
+        on_host = len(request.host) - request.host.count(HostState.NONE)
         self.blocks.release(free, request.last_step)
-        del self.running[request.key]
-        del self.by_kv_key[request.kv_key]
+        self.stop_running(request)
         if not on_host:
             return False
         self.releasing[request.kv_key] = Releasing(on_host, touched, request.last_step)
@@ -193,41 +211,32 @@ class SchedulerState:
         if request is None:
             return
         request.host[index] = HostState.STORED
+        self.num_storing -= 1
         if request.evicting and request.staged_for == NO_STEP:
             self._free_indices(request, [index])
 
     def load_into(
         self, request: Request, blocks: Iterable[int], step: int, after: int
-    ) -> list[tuple[int, int]]:
-        """Assign `blocks`, which step `after` still uses, to the indices the device lacks; returns
-        (index, block) pairs."""
-        supply = iter(blocks)
-        pairs = []
-        for index, block in enumerate(request.table):
-            if block == NO_BLOCK:
-                request.table[index] = next(supply)
-                pairs.append((index, request.table[index]))
+    ) -> list[int]:
+        """Assign `blocks`, which step `after` still uses, to the indices the device lacks, in
+        order; returns those indices."""
+        table = request.table
+        indices = [index for index, block in enumerate(table) if block == NO_BLOCK]
+        for index, block in zip(indices, blocks, strict=True):
+            table[index] = block
         request.num_missing = 0
         request.evicting = False
         request.staged_for = step
         # If the request ends before `step`, its blocks must not be taken for unused.
         request.last_step = max(request.last_step, after)
         request.load_step = step
-        request.loading = [index for index, _ in pairs]
-        return pairs
+        request.loading = indices
+        self.rosters.place(request)
+        return indices
 
-    def forecast_growth_blocks(self) -> int:
-        """Blocks that running requests are expected to add until they finish."""
-        size = self.limits.block_size
-        total = 0
-        for request in self.running.values():
-            outputs = self.output_lengths.forecast(request.max_tokens, request.num_outputs)
-            total += blocks_for(request.num_prompt + outputs, size) - len(request.table)
-        return max(0, total)
-
-    def total_blocks(self) -> int:
-        """Blocks of running requests, each counted once wherever it lives."""
-        return sum(len(request.table) for request in self.running.values())
+    def expected_blocks(self) -> int:
+        """Blocks that running requests are expected to hold in the end, or hold now if more."""
+        return max(self.total_blocks, self.forecast.total_blocks)
 
     def check_invariants(self) -> None:
         """Raises InvariantError when the books contradict themselves."""
@@ -247,12 +256,23 @@ class SchedulerState:
             raise InvariantError("host blocks are miscounted")
         if self.host_used > self.num_host_blocks:
             raise InvariantError("more host blocks in use than there are")
-        keys = [r.key for r in self.waiting] + list(self.running)
+        self._check_sums()
+        keys = [*self.waiting, *self.running]
         if len(set(keys)) != len(keys):
             raise InvariantError("a request is both waiting and running")
         slots = [step.slot for step in self.in_flight.values()]
         if len(set(slots)) != len(slots) or len(slots) > self.limits.num_slots:
             raise InvariantError("two steps in flight share a slot")
+
+    def _check_sums(self) -> None:
+        running = self.running.values()
+        self.rosters.check(self.running)
+        if self.total_blocks != sum(len(r.table) for r in running):
+            raise InvariantError("blocks of running requests are miscounted")
+        if self.num_storing != sum(r.host.count(HostState.STORING) for r in running):
+            raise InvariantError("blocks being stored are miscounted")
+        if self.forecast.total_blocks != sum(map(self.forecast.final_blocks, running)):
+            raise InvariantError("the forecast is out of date")
 
     def _check_request(self, request: Request) -> None:
         size = self.limits.block_size
@@ -281,4 +301,5 @@ class SchedulerState:
             freed.append(request.table[index])
             request.table[index] = NO_BLOCK
         request.num_missing += len(freed)
+        self.rosters.place(request)
         self.blocks.release(freed, request.last_step)
