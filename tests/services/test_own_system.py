@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,29 @@ def test_a_signal_unwinds_the_command(
         signal.raise_signal(signum)
     assert raised.value.code == 128 + signum
     assert signal.getsignal(signum) is before
+    assert list(runtime_dir.iterdir()) == []
+
+
+def test_a_signal_while_stopping_does_not_wait_and_leaves_nothing(
+    install: Install, runtime_dir: Path
+) -> None:
+    install(stage_1="stubborn")
+    started: list[int] = []
+    main_thread = threading.main_thread().ident
+    impatient = threading.Timer(0.3, signal.pthread_kill, (main_thread, signal.SIGTERM))
+
+    def work(system: System) -> None:
+        started.extend(system.pids().values())
+        impatient.start()
+
+    with (
+        pytest.raises(SystemExit) as raised,
+        own_system(fake_config(), ready_timeout_s=60, temporary=True) as system,
+    ):
+        work(system)
+    impatient.join()
+    assert raised.value.code == 128 + signal.SIGTERM
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
     assert list(runtime_dir.iterdir()) == []
 
 

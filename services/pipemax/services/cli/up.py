@@ -14,8 +14,7 @@ from pipemax.services.cli.options import (
 def up(engine: EngineOptions, name: SystemName = DEFAULT_NAME) -> None:
     """Start a system and keep it running until Ctrl-C or `pipemax down`.
 
-    Ctrl-C and SIGTERM finish the accepted requests first; a second one, Ctrl-\\ or `pipemax down
-    --now` stops at once.
+    Ctrl-C and SIGTERM finish the accepted requests first; a second one stops at once.
     """
     from pipemax.services.engine_config import build_config
     from pipemax.services.foreground import run_until_stopped

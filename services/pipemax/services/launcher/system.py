@@ -85,7 +85,12 @@ class System:
         trace: TracebackType | None,
     ) -> None:
         self.request_stop(drain=False)
-        self._join()
+        try:
+            self._join()
+        except BaseException:  # a signal's: whoever sends one more does not want to wait
+            self.request_stop(drain=False)
+            self._join()
+            raise
 
     # For callers
 
@@ -177,6 +182,8 @@ class System:
 
     def _join(self) -> None:
         if self._thread is not None:
+            with self._changed:  # a join that a signal's exception interrupts counts as done
+                self._changed.wait_for(lambda: self._ended)
             self._thread.join()
             self._thread = None
             os.close(self._wake_fd)
