@@ -35,8 +35,10 @@ WINDOW = 5
 """Requests on each side of the boundary that a round of refinement looks at."""
 MOVED_AT_ONCE = 3
 """Requests of a kind that one move drops at most, and that it adds at most."""
-MAX_ROUNDS = 12
+MAX_ROUNDS = 8
 """Rounds of refinement at most."""
+ROUNDS_IN_VAIN = 2
+"""Windows without a move that helps, after which a further one is not looked at."""
 GOOD_ENOUGH = 0.002
 """Refinement ends when the objective is at most this share of the budget, or of what the link
 carries in T*: no link and no step is that even."""
@@ -198,7 +200,7 @@ class _Slot:
         in_vain = 0
         for round_number in range(MAX_ROUNDS):
             before = self.objective
-            if before <= enough or in_vain > self._last_window():
+            if before <= enough or in_vain > min(ROUNDS_IN_VAIN, self._last_window()):
                 return
             in_vain = 0 if self._improve(round_number, before) else in_vain + 1
 
