@@ -1,4 +1,11 @@
-"""The coordinator process: feeds sockets into the cores and carries out what they answer."""
+"""The coordinator process: feeds sockets into the cores and carries out what they answer.
+
+What a client can cost the others is bounded in size (frames, queued messages, credits) and in time
+(INGEST_SLICE_S), with two exceptions. A message of endless parts is kept by libzmq until its last
+part or until the peer leaves: no socket option counts parts, and sockets without parts are not in
+its stable interface. And one prompt is tokenised in one go, up to the text that `max_model_len`
+tokens could spell. The socket lies in a folder that only the same user can enter.
+"""
 
 import logging
 import time
@@ -33,7 +40,7 @@ from pipemax.coordinator.status import StatusView
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError, RequestError, WireError
+from pipemax.proto.errors import ConfigError, InvariantError, RequestError, WireError
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages import control, ingest
 from pipemax.proto.messages.registry import CONTROL, INGEST
@@ -46,7 +53,11 @@ from pipemax.proto.wire import Codec, encode, single_frame
 log = logging.getLogger(__name__)
 
 INGEST_BATCH = 64
-"""Client messages handled before control messages get their turn again."""
+"""Client messages handled, at most, before control messages get their turn again."""
+INGEST_SLICE_S = 0.01
+"""Time after which they get it however few client messages were handled."""
+ANSWERS_QUEUED = 1000
+"""Answers that wait in the socket for one client; further results wait in its session."""
 IDLE_POLL_MS = 200
 SNAPSHOT_INTERVAL_S = 0.2
 
@@ -76,6 +87,7 @@ class CoordinatorShell:
         self._control = bind_router(self._context, socket_endpoint(run_dir, "control"), CONTROL)
         self._ingest = make_router(self._context, INGEST)
         self._ingest.setsockopt(zmq.ROUTER_HANDOVER, 0)  # no client may take another's place
+        self._ingest.setsockopt(zmq.SNDHWM, ANSWERS_QUEUED)
         self._ingest.bind(socket_endpoint(run_dir, "ingest"))
         self._control_codec = Codec(CONTROL, at_binder=True)
         self._ingest_codec = Codec(INGEST, at_binder=True)
@@ -126,12 +138,12 @@ class CoordinatorShell:
         match message:
             case control.Hello():
                 self._on_hello(identity, message)
-            case control.Drain():
+            case control.Drain() if identity == identity_of("launcher"):
                 log.info("draining: no new requests are accepted")
                 self._draining = self._view.draining = True
             case _ if identity not in self._names:
                 log.error("control message of unknown process %r", identity)
-            case control.StepDone():
+            case control.StepDone() if self._names[identity] == stage_name(message.stage):
                 self._on_step_done(message)
             case control.Beat():
                 self._view.stage_seconds(self._names[identity], message.state_seconds)
@@ -152,20 +164,21 @@ class CoordinatorShell:
                 pass  # of an epoch that ended
 
     def _on_hello(self, identity: bytes, message: control.Hello) -> None:
+        if identity not in self._names and identity != identity_of("launcher"):
+            log.error("Hello of a process that is not configured: %r", identity)
+            return
         if message.protocol != PROTOCOL_VERSION:
+            # Without this process there is no system, and starting it again would not help.
             raise ConfigError(
                 f"{message.role} {message.index} speaks protocol {message.protocol}, this "
                 f"coordinator {PROTOCOL_VERSION}; start all processes from one installation"
             )
-        if message.role == "launcher":
+        if identity not in self._names:
             self._launcher = True
             self._send_control(identity, control.Welcome(instance_id=self._instance_id))
             if self._assembly.running:
                 ready = control.SystemReady(epoch=self._assembly.epoch)
                 self._send_control(identity, ready)
-            return
-        if identity not in self._names:
-            log.error("Hello of a process that is not configured: %r", identity)
             return
         self._send_control(identity, control.Welcome(instance_id=self._instance_id))
         self._act(self._assembly.hello(self._names[identity], message))
@@ -180,11 +193,14 @@ class CoordinatorShell:
             self.metrics.step_predicted(message.stage, error)
         if message.tokens is None:
             return
-        tokens = unpack_i32(message.tokens)
         keys = self._scheduler.sampled_keys(message.step)
-        if len(keys) != len(tokens):
-            log.error("step %d brought %d tokens, not %d", message.step, len(tokens), len(keys))
-            return
+        if len(message.tokens) != 4 * len(keys):
+            # Going on without this step would leave its requests waiting for ever.
+            raise InvariantError(
+                f"step {message.step} brought {len(message.tokens)} bytes of tokens "
+                f"for {len(keys)} requests"
+            )
+        tokens = unpack_i32(message.tokens)
         stopped: dict[int, str] = {}
         for key, token in zip(keys, tokens, strict=True):
             stop = self._sessions.token(key, token)
@@ -194,7 +210,8 @@ class CoordinatorShell:
 
     def _on_kv_report(self, report: control.KvReport) -> None:
         grown_bytes, grown_seconds = self._view.kv_report(report)
-        self._tell(LinkMeasured(grown_bytes, grown_seconds))
+        if self._assembly.running:  # else nobody knows yet how many links there are
+            self._tell(LinkMeasured(grown_bytes, grown_seconds))
 
     def _is_current(self, epoch: int) -> bool:
         return self._assembly.running and epoch == self._assembly.epoch
@@ -233,7 +250,10 @@ class CoordinatorShell:
 
     def _receive_ingest(self) -> bool:
         """Handle some client messages; returns whether there may be more."""
+        until = time.monotonic() + INGEST_SLICE_S
         for _ in range(INGEST_BATCH):
+            if time.monotonic() > until:
+                break
             try:
                 identity, *frames = self._ingest.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -340,7 +360,7 @@ class CoordinatorShell:
         try:
             self._send_client(client, message)
         except (BlockingIOError, ConnectionError) as error:
-            log.warning("answer to a client is lost: %s", error)
+            log.debug("answer to a client is lost: %s", error)  # it must not fill our disk
 
 
 def _refused(request_id: str | None, code: str, message: str) -> ingest.Refused:

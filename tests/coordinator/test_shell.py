@@ -1,0 +1,118 @@
+"""The coordinator's shell between real sockets: what a wrong peer may cost."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from pipemax.coordinator.shell import CoordinatorShell
+from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.proto import PROTOCOL_VERSION
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import ConfigError, PipemaxError
+from pipemax.proto.messages import control, ingest
+from pipemax.proto.messages.registry import CONTROL, INGEST
+from pipemax.proto.messages.types import Message
+from pipemax.proto.rundir import socket_endpoint
+from pipemax.proto.sockets import connect_dealer, identity_of
+from pipemax.proto.wire import Codec, encode
+
+
+class RunningShell:
+    """A coordinator in a thread, and a client of it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        (run_dir / "config.json").write_text(json.dumps({"vocab_size": 100, "eos_token_id": 2}))
+        config = EngineConfig(
+            model=str(run_dir), served_model_name="m", layer_split=(1,), max_model_len=50
+        )
+        self.run_dir = run_dir
+        self.shell = CoordinatorShell(config, run_dir, TextProcessor(run_dir))
+        self.error: PipemaxError | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.client = connect_dealer(self.context, socket_endpoint(run_dir, "ingest"), INGEST)
+
+    def _run(self) -> None:
+        try:
+            self.shell.run()
+        except PipemaxError as error:
+            self.error = error
+
+    def say(self, identity: bytes, *messages: Message) -> None:
+        """Messages on `control`, from a peer that then leaves."""
+        socket = connect_dealer(
+            self.context, socket_endpoint(self.run_dir, "control"), CONTROL, identity
+        )
+        for message in messages:
+            socket.send(encode(message))
+        socket.close(linger=2000)
+
+    def status(self) -> ingest.Status:
+        self.client.send(encode(ingest.StatusQuery()))
+        assert self.client.poll(20_000), "the coordinator does not answer"
+        answer = Codec(INGEST, at_binder=False).decode(self.client.recv())
+        assert isinstance(answer, ingest.Status)
+        return answer
+
+    def close(self) -> None:
+        self.shell.stop()
+        self.thread.join()
+        self.context.destroy(linger=0)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[RunningShell]:
+    shell = RunningShell(tmp_path)
+    yield shell
+    shell.close()
+
+
+def hello(role: control.Role, protocol: int = PROTOCOL_VERSION) -> control.Hello:
+    return control.Hello(protocol=protocol, role=role, pid=7, incarnation="a")
+
+
+def wait_for(running: RunningShell, pid: int) -> ingest.Status:
+    """The status once stage 0 is known: what was said before it has been read."""
+    while (status := running.status()).stages[0].pid != pid:
+        assert running.error is None
+    return status
+
+
+def test_a_report_of_a_daemon_that_outlived_a_coordinator_is_taken(running: RunningShell) -> None:
+    totals = control.LinkTotals(load_bytes=100, load_seconds=1.0, load_copies=1)
+    report = control.KvReport(
+        host_blocks_total=1, host_blocks_used=0, links=(totals,), queued_load_bytes=(0,)
+    )
+    running.say(identity_of("kv_daemon"), hello("kv_daemon"), report)
+    while running.status().load_bytes != 100:
+        assert running.error is None
+
+
+def test_a_stranger_on_the_control_socket_changes_nothing(running: RunningShell) -> None:
+    stage = identity_of("stage", 0)
+    running.say(b"stranger", hello("stage", PROTOCOL_VERSION + 1), control.Drain())
+    running.say(
+        stage,
+        control.StepDone(epoch=0, step=0, stage=900, compute_s=0.0, state_seconds={}),
+        control.Drain(),
+        hello("stage"),
+    )
+    status = wait_for(running, pid=7)
+    assert status.phase == "starting"
+    assert status.stages[0].steps == 0
+    running.client.send(encode(ingest.Submit(request_id="a", prompt_token_ids=(5,))))
+    assert not running.client.poll(100), "a request was refused as if the system were draining"
+
+
+def test_a_stage_from_another_installation_ends_the_coordinator_with_the_reason(
+    running: RunningShell,
+) -> None:
+    running.say(identity_of("stage", 0), hello("stage", PROTOCOL_VERSION + 1))
+    running.thread.join(20)
+    assert isinstance(running.error, ConfigError)
+    assert "from one installation" in str(running.error)
