@@ -37,6 +37,12 @@ def test_it_is_private(runtime_dir: Path) -> None:
     assert create_run_dir("a") == path, "a second start uses the same folder"
 
 
+@pytest.mark.parametrize("name", ["", "..", "../a", "/tmp", "a/b", "a" * 41, "a\n"])
+def test_a_name_is_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="--name"):
+        run_dir_of(name)
+
+
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert runtime_root() == Path(os.environ["PIPEMAX_RUNTIME_DIR"])
     monkeypatch.delenv("PIPEMAX_RUNTIME_DIR")
@@ -82,8 +88,8 @@ def test_the_longest_path_that_is_accepted_can_be_bound(
     import socket
 
     room = 107 - len(os.fsencode(runtime_dir / "a" / "control.sock"))
-    create_run_dir("a" * (room + 1))
-    path = socket_endpoint(run_dir_of("a" * (room + 1)), "control").removeprefix("ipc://")
+    run_dir = create_run_dir("a" * (room + 1))
+    path = socket_endpoint(run_dir, "control").removeprefix("ipc://")
     assert len(path) == 107
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(path)

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from pipemax.proto.errors import ConfigError
+from pipemax.proto.rundir import NAME_PATTERN
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -22,7 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Names follow vLLM's flags where vLLM has one. All sizes are bytes, all times seconds.
     """
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$")] = "default"
+    name: Annotated[str, Meta(pattern=NAME_PATTERN)] = "default"
     """Names the run directory, so that several systems can live on one machine."""
     model: str
     """Model folder: config.json, *.safetensors, tokenizer.json."""

@@ -7,6 +7,7 @@ holds the lock file; the lock is the kernel's and goes with the process.
 
 import fcntl
 import os
+import re
 import stat
 import tempfile
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from pipemax.proto.errors import AlreadyRunningError, ConfigError
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
+"""Of a system's name, which is also its folder's."""
 LOCK_FILE = "lock"
 METRICS_PORT_FILE = "metrics.port"
 LOG_DIR = "logs"
@@ -33,7 +36,12 @@ def runtime_root() -> Path:
 
 
 def run_dir_of(name: str) -> Path:
-    """Where the system `name` lives, whether it runs or not."""
+    """Where the system `name` lives, whether it runs or not. Raises ConfigError for what is no
+    name, such as a path."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise ConfigError(
+            f"--name {name}: use at most 40 letters, digits, dots, dashes and underscores"
+        )
     return runtime_root() / name
 
 
