@@ -1,6 +1,6 @@
 """What offloading gains in decode: the shipped scheduler in simulation beside the closed form.
 
-    python ops/benchmarks/simulate_gain.py [--gpus rtx-3090 a10 ...] [--policy NAME] [--json OUT]
+    python ops/benchmarks/simulate_gain.py [--gpus rtx-3090 a10 ...] [--policy NAME]
 
 Llama-2-70B in bfloat16 on 8 GPUs of each kind, ShareGPT means with a small spread, roofline
 assumptions only: messages, planning and activations take no time, and prompts cost no compute, so
@@ -36,6 +36,7 @@ def main() -> None:
     options.add_argument("--sigma", type=float, default=0.3)
     options.add_argument("--block-size", type=int, default=32)
     options.add_argument("--lifetimes", type=float, default=3.0)
+    options.add_argument("--means", type=float, nargs=2, default=(MEAN_IN, MEAN_OUT))
     options.add_argument("--json")
     asked = options.parse_args()
     print(
@@ -87,11 +88,12 @@ def measure(gpu: str, asked: argparse.Namespace) -> dict[str, object]:
 def make_spec(gpu: str, asked: argparse.Namespace) -> SimulationSpec:
     """A run of so many times what a request takes from its first token to its last."""
     catalogue = load_catalogue()
+    mean_in, mean_out = asked.means
     spec = SimulationSpec(
         gpu=catalogue.gpu(gpu),
         num_gpus=NUM_GPUS,
         model=catalogue.model("llama-2-70b"),
-        workload=lognormal("sharegpt", MEAN_IN, MEAN_OUT, 1, seed=0, sigma=0),
+        workload=lognormal("lengths", mean_in, mean_out, 1, seed=0, sigma=0),
         timing=IDEAL,
         host_bytes=2 * 10**12,
         block_size=asked.block_size,
@@ -99,12 +101,12 @@ def make_spec(gpu: str, asked: argparse.Namespace) -> SimulationSpec:
         free_prefill=True,
         policy=asked.policy,
     )
-    forecast = decode_forecast(spec.stages[0], NUM_GPUS, MEAN_IN + MEAN_OUT / 2, offload=True)
-    horizon_s = asked.lifetimes * MEAN_OUT * NUM_GPUS * forecast.step_s
+    forecast = decode_forecast(spec.stages[0], NUM_GPUS, mean_in + mean_out / 2, offload=True)
+    horizon_s = asked.lifetimes * mean_out * NUM_GPUS * forecast.step_s
     # Enough that some still wait at the end: those that finish, and those in flight, twice over.
-    finishing = forecast.tokens_s * horizon_s / MEAN_OUT
+    finishing = forecast.tokens_s * horizon_s / mean_out
     num_requests = round(2 * (finishing + NUM_GPUS * forecast.batch))
-    workload = lognormal("sharegpt", MEAN_IN, MEAN_OUT, num_requests, seed=0, sigma=asked.sigma)
+    workload = lognormal("lengths", mean_in, mean_out, num_requests, seed=0, sigma=asked.sigma)
     return replace(spec, workload=workload, horizon_s=horizon_s, warm_up_s=horizon_s / 2)
 
 

@@ -32,7 +32,7 @@ def faults() -> st.SearchStrategy[Fault]:
     return crash | slow
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 1000),
     mean_in=st.integers(5, 150),

