@@ -22,7 +22,7 @@ def test_blocks_of_a_prefetch_that_was_given_up_still_belong_to_the_step_that_re
     state.admit(request, 0.0)
     state.extend_table(request, state.blocks.take_for_write(2) or [])
     request.planned = request.computed = 2 * BLOCK_SIZE
-    request.host = [HostState.STORED] * 2
+    request.host = bytearray([HostState.STORED] * 2)
     state.host_used = 2
     assert state.evict(request) == 2
 

@@ -5,6 +5,8 @@ whole; a daemon that died takes the host pool. Of each request the longest usabl
 rest is recomputed like a prompt; a request with no usable prefix waits for admission again.
 """
 
+from array import array
+
 from pipemax.coordinator.cost_model import PipelineCost
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.events import Command, Resumed, ToDaemon
@@ -62,9 +64,10 @@ def _keep_prefix(request: Request, event: Resumed, block_size: int) -> None:
         if not on_device and usable >= stored:
             break
         usable += 1
-    request.table = [block if event.device_kept else NO_BLOCK for block in request.table[:usable]]
+    kept = request.table[:usable]
+    request.table = kept if event.device_kept else array("i", [NO_BLOCK]) * usable
     stored = min(stored, usable)
-    request.host = [HostState.STORED] * stored + [HostState.NONE] * (usable - stored)
+    request.host = bytearray([HostState.STORED] * stored + [HostState.NONE] * (usable - stored))
     request.next_store = stored
     request.num_missing = request.table.count(NO_BLOCK)
     request.computed = min(request.computed, usable * block_size)

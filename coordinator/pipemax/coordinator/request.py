@@ -6,6 +6,7 @@ whose `planned` is one short of its tokens decodes; one that lacks more prefills
 after a preemption or a crash: there is no difference).
 """
 
+from array import array
 from enum import IntEnum
 
 from pipemax.proto.geometry import blocks_for
@@ -81,9 +82,10 @@ class Request:
         self.in_flight = 0
         self.last_step = NO_STEP
         """Last step, planned or being prefetched for, that touches the device blocks."""
-        self.table: list[int] = []
+        self.table = array("i")
         """Device block by index; NO_BLOCK where only the host holds it."""
-        self.host: list[HostState] = []
+        self.host = bytearray()
+        """HostState by index. Flat, like the table: the garbage collector walks through lists."""
         self.num_missing = 0
         self.next_store = 0
         """First index not yet ordered to be stored."""
@@ -117,10 +119,6 @@ class Request:
     def is_device_complete(self) -> bool:
         return self.num_missing == 0
 
-    @property
-    def num_device_blocks(self) -> int:
-        return len(self.table) - self.num_missing
-
     def blocks_short(self, num_tokens: int, block_size: int) -> int:
         """Blocks to allocate before `num_tokens` more tokens can be computed."""
         return max(0, blocks_for(self.planned + num_tokens, block_size) - len(self.table))
@@ -133,10 +131,3 @@ class Request:
                 break
             count += 1
         return count
-
-    def device_prefix(self) -> int:
-        """Blocks from the first on that the device holds."""
-        try:
-            return self.table.index(NO_BLOCK)
-        except ValueError:
-            return len(self.table)

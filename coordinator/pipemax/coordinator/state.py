@@ -151,8 +151,8 @@ class SchedulerState:
 
     def extend_table(self, request: Request, blocks: list[int]) -> None:
         """Give a running request `blocks` behind those it has."""
-        request.table += blocks
-        request.host += [HostState.NONE] * len(blocks)
+        request.table.extend(blocks)
+        request.host.extend([HostState.NONE] * len(blocks))
         self.total_blocks += len(blocks)
 
     def put_first(self, request: Request) -> None:
@@ -198,10 +198,11 @@ class SchedulerState:
         """Forget the device copies of what the host holds, now and as further blocks get stored.
         Returns how many blocks that freed."""
         request.evicting = True
+        stored = HostState.STORED
         freed = [
             index
             for index, (block, state) in enumerate(zip(request.table, request.host, strict=True))
-            if block != NO_BLOCK and state == HostState.STORED
+            if state == stored and block != NO_BLOCK
         ]
         self._free_indices(request, freed)
         return len(freed)
@@ -249,7 +250,7 @@ class SchedulerState:
         if sorted(owned) != list(range(self.blocks.num_blocks)):
             raise InvariantError("device blocks are lost or owned twice")
         on_host = sum(
-            sum(state != HostState.NONE for state in request.host)
+            len(request.host) - request.host.count(HostState.NONE)
             for request in self.running.values()
         )
         if on_host + sum(e.host_blocks for e in self.releasing.values()) != self.host_used:
