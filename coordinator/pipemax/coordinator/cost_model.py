@@ -35,10 +35,13 @@ _FIT_ROUNDS = 8
 _OUTLIER = 0.1
 """A relative error beyond this pulls no harder than one of this size: something else ran too."""
 _SETTLED_STEPS = 8
-"""Steps before errors are taken for outliers."""
+"""Steps before errors are taken for outliers, and before not every step is solved for."""
+_SOLVE_EVERY = 2
+"""Steps from one solution to the next: they differ little, and solving is most of the work."""
 _SCALES = (1.0, 64.0, 256.0, 2.0**14, 2.0**18)
 """Usual sizes of 1, b, P, L and A: keeps the numbers solved for alike in size."""
 _N = len(_SCALES)
+_LEAST_SCALE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,8 @@ class StageCost:
         self._observed += 1
         self._recent.fade(self._forgetting)
         self._recent.add(self._inputs(features), seconds, weight)
-        self._solve()
+        if self._observed <= _SETTLED_STEPS or self._observed % _SOLVE_EVERY == 0:
+            self._solve()
         self._learn_factor(features, seconds, weight)
         return self.relative_error
 
@@ -246,26 +250,36 @@ class _Sums:
     def __init__(self) -> None:
         self._matrix = [[0.0] * _N for _ in range(_N)]
         self._right = [0.0] * _N
+        self._scale = 1.0
+        """Of both, so far."""
 
     def add(self, inputs: Sequence[float], seconds: float, weight: float) -> None:
         scaled = [value / seconds for value in inputs]
         for i, row in enumerate(self._matrix):
-            factor = weight * scaled[i]
+            factor = weight / self._scale * scaled[i]
             if factor:
                 for j, value in enumerate(scaled):
                     row[j] += factor * value
                 self._right[i] += factor
 
     def fade(self, factor: float) -> None:
-        self._matrix = [[value * factor for value in row] for row in self._matrix]
-        self._right = [value * factor for value in self._right]
+        """What was added so far counts less from now on; new sums count as they are. Kept as one
+        scale: a step then touches only what it adds to."""
+        self._scale *= factor
+        if self._scale < _LEAST_SCALE:
+            self._matrix = [[value * self._scale for value in row] for row in self._matrix]
+            self._right = [value * self._scale for value in self._right]
+            self._scale = 1.0
 
     def plus(self, other: "_Sums") -> tuple[list[list[float]], list[float]]:
         matrix = [
-            [a + b for a, b in zip(mine, theirs, strict=True)]
+            [self._scale * a + other._scale * b for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self._matrix, other._matrix, strict=True)
         ]
-        return matrix, [a + b for a, b in zip(self._right, other._right, strict=True)]
+        return matrix, [
+            self._scale * a + other._scale * b
+            for a, b in zip(self._right, other._right, strict=True)
+        ]
 
 
 def solve_symmetric(matrix: list[list[float]], right: list[float]) -> list[float]:
