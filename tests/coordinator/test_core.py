@@ -13,7 +13,8 @@ from support.scheduler_world import VOCAB, World, expected_output
 Req = tuple[int, list[int], SamplingParams]
 POLICIES = ("oldest-first", "pipemax", "fcfs", "count-balanced", "static-prefetch:0.2")
 MOST_UNFAIR_WAIT = 20
-"""Turns a decoding request may wait, over its fair share. Met so far: 8, in a million events."""
+"""Turns a decoding request may wait, over its fair share. Without a slow link 1.8 was the most in
+40 seeds, except with `fcfs`, which looks at nobody's wait: 50."""
 
 
 def make_requests(
