@@ -20,8 +20,8 @@ _THREAD_VARIABLES = (
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 """By default OpenMP's threads wait for each other by spinning. But a stage is never alone on its
 cores: coordinator, KV daemon and other stages take turns there, and a thread that spins keeps the
-one it waits for from running (measured: 22 against 360 tokens/s on a busy machine, and 2 % the other
-way on a quiet one; see ops/benchmarks/LOG.md)."""
+one it waits for from running (measured: 22 against 360 tokens/s on a busy machine, and 2 % the
+other way on a quiet one; see ops/benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
