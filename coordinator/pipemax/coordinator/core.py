@@ -25,7 +25,6 @@ from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
 from pipemax.coordinator.recovery import restart_from
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Item, SchedulerLimits, SchedulerState
-from pipemax.proto.messages.control import Release
 from pipemax.proto.messages.ingest import FinishReason
 
 
@@ -158,10 +157,8 @@ class Scheduler:
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None
     ) -> list[Command]:
-        commands: list[Command] = []
-        if self.state.forget_kv(request):
-            release = Release(epoch=self.state.epoch, requests=(request.kv_key,))
-            commands.append(ToDaemon(release))
+        release = self.state.forget_kv(request)
+        commands: list[Command] = [ToDaemon(release)] if release else []
         if reason in ("stop", "length"):
             self.state.forecast.finished(request.num_outputs, self.state.running.values())
         return [*commands, self._result(request, reason, stop_reason)]

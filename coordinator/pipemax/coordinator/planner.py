@@ -18,7 +18,7 @@ from pipemax.coordinator.rosters import candidate_of
 from pipemax.coordinator.state import Item, SchedulerState, StepInFlight
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import blocks_for
-from pipemax.proto.messages.control import BlockMove, Prefetch, Release, Store
+from pipemax.proto.messages.control import BlockMove, Prefetch, Store
 
 MIN_PREFILL_CHUNK_TOKENS = 64
 """Prompts are not cut finer than this to even out slots: each chunk reads all weights again."""
@@ -366,8 +366,7 @@ class Planner:
         if len(requests) < 2:
             raise InvariantError("the only request left cannot run although nothing else does")
         victim = requests[-1]
-        if state.forget_kv(victim):
-            release = Release(epoch=state.epoch, requests=(victim.kv_key,))
+        if release := state.forget_kv(victim):
             self._commands.append(ToDaemon(release))
         state.counters.preemptions += 1
         state.put_first(victim)

@@ -36,14 +36,14 @@ class Rosters:
     def place(self, request: Request) -> None:
         """Put the request where it belongs now. Who stays in a roster keeps its place there."""
         key = request.key
-        if request.num_missing:
+        if not request.is_device_complete:
             self._incomplete.add(key)
         else:
             self._incomplete.discard(key)
         on_host = resident = prefilling = False
         staged = request.staged_for != NO_STEP
         if not staged:
-            if request.num_missing:
+            if not request.is_device_complete:
                 on_host = not request.in_flight
             elif request.remaining > 1:
                 prefilling = True

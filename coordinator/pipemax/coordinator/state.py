@@ -16,6 +16,7 @@ from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import Rosters
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import blocks_for
+from pipemax.proto.messages.control import Release
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +170,9 @@ class SchedulerState:
         self.total_blocks -= len(request.table)
         self.num_storing -= request.host.count(HostState.STORING)
 
-    def forget_kv(self, request: Request) -> bool:
-        """Take a running request's KV away. Returns whether the daemon must be told to release
-        its host blocks; blocks that a copy may still touch are held until it has."""
+    def forget_kv(self, request: Request) -> Release | None:
+        """Take a running request's KV away. Returns what the daemon must be told, None when it
+        holds nothing; blocks that a copy may still touch are held until it has answered."""
         touched: list[int] = []
         free: list[int] = []
         staged = request.staged_for != NO_STEP
@@ -183,9 +184,9 @@ class SchedulerState:
         self.blocks.release(free, request.last_step)
         self.stop_running(request)
         if not on_host:
-            return False
+            return None
         self.releasing[request.kv_key] = Releasing(on_host, touched, request.last_step)
-        return True
+        return Release(epoch=self.epoch, requests=(request.kv_key,))
 
     def released(self, kv_key: int) -> None:
         """The daemon confirmed; unknown keys belong to an epoch that ended."""
