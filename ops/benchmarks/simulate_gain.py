@@ -17,12 +17,12 @@ import time
 from dataclasses import replace
 
 from pipemax.coordinator.policy import DEFAULT_POLICY
-from pipemax.services.simulator.catalogue import load_catalogue
+from pipemax.services.simulator.closed_form import decode_forecast
 from pipemax.services.simulator.records import Result
-from pipemax.services.simulator.roofline import decode_forecast
 from pipemax.services.simulator.spec import IDEAL, SimulationSpec
 from pipemax.services.simulator.workload import lognormal
 from pipemax.services.simulator.world import World
+from pipemax.stage_worker.modelled.catalogue import load_catalogue
 
 GPUS = ("rtx-3090", "rtx-4090", "a10", "rtx-5090", "l20")
 MEAN_IN, MEAN_OUT = 343.76, 237.20

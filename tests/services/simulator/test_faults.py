@@ -3,11 +3,11 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipemax.services.simulator.catalogue import load_catalogue
 from pipemax.services.simulator.faults import Fault
 from pipemax.services.simulator.spec import SimulationSpec, Timing
 from pipemax.services.simulator.workload import lognormal
 from pipemax.services.simulator.world import World
+from pipemax.stage_worker.modelled.catalogue import load_catalogue
 
 CATALOGUE = load_catalogue()
 STAGES = 3

@@ -7,15 +7,15 @@ from itertools import pairwise
 import pytest
 
 from pipemax.proto.errors import ConfigError
-from pipemax.services.simulator.catalogue import load_catalogue
+from pipemax.services.simulator.closed_form import decode_forecast
 from pipemax.services.simulator.engine import EventLoop
 from pipemax.services.simulator.faults import parse_fault
 from pipemax.services.simulator.links import make_links
 from pipemax.services.simulator.records import STAGE_STATES, Result
-from pipemax.services.simulator.roofline import decode_forecast
 from pipemax.services.simulator.spec import IDEAL, SimulationSpec, Timing
 from pipemax.services.simulator.workload import lognormal
 from pipemax.services.simulator.world import World, simulate
+from pipemax.stage_worker.modelled.catalogue import load_catalogue
 
 CATALOGUE = load_catalogue()
 

@@ -11,15 +11,15 @@ from rich.console import Console
 from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.sizes import parse_size
-from pipemax.services.simulator.catalogue import load_catalogue
 from pipemax.services.simulator.faults import parse_fault
 from pipemax.services.simulator.gantt import draw_svg
 from pipemax.services.simulator.records import Result
 from pipemax.services.simulator.report import Run, describe, result_data, result_view
-from pipemax.services.simulator.roofline import Efficiencies
 from pipemax.services.simulator.spec import SimulationSpec, Timing
 from pipemax.services.simulator.workload import DEFAULT_SIGMA, parse_workload
 from pipemax.services.simulator.world import World
+from pipemax.stage_worker.modelled.catalogue import load_catalogue
+from pipemax.stage_worker.modelled.roofline import Efficiencies
 
 _ROUNDS_SHOWN = 3
 

@@ -7,14 +7,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from pipemax.proto.sizes import format_size
-from pipemax.services.simulator.report import describe
-from pipemax.services.simulator.roofline import (
+from pipemax.services.simulator.closed_form import (
     DecodeForecast,
-    StageModel,
     decode_forecast,
     end_to_end_tokens_s,
 )
+from pipemax.services.simulator.report import describe
 from pipemax.services.simulator.spec import SimulationSpec
+from pipemax.stage_worker.modelled.roofline import StageModel
 
 WORTH_IT = 1.02
 """A smaller gain in decode is not worth the host memory."""

@@ -7,10 +7,10 @@ from functools import cached_property
 from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.geometry import blocks_for, split_layers
-from pipemax.services.simulator.catalogue import Gpu, ModelShape
 from pipemax.services.simulator.faults import Fault
-from pipemax.services.simulator.roofline import DEFAULT_EFFICIENCIES, Efficiencies, StageModel
 from pipemax.services.simulator.workload import Workload
+from pipemax.stage_worker.modelled.catalogue import Gpu, ModelShape
+from pipemax.stage_worker.modelled.roofline import DEFAULT_EFFICIENCIES, Efficiencies, StageModel
 
 
 @dataclass(frozen=True, slots=True)

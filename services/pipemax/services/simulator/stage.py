@@ -8,7 +8,7 @@ from pipemax.proto.messages.control import StepPlan
 from pipemax.proto.messages.types import unpack_i32
 from pipemax.services.simulator.engine import EventLoop, to_ns
 from pipemax.services.simulator.records import StateRecord
-from pipemax.services.simulator.roofline import StageModel, StepLoad
+from pipemax.stage_worker.modelled.roofline import StageModel, StepLoad
 
 
 class PlannedStep:

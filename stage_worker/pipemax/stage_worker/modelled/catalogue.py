@@ -97,7 +97,7 @@ def load_catalogue(extra: Path | None = None) -> Catalogue:
     naming the file and the entry that cannot be read."""
     gpus: dict[str, Gpu] = {}
     models: dict[str, ModelShape] = {}
-    data = files("pipemax.services.simulator").joinpath("data")
+    data = files("pipemax.stage_worker.modelled").joinpath("data")
     sources = [(name, data.joinpath(name).read_text()) for name in ("gpus.toml", "models.toml")]
     if extra is not None:
         try:

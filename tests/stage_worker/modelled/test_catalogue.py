@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipemax.proto.errors import ConfigError, ModelError
-from pipemax.services.simulator.catalogue import load_catalogue, model_from_config
+from pipemax.stage_worker.modelled.catalogue import load_catalogue, model_from_config
 
 LLAMA_70B = {
     "hidden_size": 8192,
