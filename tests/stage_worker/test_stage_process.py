@@ -59,6 +59,7 @@ class System:
         *,
         transport: Literal["shm", "tcp"] = "shm",
         pool_bytes: int = 2**20,
+        warm_up_s: float = 0.0,
     ) -> None:
         self.run_dir = run_dir
         config = EngineConfig(
@@ -71,6 +72,7 @@ class System:
             kv_cache_memory_bytes=pool_bytes,
             max_num_batched_tokens=64,
             activation_transport=transport,
+            warm_up_s=warm_up_s,
         )
         save_config(config, run_dir)
         if transport == "tcp":

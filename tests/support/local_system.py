@@ -47,6 +47,7 @@ def small_config(
         "layer_split": split,
         "block_size": block_size,
         "max_model_len": max_model_len,
+        "warm_up_s": 0.0,
         **settings,
     }
     layer = BlockGeometry(1, block_size, info.num_kv_heads, info.head_dim, info.dtype)

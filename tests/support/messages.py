@@ -112,6 +112,7 @@ EXAMPLES: tuple[Message, ...] = (
         weights_bytes=2**33,
         load_s=2.5,
         activation_transport="shm",
+        sweep=(control.SweepSample(8, 520, 64, 2080, 0.004),),
     ),
     control.KvReady(pool_bytes=2**30),
     control.Reset(epoch=2, keep_host_blocks=False),

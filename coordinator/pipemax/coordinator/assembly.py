@@ -108,6 +108,7 @@ class Assembly:
             [stage.block_bytes for stage in stages],
             device_kept=not self._stage_lost,
             host_kept=not self._daemon_lost,
+            sweeps=[stage.sweep for stage in stages],
         )
         self._stage_lost = self._daemon_lost = False
         return [resumed]

@@ -18,6 +18,8 @@ much as a short decode step.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipemax.proto.messages.control import SweepSample
+
 TILE_ROWS = 128
 """Rows of a GEMM tile: cost jumps where a further tile begins."""
 _KNOT_OFFSETS = (0, 63, TILE_ROWS - 1)
@@ -123,6 +125,11 @@ class StageCost:
         """|predicted − measured| / measured of the last observed step, predicted before it was
         learned from; None before there was a prediction."""
 
+    @property
+    def is_fitted(self) -> bool:
+        """It has something to predict from."""
+        return self._theta is not None
+
     def fit(self, samples: Sequence[tuple[StepFeatures, float]]) -> None:
         """Start over from a warm-up sweep: pairs of features and seconds, each more than 0.
 
@@ -225,6 +232,13 @@ class PipelineCost:
     def __init__(self, num_stages: int) -> None:
         self.stages = [StageCost() for _ in range(num_stages)]
 
+    def warm_up(self, sweeps: Sequence[Sequence[SweepSample]]) -> None:
+        """Fit the stages that know nothing yet to what their warm-up sweeps measured. A stage that
+        was started again sweeps again, but what its steps have taught is better."""
+        for model, sweep in zip(self.stages, sweeps, strict=False):
+            if sweep and not model.is_fitted:
+                model.fit([(_features_of(sample), sample.compute_s) for sample in sweep])
+
     def observe(self, stage: int, features: StepFeatures, seconds: float) -> float | None:
         """See StageCost.observe."""
         return self.stages[stage].observe(features, seconds)
@@ -242,6 +256,12 @@ class PipelineCost:
         if not times or len(known) < len(times):
             return None
         return self.stages[known.index(max(known))].linear(near)
+
+
+def _features_of(sample: SweepSample) -> StepFeatures:
+    return StepFeatures(
+        sample.decode_requests, sample.context_tokens, sample.prefill_tokens, sample.prefill_pairs
+    )
 
 
 class _Sums:

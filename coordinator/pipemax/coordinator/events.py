@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipemax.proto.messages.control import Drop, Prefetch, Release, StepPlan, Store
+from pipemax.proto.messages.control import Drop, Prefetch, Release, StepPlan, Store, SweepSample
 from pipemax.proto.messages.ingest import FinishReason, SamplingParams
 
 
@@ -38,6 +38,8 @@ class Resumed:
     """The device pools still hold what the steps that came back had written."""
     host_kept: bool
     """The host pool still holds what was reported stored."""
+    sweeps: Sequence[Sequence[SweepSample]] = ()
+    """By stage, what its warm-up sweep measured. Counts only where no step has taught better."""
 
 
 @dataclass(frozen=True, slots=True)

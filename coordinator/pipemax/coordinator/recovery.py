@@ -28,6 +28,7 @@ def restart_from(state: SchedulerState, event: Resumed) -> list[Command]:
     state.budget = LinkBudget(event.block_bytes)
     if len(state.costs.stages) != len(event.block_bytes):
         state.costs = PipelineCost(len(event.block_bytes))
+    state.costs.warm_up(event.sweeps)
     commands: list[Command] = []
     void: list[Request] = []
     if not event.host_kept:

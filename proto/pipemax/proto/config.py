@@ -63,6 +63,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     for stages on different hosts)."""
     activation_host: str = "127.0.0.1"
     """Address at which stages listen for activations over TCP."""
+    warm_up_s: Annotated[float, Meta(ge=0, le=600)] = 1.0
+    """Most time that each stage spends at its start on timing synthetic steps, from which the
+    scheduler predicts real ones; a slow model's few steps may take longer. 0 turns it off: then the
+    scheduler learns from the first real steps only."""
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
     metrics_host: str = "127.0.0.1"

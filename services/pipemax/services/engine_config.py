@@ -75,6 +75,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         "policy": options.policy,
         "seed": options.seed,
         "activation_transport": options.activation_transport,
+        "warm_up_s": options.warm_up_s,
         "threads_per_stage": (
             1 if options.threads_per_stage is None else options.threads_per_stage
         ),

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import zmq
 
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig, load_config
 from pipemax.proto.errors import ConfigError, ModelError
-from pipemax.proto.messages.control import Failure, Hello, StageReady
+from pipemax.proto.messages.control import Failure, Hello, StageReady, SweepSample
 from pipemax.proto.messages.registry import CONTROL, KV
 from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
@@ -32,6 +33,7 @@ from pipemax.stage_worker.model_step import ModelStep
 from pipemax.stage_worker.shell import Peer, StageShell
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
+from pipemax.stage_worker.sweep import SweepLimits, sweep
 
 FAILURE_LINGER_MS = 500
 """How long last words may take to reach the coordinator."""
@@ -74,12 +76,14 @@ def body(run_dir: Path, index: int) -> None:
         stage = _load(context, config, run_dir, index)
         stack.callback(stage.close)
         queue = StepQueue(takes_activations=stage.neighbours.previous is not None)
+        work = ModelStep(stage.model, stage.device, num_blocks=len(stage.pool.tensor))
+        samples = _sweep(config, stage, work)
         clock = StateClock(time.monotonic_ns)  # loading is over; it is told as `load_s`
         shell = StageShell(
             control,
             Peer(context, run_dir, KV, index),
             hello=hello,
-            ready=_ready(index, stage),
+            ready=_ready(index, stage, samples),
             pool=stage.pool,
             neighbours=stage.neighbours,
             queue=queue,
@@ -87,7 +91,6 @@ def body(run_dir: Path, index: int) -> None:
         )
         on_stop_signals(shell.stop)
         gc.freeze()  # what was loaded stays; collections look at steps only
-        work = ModelStep(stage.model, stage.device, num_blocks=len(stage.pool.tensor))
         Executor(queue, work, shell, clock).run()
 
 
@@ -127,7 +130,27 @@ def _load(context: Context, config: EngineConfig, run_dir: Path, index: int) -> 
     return LoadedStage(model, device, pool, neighbours, time.monotonic() - started_s)
 
 
-def _ready(index: int, stage: LoadedStage) -> StageReady:
+def _sweep(config: EngineConfig, stage: LoadedStage, work: ModelStep) -> tuple[SweepSample, ...]:
+    model = stage.model
+    limits = SweepLimits(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        config.max_model_len,
+        len(stage.pool.tensor),
+        config.block_size,
+    )
+
+    def rows(count: int) -> torch.Tensor | None:
+        return None if model.is_first else torch.randn(count, model.hidden_size).to(model.dtype)
+
+    started_s = time.monotonic()
+    samples = sweep(work, limits, model.vocab_size, rows, config.warm_up_s, time.perf_counter)
+    if samples:
+        log.info("timed %d steps in %.2f s", len(samples), time.monotonic() - started_s)
+    return samples
+
+
+def _ready(index: int, stage: LoadedStage, samples: tuple[SweepSample, ...]) -> StageReady:
     model = stage.model
     ready = StageReady(
         stage=index,
@@ -137,6 +160,7 @@ def _ready(index: int, stage: LoadedStage) -> StageReady:
         weights_bytes=model.weights_bytes,
         load_s=stage.load_s,
         activation_transport=stage.neighbours.transport,
+        sweep=samples,
     )
     log.info(
         "layers [%d, %d), weights %s, %d KV blocks of %s, loaded in %.1f s",

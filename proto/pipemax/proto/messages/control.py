@@ -1,14 +1,16 @@
 """The coordinator and the other processes of the system (socket `control`)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from pipemax.proto.messages.types import (
     I32,
     Count,
     Epoch,
     ErrorText,
+    MeasuredSeconds,
     Message,
     RequestKey,
     Seconds,
@@ -38,6 +40,20 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     instance_id: ShortText
 
 
+class SweepSample(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One step of a stage's warm-up sweep: what it was made of, and how long it took."""
+
+    decode_requests: Count
+    """Requests that computed one token."""
+    context_tokens: Count
+    """Tokens whose KV they read."""
+    prefill_tokens: Count
+    """Prompt tokens computed."""
+    prefill_pairs: Count
+    """Over all prompt tokens computed, the tokens each attends to."""
+    compute_s: MeasuredSeconds
+
+
 class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     """The stage has its weights and its pool and waits for a Reset."""
 
@@ -49,6 +65,8 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     weights_bytes: Count
     load_s: Seconds
     activation_transport: ShortText
+    sweep: Annotated[tuple[SweepSample, ...], Meta(max_length=256)] = ()
+    """What the stage measured before any work; empty when the warm-up sweep is off."""
 
 
 class KvReady(Message, frozen=True, kw_only=True, tag="kv_ready"):

@@ -54,7 +54,8 @@ def render() -> str:
     lines += _section("Parts of messages", "part", _part_rows())
     lines += [
         "",
-        "`SampleRow` and `BlockMove` travel as arrays: their fields in this order, without names.",
+        "`SweepSample`, `SampleRow` and `BlockMove` travel as arrays: their fields in this order, "
+        "without names.",
     ]
     lines += _alias_section()
     return "\n".join(lines) + "\n"

@@ -20,6 +20,8 @@ Epoch = Annotated[int, Meta(ge=0, le=2**62)]
 StageIndex = Annotated[int, Meta(ge=0, lt=1024)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0.0)]
+MeasuredSeconds = Annotated[float, Meta(gt=0.0, le=1e6)]
+"""Of something that happened: more than nothing, and neither infinite nor NaN."""
 ShortText = Annotated[str, Meta(max_length=256)]
 ErrorText = Annotated[str, Meta(max_length=4096)]
 

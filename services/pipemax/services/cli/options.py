@@ -182,6 +182,14 @@ class EngineOptions:
             metavar="PORT", help="Port of /metrics; 0 takes a free one.", rich_help_panel=_LAUNCH
         ),
     ] = _CONFIG.metrics_port
+    warm_up_s: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Most time each stage spends on timing steps at its start; 0: none.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = _CONFIG.warm_up_s
     ready_timeout: Annotated[
         float,
         typer.Option(
