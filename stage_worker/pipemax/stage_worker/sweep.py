@@ -75,12 +75,21 @@ class SweepShape:
         """A rough measure of its cost, to order shapes by."""
         return self.rows + self.items * self.context_len / _CONTEXT_PER_ROW
 
+    @property
+    def is_decode(self) -> bool:
+        """To the cost model every item of one token is."""
+        return self.tokens == 1
+
+    @property
+    def pairs(self) -> int:
+        """Over all new tokens, the tokens each attends to."""
+        each = self.tokens * self.context_len + self.tokens * (self.tokens + 1) // 2
+        return self.items * each
+
     def sample(self, compute_s: float) -> SweepSample:
-        """In the terms of the cost model, which takes an item of one token for a decode."""
-        if self.tokens == 1:
-            return SweepSample(self.items, self.items * (self.context_len + 1), 0, 0, compute_s)
-        pairs = self.tokens * self.context_len + self.tokens * (self.tokens + 1) // 2
-        return SweepSample(0, 0, self.rows, self.items * pairs, compute_s)
+        if self.is_decode:
+            return SweepSample(self.rows, self.pairs, 0, 0, compute_s)
+        return SweepSample(0, 0, self.rows, self.pairs, compute_s)
 
 
 def sweep_shapes(limits: SweepLimits) -> list[SweepShape]:

@@ -4,11 +4,12 @@ takes its time from the performance model."""
 from collections import deque
 from typing import Protocol
 
-from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.messages.control import StepPlan, SweepSample
 from pipemax.proto.messages.types import unpack_i32
 from pipemax.services.simulator.engine import EventLoop, to_ns
 from pipemax.services.simulator.records import StateRecord
 from pipemax.stage_worker.modelled.roofline import StageModel, StepLoad
+from pipemax.stage_worker.sweep import SweepLimits, sweep_shapes
 
 
 class PlannedStep:
@@ -47,6 +48,19 @@ def load_of(plan: StepPlan) -> StepLoad:
     return StepLoad(
         sum(counts) - prefill_rows, decode_context, prefill_rows, pairs, prefill_context
     )
+
+
+def modelled_sweep(model: StageModel, limits: SweepLimits) -> tuple[SweepSample, ...]:
+    """What a stage's warm-up sweep measures, of a stage that takes exactly as long as modelled."""
+    samples = []
+    for shape in sweep_shapes(limits):
+        if shape.is_decode:
+            load = StepLoad(shape.rows, shape.pairs)
+        else:
+            context = shape.items * shape.context_len
+            load = StepLoad(0, 0, shape.rows, shape.pairs, context)
+        samples.append(shape.sample(model.step_s(load)))
+    return tuple(samples)
 
 
 class Surroundings(Protocol):

@@ -34,7 +34,8 @@ from pipemax.services.simulator.records import (
     Timeline,
 )
 from pipemax.services.simulator.spec import SimulationSpec
-from pipemax.services.simulator.stage import ModelledStage, PlannedStep
+from pipemax.services.simulator.stage import ModelledStage, PlannedStep, modelled_sweep
+from pipemax.stage_worker.sweep import SweepLimits
 
 DAEMON = "kv-daemon"
 _NO_HANDLE = MemfdHandle(pid=0, fd=0, inode=0, size_bytes=0)
@@ -63,6 +64,13 @@ class World:
         self._message_ns = to_ns(spec.timing.message_s)
         self._hop_ns = to_ns(spec.timing.hop_s)
         self._lengths = [lengths.output_tokens for lengths in spec.workload.requests]
+        self._sweep_limits = SweepLimits(
+            spec.max_num_seqs,
+            spec.max_num_batched_tokens,
+            spec.workload.max_model_len,
+            spec.num_device_blocks,
+            spec.block_size,
+        )
         links = make_links(
             self.loop,
             spec.num_gpus,
@@ -240,6 +248,7 @@ class World:
             weights_bytes=round(stage.model.weights_bytes),
             load_s=self.spec.timing.load_s,
             activation_transport="shm",
+            sweep=modelled_sweep(stage.model, self._sweep_limits),
         )
         delay_ns = self._message_ns + to_ns(self.spec.timing.load_s)
         self.loop.after(delay_ns, self.coordinator.ready, name, ready)
