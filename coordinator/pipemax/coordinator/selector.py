@@ -138,18 +138,9 @@ class _Pool:
         self.taken.extend(add)
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
-    drop: tuple[Candidate, ...]
-    add: tuple[Candidate, ...]
-    load_blocks: int
-    requests: int
-    context_tokens: int
-
-
-_STAY = _Move((), (), 0, 0, 0)
 _Part = tuple[int, int, int, tuple[Candidate, ...]]
 """Blocks, requests, context tokens, and whose sums they are."""
+_NOBODY: _Part = (0, 0, 0, ())
 
 
 class _Slot:
@@ -238,78 +229,92 @@ class _Slot:
 
     def _improve(self, window: int, best: float) -> bool:
         """Apply the best move of this window if it lowers the objective."""
-        found: tuple[_Move, _Move] | None = None
+        problem = self.problem
+        least_s = problem.target_s - problem.cost.time_s(self.requests, self.context_tokens)
+        alpha, beta = problem.cost.per_request_s, problem.cost.per_token_s
+        found: tuple[_Part, _Part, _Part, _Part] | None = None
         device = _DeviceMoves(self, window)
-        for host_move in self._host_moves(window, best):
-            device_move, value = device.best_with(host_move)
+        for unused, _, _, drop, add in self._host_moves(window, best):
+            if unused >= best - 1e-9 * best:
+                break  # the others leave even more of the budget
+            count = add[1] - drop[1]
+            missing_s = least_s - alpha * count - beta * (add[2] - drop[2])
+            off_s, device_drop, device_add = device.closest(
+                missing_s, problem.max_requests - self.requests - count
+            )
+            value = unused + problem.blocks_per_s * off_s
             if value < best - 1e-9 * best:
-                found, best = (host_move, device_move), value
+                found, best = (drop, add, device_drop, device_add), value
         if found is None:
             return False
-        for pool, move in zip((self.host, self.device), found, strict=True):
-            pool.swap(move.drop, move.add)
-            self.load_blocks += move.load_blocks if pool is self.host else 0
-            self.requests += move.requests
-            self.context_tokens += move.context_tokens
+        for pool, drop, add in ((self.host, *found[:2]), (self.device, *found[2:])):
+            pool.swap(drop[3], add[3])
+            self.load_blocks += add[0] - drop[0] if pool is self.host else 0
+            self.requests += add[1] - drop[1]
+            self.context_tokens += add[2] - drop[2]
         return True
 
-    def _host_moves(self, window: int, best: float) -> list[_Move]:
-        """Moves that stay within the room and could beat `best` by what they leave of the
-        budget."""
+    def _host_moves(self, window: int, best: float) -> list[tuple[int, int, int, _Part, _Part]]:
+        """Moves that stay within the room and could beat `best` by what they leave of the budget:
+        (blocks of the budget left, order among equals, what to drop, what to add), those that
+        leave least first."""
         movable, left = self.host.window(window)
-        adds = _parts(left)
+        adds, drops = _parts(left), _parts(movable)
         loads = [part[0] for part in adds]
         budget, room = self.problem.budget_blocks, self.problem.room_blocks
-        moves = [_STAY]
-        for dropped in _parts(movable):
+        moves = [(max(0, budget - self.load_blocks), -1, -1, _NOBODY, _NOBODY)]
+        for d, dropped in enumerate(drops):
             kept = self.load_blocks - dropped[0]
             first = bisect_left(loads, budget - best - kept)
-            for part in adds[first : bisect_right(loads, room - kept)]:
-                if dropped[3] or part[3]:
-                    moves.append(_move(dropped, part))
+            for a in range(first, bisect_right(loads, room - kept)):
+                if dropped[1] or adds[a][1]:
+                    unused = budget - kept - loads[a]
+                    moves.append((unused if unused > 0 else 0, d, a, dropped, adds[a]))
+        moves.sort()
         return moves
 
 
 class _DeviceMoves:
-    """Moves of device-resident requests, by the requests they add, each sorted by the time."""
+    """Moves of device-resident requests, sorted by the time they add: all of them together, or by
+    the requests they add where a slot may have too few places for some."""
 
     def __init__(self, slot: _Slot, window: int) -> None:
-        self._slot = slot
-        self._cost = slot.problem.cost
+        cost = slot.problem.cost
+        places_matter = slot.requests + 2 * MOVED_AT_ONCE > slot.problem.max_requests
         movable, left = slot.device.window(window)
-        adds, drops = _parts(left), _parts(movable)
-        alpha, beta = self._cost.per_request_s, self._cost.per_token_s
+        self._adds, self._drops = _parts(left), _parts(movable)
         by_count: dict[int, list[tuple[float, int, int]]] = {}
-        for d, (_, less, fewer, _) in enumerate(drops):
-            for a, (_, more, further, _) in enumerate(adds):
-                time_s = alpha * (more - less) + beta * (further - fewer)
-                by_count.setdefault(more - less, []).append((time_s, a, d))
-        self._by_count = sorted(by_count.items())
-        for _, moves in self._by_count:
+        for d, (_, less, fewer, _) in enumerate(self._drops):
+            for a, (_, more, further, _) in enumerate(self._adds):
+                count = more - less
+                time_s = cost.per_request_s * count + cost.per_token_s * (further - fewer)
+                group = count if places_matter else 0
+                by_count.setdefault(group, []).append((time_s, a, d))
+        self._by_count: list[tuple[int, list[float], list[tuple[float, int, int]]]] = []
+        for count, moves in sorted(by_count.items()):
             moves.sort()
-        self._adds, self._drops = adds, drops
+            self._by_count.append((count, [move[0] for move in moves], moves))
 
-    def best_with(self, host: _Move) -> tuple[_Move, float]:
-        """The device move that fits best beside `host`, and the objective with both."""
-        slot, problem = self._slot, self._slot.problem
-        load = slot.load_blocks + host.load_blocks
-        requests = slot.requests + host.requests
-        tokens = slot.context_tokens + host.context_tokens
-        missing_s = problem.target_s - self._cost.time_s(requests, tokens)
-        best = (float("inf"), 0, 0)
-        for count, moves in self._by_count:
-            if requests + count > problem.max_requests:
+    def closest(self, missing_s: float, most: int) -> tuple[float, _Part, _Part]:
+        """The move of at most `most` requests more whose time is closest to `missing_s`: by how
+        much it is off, in seconds, what it drops and what it adds."""
+        off_s, a, d = float("inf"), 0, 0
+        for count, times, moves in self._by_count:
+            if count > most:
                 break
-            after = bisect_left(moves, (missing_s,))
-            for time_s, a, d in moves[max(0, after - 1) : after + 1]:
-                best = min(best, (abs(missing_s - time_s), a, d))
-        value = max(0, problem.budget_blocks - load) + problem.blocks_per_s * best[0]
-        return _move(self._drops[best[2]], self._adds[best[1]]), value
+            after = bisect_left(times, missing_s)
+            if after < len(times) and times[after] - missing_s < off_s:
+                off_s = times[after] - missing_s
+                _, a, d = moves[after]
+            if after and missing_s - times[after - 1] < off_s:
+                off_s = missing_s - times[after - 1]
+                _, a, d = moves[after - 1]
+        return off_s, self._drops[d], self._adds[a]
 
 
 def _parts(candidates: Sequence[Candidate]) -> list[_Part]:
     """None, and every group of up to MOVED_AT_ONCE of `candidates`, sorted by blocks."""
-    parts: list[_Part] = [(0, 0, 0, ())]
+    parts: list[_Part] = [_NOBODY]
     for one in candidates:
         parts += [
             (blocks + one.load_blocks, count + 1, tokens + one.context_tokens, (*group, one))
@@ -318,10 +323,6 @@ def _parts(candidates: Sequence[Candidate]) -> list[_Part]:
         ]
     parts.sort(key=_blocks_of)
     return parts
-
-
-def _move(drop: _Part, add: _Part) -> _Move:
-    return _Move(drop[3], add[3], add[0] - drop[0], add[1] - drop[1], add[2] - drop[2])
 
 
 def _turned(candidates: Sequence[Candidate], round_number: int) -> list[Candidate]:
