@@ -4,7 +4,9 @@ import pytest
 
 from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
 from pipemax.coordinator.events import Paused, Resumed
-from pipemax.proto.messages.control import Hello, KvReady, Role, StageReady
+from pipemax.proto.messages.control import Hello, KvReady, Role, StageReady, SweepSample
+
+SWEEP = (SweepSample(1, 64, 0, 0, 0.01), SweepSample(8, 512, 0, 0, 0.02))
 
 
 def hello(name: str, incarnation: str) -> Hello:
@@ -24,6 +26,7 @@ def ready(name: str, num_blocks: int = 100) -> StageReady | KvReady:
         weights_bytes=1,
         load_s=0.0,
         activation_transport="shm",
+        sweep=SWEEP,
     )
 
 
@@ -68,6 +71,7 @@ def test_resets_once_all_are_ready_and_resumes_once_all_have_answered() -> None:
     assert isinstance(resumed, Resumed)
     assert resumed.num_device_blocks == 20, "capacity is the smallest over stages"
     assert resumed.num_host_blocks == 50
+    assert resumed.sweeps == [SWEEP, SWEEP]
     assert not resumed.device_kept
     assert not resumed.host_kept
     assert assembly.missing == ()

@@ -14,6 +14,7 @@ from pipemax.coordinator.cost_model import (
     TileTable,
     solve_symmetric,
 )
+from pipemax.proto.messages.control import SweepSample
 
 L20_MS = {
     "Llama-13B": {1: 35.3, 128: 47.8, 129: 60.1, 192: 69.3, 256: 70.0, 257: 95.7, 512: 131.7,
@@ -209,3 +210,17 @@ def test_linear_systems_are_solved(size: int, seed: int) -> None:
     solution = [draw.gauss(0, 1) for _ in range(size)]
     right = [sum(a * x for a, x in zip(row, solution, strict=True)) for row in matrix]
     assert solve_symmetric(matrix, right) == pytest.approx(solution, abs=1e-6)
+
+
+def test_a_sweep_is_for_stages_that_know_nothing_yet() -> None:
+    pipeline = PipelineCost(2)
+    step = StepFeatures(4, 400)
+    for _ in range(20):
+        pipeline.observe(1, step, 0.5)
+    swept = [SweepSample(b, 100 * b, 0, 0, 0.02 + 1e-3 * b) for b in (1, 2, 4, 8)]
+    pipeline.warm_up([swept, swept])
+    assert pipeline.stages[0].predict(step) == pytest.approx(0.024, rel=0.05)
+    assert pipeline.stages[1].predict(step) == pytest.approx(0.5, rel=0.01)
+    assert pipeline.linear(step) is not None
+    pipeline.warm_up([[], []])  # sweeps that are off
+    assert pipeline.stages[0].predict(step) == pytest.approx(0.024, rel=0.05)

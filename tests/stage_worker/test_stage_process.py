@@ -324,6 +324,22 @@ def test_a_step_that_cannot_be_computed_ends_the_process_for_a_restart(system: S
     assert not error_file(system.run_dir, "stage-0").exists()
 
 
+def test_a_warm_up_sweep_comes_with_ready_and_changes_no_token(
+    runtime_dir: Path, model_dir: Path, expected: list[list[int]]
+) -> None:
+    with contextlib.closing(System(runtime_dir, model_dir, warm_up_s=0.2)) as system:
+        for ready in system.peers.bring_up(2, epoch=1):
+            assert len(ready.sweep) >= 2
+            assert any(sample.decode_requests for sample in ready.sweep)
+        generation = Generation(system.peers, epoch=1)
+        while not generation.finished:
+            first = generation.step == 0
+            done = generation.advance()
+            if first:
+                assert done[0].state_seconds["compute"] == done[0].compute_s  # the sweep is before
+        assert generation.outputs == expected
+
+
 def test_a_pool_too_small_for_one_block_is_fatal(runtime_dir: Path, model_dir: Path) -> None:
     with contextlib.closing(System(runtime_dir, model_dir, pool_bytes=1000)) as system:
         assert "holds no KV block" in system.peers.take(0, Failure).error
