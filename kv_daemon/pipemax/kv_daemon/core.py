@@ -7,7 +7,7 @@ copy starts the next one and may complete a Store (Stored), a Prefetch (Loaded) 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, count, groupby
 
 from pipemax.kv_daemon import invariants
@@ -216,18 +216,26 @@ class KvCore:
 
     def _on_prefetch(self, event: Prefetch) -> None:
         moves = []
+        of_request: Mapping[int, HostBlock] = {}
+        request = -1
+        storing = 0
         for move in self._checked(event.blocks):
-            block = self.table.find(move.request, move.index)
+            if move.request != request:
+                request = move.request
+                of_request = self.table.of_request(request)
+            block = of_request.get(move.index)
             if block is None:
                 raise ContradictionError(
                     f"prefetch for step {event.step} names block {move.index} of request "
-                    f"{move.request}, which the host does not hold"
+                    f"{request}, which the host does not hold"
                 )
+            storing |= block.to_store
             moves.append(Move(block, move.device_block))
-        moves.sort(key=lambda move: (move.block.host_id, move.device_block))
+        moves.sort(key=_places)
         shared = tuple(moves)
         for stage in self.stages:
-            stage.add("load", Job(event.step, event.after, shared, len(shared)))
+            suspect = bool(storing & stage.bit)
+            stage.add("load", Job(event.step, event.after, shared, len(shared), suspect=suspect))
 
     def _on_store(self, event: Store) -> None:
         in_order = sorted(self._checked(event.blocks), key=lambda move: (move.request, move.index))
@@ -297,6 +305,7 @@ class KvCore:
         if not blocks:
             return
         for stage in self.stages:
+            stage.suspect()
             if stage.postponed:
                 for block in blocks:
                     stage.cancel_loads(block)
@@ -316,9 +325,11 @@ class KvCore:
             stored = self._part_stored(stage, copy)
             stage.pump("load")
         stage.pump(direction)
-        at_rest = {b.request for b, _ in copy.moves if b.dropped and self.table.copy_ended(b)}
-        released = tuple(sorted(at_rest & self.pending_releases))
-        self.pending_releases.difference_update(released)
+        released: tuple[int, ...] = ()
+        if self.table.draining:
+            at_rest = {b.request for b, _ in copy.moves if b.dropped and self.table.copy_ended(b)}
+            released = tuple(sorted(at_rest & self.pending_releases))
+            self.pending_releases.difference_update(released)
         self._answer_stored(stored)
         self._answer_released(released)
         self._place_waiting()
@@ -347,6 +358,10 @@ class KvCore:
     def _answer_released(self, requests: tuple[int, ...]) -> None:
         if requests:
             self._out.append(SendToCoordinator(Released(epoch=self.epoch, requests=requests)))
+
+
+def _places(move: Move) -> tuple[int, int]:
+    return move[0].host_id, move[1]
 
 
 def _fields(move: BlockMove) -> tuple[int, int, int]:

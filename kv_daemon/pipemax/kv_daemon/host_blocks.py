@@ -4,13 +4,14 @@ A host block id means the same on every stage: block i lies at index i of each s
 the host pool, as device block ids do in the device pools.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 
 from pipemax.kv_daemon.free_blocks import FreeBlocks
 
 UNPLACED = -1
 """Host id of a block that waits for a host block to become free."""
+_NO_BLOCKS: Mapping[int, "HostBlock"] = {}
 
 
 class HostBlock:
@@ -50,6 +51,10 @@ class HostTable:
     def find(self, request: int, index: int) -> HostBlock | None:
         blocks = self._requests.get(request)
         return None if blocks is None else blocks.get(index)
+
+    def of_request(self, request: int) -> Mapping[int, HostBlock]:
+        """Blocks of a request by index."""
+        return self._requests.get(request, _NO_BLOCKS)
 
     def is_draining(self, request: int) -> bool:
         """A copy still touches a dropped block of `request`."""

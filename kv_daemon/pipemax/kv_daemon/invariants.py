@@ -91,11 +91,21 @@ def _check_lane(stage: StageLink, direction: Direction) -> None:
             job.outstanding == left + not_queued[job], f"{where}: a job counts its moves wrongly"
         )
         total += job.outstanding
+        _require(
+            job.suspect or _is_plain(stage, direction, job), f"{where}: a job trusts its moves"
+        )
     _require(lane.outstanding == total, f"{where}: the lane counts its moves wrongly")
     _require(all(job.queued for _, _, job in lane.ready), f"{where}: a queued job thinks it is not")
     _require(all(after > stage.computed for after, _, _ in lane.gated), f"{where}: late gate")
     if not lane.running and stage.attached:
         _require(all(job.exhausted for _, _, job in lane.ready), f"{where}: idle in spite of work")
+
+
+def _is_plain(stage: StageLink, direction: Direction, job: Job) -> bool:
+    """All moves left may start as they are."""
+    not_yet = stage.bit if direction == "load" else 0
+    left = (*job.moves[job.cursor :], *job.late)
+    return not any(block.dropped or block.to_store & not_yet for block, _ in left)
 
 
 def _check_store_bits(core: "KvCore", stage: StageLink) -> None:

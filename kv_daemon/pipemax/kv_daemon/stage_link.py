@@ -1,6 +1,6 @@
 """One stage as the core sees it: its pool, how far it has computed, and its copies both ways."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pipemax.kv_daemon.events import (
     DIRECTIONS,
@@ -122,9 +122,16 @@ class StageLink:
             if self.lanes["load"].settle(job, 1):
                 self._complete("load", job)
 
-    def _take_piece(self, direction: Direction, job: Job, limit: int) -> list[Move]:
+    def suspect(self) -> None:
+        """Blocks were dropped."""
+        for lane in self.lanes.values():
+            lane.suspect()
+
+    def _take_piece(self, direction: Direction, job: Job, limit: int) -> Sequence[Move]:
         """The next moves of `job`, at most `limit`; fewer, or none, where blocks were dropped or
         must be stored first."""
+        if not job.suspect:
+            return job.take(limit)
         not_yet = self.bit if direction == "load" else 0
         moves: list[Move] = []
         cancelled = 0

@@ -55,6 +55,9 @@ class Job:
     """Moves before this one were started, cancelled or postponed."""
     late: list[Move] = field(default_factory=list)
     """Moves that were postponed until the block was stored on this stage, and now may start."""
+    suspect: bool = False
+    """Some of the moves left may be of a block that was dropped or, in a load, is not stored yet.
+    Eight stages share one list of moves: looking at each move is most of the work."""
     queued: bool = True
     """In the lane's queue; False when all that is left is under way or postponed."""
 
@@ -65,7 +68,9 @@ class Job:
     def take(self, most: int) -> Sequence[Move]:
         """Up to `most` next moves, at least one. The job must not be exhausted."""
         if self.cursor < len(self.moves):
-            taken: Sequence[Move] = self.moves[self.cursor : self.cursor + most]
+            taken: Sequence[Move] = self.moves
+            if self.cursor or most < len(taken):
+                taken = taken[self.cursor : self.cursor + most]
             self.cursor += len(taken)
             return taken
         taken = self.late[:most]
@@ -78,7 +83,7 @@ class Copy:
     """One StartCopy under way."""
 
     job: Job
-    moves: list[Move]
+    moves: Sequence[Move]
     void: bool = False
     """Started before the last reset: its end means nothing but that its blocks are at rest."""
 
@@ -131,6 +136,12 @@ class Lane:
         job.outstanding -= count
         self.outstanding -= count
         return job.outstanding == 0
+
+    def suspect(self) -> None:
+        """Blocks were dropped: any job waiting here may have moves of them."""
+        for queue in (self.ready, self.gated):
+            for _, _, job in queue:
+                job.suspect = True
 
     def void(self) -> int:
         """Forgets all jobs. Returns how many copies under way became void."""
