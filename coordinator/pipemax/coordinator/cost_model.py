@@ -146,7 +146,7 @@ class StageCost:
                 self._prior.add(self._inputs(features), seconds, _PRIOR_STEPS / len(samples))
             self._solve()
             for features, seconds in samples:
-                self._learn_factor(features, seconds)
+                self._learn_factor(features, self._inputs(features), seconds)
 
     def predict(self, features: StepFeatures) -> float | None:
         """Seconds; None before anything is known."""
@@ -159,18 +159,19 @@ class StageCost:
         time are ignored."""
         if seconds <= 0:
             return self.relative_error
-        predicted = self.predict(features)
+        inputs = self._inputs(features)
         weight = 1.0
-        if predicted is not None:
+        if self._theta is not None:
+            predicted = _dot(self._theta, inputs)
             self.relative_error = abs(predicted - seconds) / seconds
             if self._observed >= _SETTLED_STEPS and self.relative_error > _OUTLIER:
                 weight = _OUTLIER / self.relative_error
         self._observed += 1
         self._recent.fade(self._forgetting)
-        self._recent.add(self._inputs(features), seconds, weight)
+        self._recent.add(inputs, seconds, weight)
         if self._observed <= _SETTLED_STEPS or self._observed % _SOLVE_EVERY == 0:
             self._solve()
-        self._learn_factor(features, seconds, weight)
+        self._learn_factor(features, inputs, seconds, weight)
         return self.relative_error
 
     def linear(self, near: StepFeatures) -> LinearCost | None:
@@ -193,15 +194,15 @@ class StageCost:
             features.prefill_pairs / _SCALES[4],
         ]
 
-    def _learn_factor(self, features: StepFeatures, seconds: float, weight: float = 1.0) -> None:
+    def _learn_factor(
+        self, features: StepFeatures, inputs: Sequence[float], seconds: float, weight: float = 1.0
+    ) -> None:
         assert self._theta is not None
-        inputs = self._inputs(features)
         weights_part = _dot(self._theta[:3], inputs[:3])
         attention = _dot(self._theta[3:], inputs[3:])
         if weights_part <= 0:
             return
-        old = self._table.factor(features.rows)
-        observed = old * (seconds - attention) / weights_part
+        observed = inputs[0] * (seconds - attention) / weights_part
         share = weights_part / (weights_part + attention)
         self._table.learn(features.rows, observed, share * weight)
 
@@ -209,14 +210,16 @@ class StageCost:
         """No coefficient is negative: one that would be is left out and the others solved again."""
         free = list(range(_N))
         matrix, right = self._prior.plus(self._recent)
-        ridge = _RIDGE * sum(matrix[i][i] for i in free) / _N
+        ridge = _RIDGE * sum([matrix[i][i] for i in free]) / _N
         for i in free:
             matrix[i][i] += ridge
         theta = [0.0] * _N
         while free:
-            values = solve_symmetric(
-                [[matrix[i][j] for j in free] for i in free], [right[i] for i in free]
-            )
+            if len(free) == _N:
+                values = solve_symmetric(matrix, right)
+            else:
+                rows = [[matrix[i][j] for j in free if j <= i] for i in free]
+                values = solve_symmetric(rows, [right[i] for i in free])
             worst = min(range(len(free)), key=values.__getitem__)
             if values[worst] >= 0:
                 for i, value in zip(free, values, strict=True):
@@ -268,19 +271,22 @@ class _Sums:
     """Weighted normal equations of relative errors: Σ w·x·xᵀ/y² and Σ w·x/y."""
 
     def __init__(self) -> None:
-        self._matrix = [[0.0] * _N for _ in range(_N)]
+        self._matrix = [[0.0] * (i + 1) for i in range(_N)]
+        """The lower triangle; the rest is its mirror image."""
         self._right = [0.0] * _N
         self._scale = 1.0
         """Of both, so far."""
 
     def add(self, inputs: Sequence[float], seconds: float, weight: float) -> None:
         scaled = [value / seconds for value in inputs]
+        weight /= self._scale
+        right = self._right
         for i, row in enumerate(self._matrix):
-            factor = weight / self._scale * scaled[i]
+            factor = weight * scaled[i]
             if factor:
-                for j, value in enumerate(scaled):
-                    row[j] += factor * value
-                self._right[i] += factor
+                for j in range(i + 1):
+                    row[j] += factor * scaled[j]
+                right[i] += factor
 
     def fade(self, factor: float) -> None:
         """What was added so far counts less from now on; new sums count as they are. Kept as one
@@ -292,36 +298,48 @@ class _Sums:
             self._scale = 1.0
 
     def plus(self, other: "_Sums") -> tuple[list[list[float]], list[float]]:
+        """The sum of both: the lower triangle, row by row, and the right-hand side."""
+        mine, theirs = self._scale, other._scale
         matrix = [
-            [self._scale * a + other._scale * b for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(self._matrix, other._matrix, strict=True)
+            [mine * a + theirs * b for a, b in zip(row, their_row, strict=True)]
+            for row, their_row in zip(self._matrix, other._matrix, strict=True)
         ]
-        return matrix, [
-            self._scale * a + other._scale * b
-            for a, b in zip(self._right, other._right, strict=True)
-        ]
+        right = [mine * a + theirs * b for a, b in zip(self._right, other._right, strict=True)]
+        return matrix, right
 
 
-def solve_symmetric(matrix: list[list[float]], right: list[float]) -> list[float]:
-    """Solves `matrix · x = right` for a positive definite matrix, by its Cholesky factor. A
-    direction without any information gets 0."""
+def solve_symmetric(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """Solves `matrix · x = right` for a positive definite matrix, by its Cholesky factor. Only the
+    lower triangle is read. A direction without any information gets 0.
+
+    Plain loops: every stage's every other step is solved for, and sums over generators took
+    several times as long."""
     size = len(right)
-    lower = [[0.0] * size for _ in range(size)]
     floor = 1e-12 * max((matrix[i][i] for i in range(size)), default=0.0)
-    solved = [0.0] * size
+    lower: list[list[float]] = []
+    solved: list[float] = []
     for i in range(size):
-        for j in range(i + 1):
-            rest = matrix[i][j] - sum(lower[i][k] * lower[j][k] for k in range(j))
-            if i == j:
-                lower[i][i] = rest**0.5 if rest > floor else float("inf")
-            else:
-                lower[i][j] = rest / lower[j][j]
-    for i in range(size):
-        rest = right[i] - sum(lower[i][k] * solved[k] for k in range(i))
-        solved[i] = rest / lower[i][i]
-    for i in reversed(range(size)):
-        rest = solved[i] - sum(lower[k][i] * solved[k] for k in range(i + 1, size))
-        solved[i] = rest / lower[i][i]
+        given = matrix[i]
+        row: list[float] = []
+        for j in range(i):
+            other = lower[j]
+            total = 0.0
+            for k in range(j):
+                total += row[k] * other[k]
+            row.append((given[j] - total) / other[j])
+        squares = along = 0.0
+        for k in range(i):
+            squares += row[k] * row[k]
+            along += row[k] * solved[k]
+        rest = given[i] - squares
+        row.append(rest**0.5 if rest > floor else float("inf"))
+        lower.append(row)
+        solved.append((right[i] - along) / row[i])
+    for i in range(size - 1, -1, -1):
+        total = 0.0
+        for k in range(i + 1, size):
+            total += lower[k][i] * solved[k]
+        solved[i] = (solved[i] - total) / lower[i][i]
     return solved
 
 
