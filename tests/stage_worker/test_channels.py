@@ -61,7 +61,7 @@ class Stages:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             neighbours = open_neighbours(
-                context, self.config, self.run_dir, stage=stage, device=CpuDevice(), shape=shape
+                context, self.config, self.run_dir, stage=stage, memory=CpuDevice(), shape=shape
             )
         except BaseException:
             context.destroy(linger=0)

@@ -6,11 +6,13 @@ import torch
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import SharedMemory
-from pipemax.stage_worker.devices.base import pool_blocks
+from pipemax.stage_worker.channels.ring import RingShape
 from pipemax.stage_worker.devices.cpu import CpuDevice
 from pipemax.stage_worker.devices.registry import open_device
+from pipemax.stage_worker.engine import pool_blocks
 
 GEOMETRY = BlockGeometry(num_layers=2, block_size=4, num_kv_heads=3, head_dim=8, dtype="bfloat16")
+RING = RingShape(num_slots=2, max_rows=3, hidden_size=4, dtype="float32")
 
 
 def test_a_pool_is_block_first_and_seen_by_who_maps_it() -> None:
@@ -41,28 +43,33 @@ def test_a_view_outlives_the_close() -> None:
 
 def test_both_ends_of_a_ring_are_one_memory() -> None:
     device = CpuDevice()
-    mine = device.allocate_ring((2, 3, 4), torch.float32)
-    theirs = device.open_ring(mine.handle, (2, 3, 4), torch.float32)
-    mine.tensor[1, 2] = torch.arange(4.0)
-    assert torch.equal(theirs.tensor, mine.tensor)
+    mine = device.allocate_ring(RING)
+    theirs = device.open_ring(mine.handle, RING)
+    rows = torch.arange(8.0).view(2, 4)
+    mine.write(1, rows)
+    assert torch.equal(theirs.read(1, 2), rows)
+    assert not theirs.read(0, 3).any()
+    assert theirs.frame(1, 2) == device.frame(rows)
+    mine.frame(0, 1)[:4] = b"\0\0\x80\x3f"
+    assert theirs.read(0, 1).tolist() == [[1.0, 0.0, 0.0, 0.0]]
     theirs.close()
     mine.close()
 
 
 def test_a_ring_of_a_process_that_is_gone_is_an_error() -> None:
     device = CpuDevice()
-    ring = device.allocate_ring((1, 1, 4), torch.float32)
+    ring = device.allocate_ring(RING)
     handle = ring.handle
     ring.close()
     with pytest.raises(PipemaxSystemError):
-        device.open_ring(handle, (1, 1, 4), torch.float32)
+        device.open_ring(handle, RING)
 
 
 def test_the_pool_takes_what_fits() -> None:
-    assert pool_blocks(GEOMETRY, 10 * GEOMETRY.block_bytes, 0) == 10
-    assert pool_blocks(GEOMETRY, 11 * GEOMETRY.block_bytes - 1, 0) == 10
-    with pytest.raises(ConfigError, match=f"stage 2 takes {GEOMETRY.block_bytes} bytes"):
-        pool_blocks(GEOMETRY, GEOMETRY.block_bytes - 1, 2)
+    assert pool_blocks(96, 4, 960, 0) == 10
+    assert pool_blocks(96, 4, 96 * 11 - 1, 0) == 10
+    with pytest.raises(ConfigError, match="stage 2 takes 96 bytes"):
+        pool_blocks(96, 4, 95, 2)
 
 
 def test_an_unknown_device_is_refused_by_name() -> None:

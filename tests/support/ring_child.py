@@ -22,7 +22,7 @@ def body(run_dir: Path, index: int) -> None:
     results.linger = 1000
     results.connect(f"ipc://{run_dir / RESULTS}")
     neighbours = open_neighbours(
-        context, load_config(run_dir), run_dir, stage=index, device=CpuDevice(), shape=SHAPE
+        context, load_config(run_dir), run_dir, stage=index, memory=CpuDevice(), shape=SHAPE
     )
     receiver = neighbours.previous
     assert receiver is not None

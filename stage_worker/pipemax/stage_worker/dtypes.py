@@ -5,6 +5,7 @@ from typing import Final
 import torch
 
 from pipemax.proto.geometry import Dtype
+from pipemax.stage_worker.channels.ring import RingDtype
 
 _BY_NAME: Final[dict[Dtype, torch.dtype]] = {
     "float32": torch.float32,
@@ -14,8 +15,8 @@ _BY_NAME: Final[dict[Dtype, torch.dtype]] = {
 _BY_TORCH: Final = {dtype: name for name, dtype in _BY_NAME.items()}
 
 
-def torch_dtype(name: Dtype) -> torch.dtype:
-    return _BY_NAME[name]
+def torch_dtype(name: RingDtype) -> torch.dtype:
+    return torch.uint64 if name == "uint64" else _BY_NAME[name]
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:

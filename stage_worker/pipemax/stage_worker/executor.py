@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-import torch
-
 from pipemax.proto.messages.control import StepPlan
+from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.state_clock import State, StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
@@ -22,7 +21,7 @@ Batch = TypeVar("Batch")
 class StepResult:
     """Output of one step on this stage: exactly one of the two is given."""
 
-    rows: torch.Tensor | None = None
+    rows: Rows | None = None
     """`[T, hidden]` for the next stage."""
     tokens: list[int] | None = None
     """From the last stage, one per sample row of the plan."""
@@ -34,7 +33,7 @@ class StepWork(Protocol[Batch]):
     def prepare(self, plan: StepPlan) -> Batch:
         """Inputs that depend on the plan alone. Raises WireError when it contradicts itself."""
 
-    def compute(self, plan: StepPlan, batch: Batch, rows: torch.Tensor | None) -> StepResult:
+    def compute(self, plan: StepPlan, batch: Batch, rows: Rows | None) -> StepResult:
         """`rows` `[T, hidden]` from the previous stage; None on stage 0."""
 
 
@@ -49,7 +48,7 @@ class Links(Protocol):
         """Handles every message that has arrived; with `wait`, first waits until there is one,
         though never for more than a second."""
 
-    def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
+    def send_rows(self, plan: StepPlan, rows: Rows) -> None:
         """To the next stage."""
 
     def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:

@@ -1,10 +1,13 @@
 """A step of the real model: plan to inputs, inputs and activations to results."""
 
+from typing import cast
+
 import torch
 
 from pipemax.proto.errors import WireError
 from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.executor import StepResult
 from pipemax.stage_worker.model.stage_model import StageModel
@@ -29,9 +32,9 @@ class ModelStep:
             )
         return batch
 
-    def compute(self, plan: StepPlan, batch: StepBatch, rows: torch.Tensor | None) -> StepResult:
+    def compute(self, plan: StepPlan, batch: StepBatch, rows: Rows | None) -> StepResult:
         """Sampling counts as computing: it is part of what makes the last stage's step longer."""
-        output = self._model.forward(batch, rows)
+        output = self._model.forward(batch, cast(torch.Tensor | None, rows))
         self._device.synchronize()
         if not self._model.is_last:
             return StepResult(rows=output)

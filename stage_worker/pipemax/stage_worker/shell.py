@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 import zmq
 
+from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import (
     Beat,
     Hello,
@@ -27,7 +27,7 @@ from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import connect_dealer, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 from pipemax.stage_worker.channels.connect import Context, Neighbours
-from pipemax.stage_worker.devices.base import SharedTensor
+from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
@@ -84,7 +84,7 @@ class StageShell:
         *,
         hello: Hello,
         ready: StageReady,
-        pool: SharedTensor,
+        pool: MemfdHandle,
         neighbours: Neighbours,
         queue: StepQueue,
         clock: StateClock,
@@ -135,7 +135,7 @@ class StageShell:
             self._next_tick_s = time.monotonic() + TICK_S
             self._tick()
 
-    def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
+    def send_rows(self, plan: StepPlan, rows: Rows) -> None:
         assert self._neighbours.next is not None
         self._neighbours.next.send(plan.epoch, plan.step, plan.slot, rows)
 
@@ -213,7 +213,7 @@ class StageShell:
             AttachPool(
                 epoch=self._queue.epoch,
                 stage=self._ready.stage,
-                handle=self._pool.handle,
+                handle=self._pool,
                 num_blocks=self._ready.num_blocks,
                 block_bytes=self._ready.block_bytes,
             )

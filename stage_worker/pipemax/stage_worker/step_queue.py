@@ -3,10 +3,9 @@
 from collections import deque
 from typing import Literal
 
-import torch
-
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import StepPlan
+from pipemax.stage_worker.channels.ring import Rows
 
 Missing = Literal["wait_activation", "wait_kv"]
 
@@ -25,7 +24,7 @@ class StepQueue:
         """-1 before the first reset."""
         self._plans: deque[StepPlan] = deque()
         self._last_step = -1
-        self._rows: dict[int, torch.Tensor] = {}
+        self._rows: dict[int, Rows] = {}
         self._loaded: set[int] = set()
 
     def reset(self, epoch: int) -> None:
@@ -45,7 +44,7 @@ class StepQueue:
         self._last_step = plan.step
         self._plans.append(plan)
 
-    def add_rows(self, epoch: int, step: int, rows: torch.Tensor) -> None:
+    def add_rows(self, epoch: int, step: int, rows: Rows) -> None:
         """`rows` `[rows, hidden]` are the previous stage's output of `step`."""
         if epoch == self.epoch:
             self._rows[step] = rows
@@ -70,7 +69,7 @@ class StepQueue:
             return "wait_kv"
         return None
 
-    def rows(self, plan: StepPlan) -> torch.Tensor | None:
+    def rows(self, plan: StepPlan) -> Rows | None:
         """The activations of a plan that misses nothing, `[rows, hidden]`; None on stage 0.
         Raises InvariantError when they are not one row per token of the plan."""
         if not self._takes_activations:

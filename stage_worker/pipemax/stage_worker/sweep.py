@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from pipemax.proto.config import EngineConfig
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import SampleRow, StepPlan, SweepSample
 from pipemax.proto.messages.types import pack_i32
 
 if TYPE_CHECKING:
-    import torch
-
+    from pipemax.stage_worker.channels.ring import Rows
     from pipemax.stage_worker.executor import StepWork
 
 TILE_ROWS = 128
@@ -53,6 +53,16 @@ class SweepLimits:
     num_blocks: int
     """Of the stage's pool."""
     block_size: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, num_blocks: int) -> "SweepLimits":
+        return cls(
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_model_len,
+            num_blocks,
+            config.block_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +177,7 @@ def sweep(
     work: "StepWork[Batch]",
     limits: SweepLimits,
     vocab_size: int,
-    rows: "Callable[[int], torch.Tensor | None]",
+    rows: "Callable[[int], Rows | None]",
     limit_s: float,
     now_s: Callable[[], float],
 ) -> tuple[SweepSample, ...]:

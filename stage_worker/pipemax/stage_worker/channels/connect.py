@@ -16,11 +16,10 @@ from pipemax.proto.sockets import (
     make_router,
 )
 from pipemax.stage_worker.channels.receiver import ActivationReceiver
-from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.channels.sender import ActivationSender
 from pipemax.stage_worker.channels.shm import ShmReader, ShmWriter
 from pipemax.stage_worker.channels.tcp import TcpReader, TcpWriter
-from pipemax.stage_worker.devices.base import Device
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -67,11 +66,11 @@ def open_neighbours(
     run_dir: Path,
     *,
     stage: int,
-    device: Device,
+    memory: RingMemory,
     shape: RingShape,
 ) -> Neighbours:
     """Raises ConfigError for TCP without keys or on an address that is not ours."""
-    connect = _Connect(context, config, run_dir, stage, device, shape)
+    connect = _Connect(context, config, run_dir, stage, memory, shape)
     is_first, is_last = stage == 0, stage == config.pipeline_parallel_size - 1
     previous = None if is_first else connect.receiver()
     try:
@@ -88,27 +87,28 @@ class _Connect:
     config: EngineConfig
     run_dir: Path
     stage: int
-    device: Device
+    memory: RingMemory
     shape: RingShape
 
     def sender(self) -> ActivationSender:
         identity = identity_of("stage", self.stage)
         if self.config.activation_transport == "tcp":
-            writer = TcpWriter(self.run_dir, self.stage + 1)
+            writer = TcpWriter(self.run_dir, self.stage + 1, self.memory)
             socket = make_dealer(self.context, ACTIVATIONS, identity)
             writer.secure(socket)
             return ActivationSender(socket, writer, self.shape)
         endpoint = socket_endpoint(self.run_dir, f"act-{self.stage + 1}")
         socket = connect_dealer(self.context, endpoint, ACTIVATIONS, identity)
-        return ActivationSender(socket, ShmWriter(self.device, self.shape), self.shape)
+        return ActivationSender(socket, ShmWriter(self.memory, self.shape), self.shape)
 
     def receiver(self) -> ActivationReceiver:
         peer = identity_of("stage", self.stage - 1)
         if self.config.activation_transport == "tcp":
-            reader = TcpReader(self.run_dir, self.stage, self.config.activation_host, self.shape)
+            host = self.config.activation_host
+            reader = TcpReader(self.run_dir, self.stage, host, self.memory, self.shape)
             socket = make_router(self.context, ACTIVATIONS)
             reader.listen(self.context, socket)
             return ActivationReceiver(socket, peer, reader, self.shape)
         endpoint = socket_endpoint(self.run_dir, f"act-{self.stage}")
         socket = bind_router(self.context, endpoint, ACTIVATIONS)
-        return ActivationReceiver(socket, peer, ShmReader(self.device, self.shape), self.shape)
+        return ActivationReceiver(socket, peer, ShmReader(self.memory, self.shape), self.shape)

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 import zmq
 
 from pipemax.proto.errors import ConfigError, PipemaxSystemError, WireError
 from pipemax.proto.messages.activations import ActivationReady, RingAccepted, RingOffer
 from pipemax.proto.messages.registry import ACTIVATIONS
 from pipemax.proto.wire import Codec, encode
-from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.ring import RingShape, Rows
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class Arrival:
 
     epoch: int
     step: int
-    rows: torch.Tensor
+    rows: Rows
 
 
 class RowReader(Protocol):
@@ -35,7 +34,7 @@ class RowReader(Protocol):
     def attach(self, offer: RingOffer) -> None:
         """Gets at the sender's memory. Raises PipemaxSystemError when the sender is gone."""
 
-    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> torch.Tensor:
+    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> Rows:
         """The rows `ready` announces. Raises WireError when `extra` does not hold them."""
 
     def close(self) -> None: ...

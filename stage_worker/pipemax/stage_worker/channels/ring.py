@@ -1,9 +1,17 @@
-"""What sender and receiver agree on, whatever carries the rows."""
+"""What sender and receiver agree on, whatever carries the rows and whatever the rows are made of.
 
+Imports no torch: a stage that only models its GPU has none.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from pipemax.proto.geometry import DTYPE_BYTES, Dtype
+from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.activations import RingOffer
+
+RingDtype = Dtype | Literal["uint64"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +21,7 @@ class RingShape:
     num_slots: int
     max_rows: int
     hidden_size: int
-    dtype: Dtype
+    dtype: RingDtype
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -21,7 +29,11 @@ class RingShape:
 
     @property
     def row_bytes(self) -> int:
-        return self.hidden_size * DTYPE_BYTES[self.dtype]
+        return self.hidden_size * (8 if self.dtype == "uint64" else DTYPE_BYTES[self.dtype])
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_slots * self.max_rows * self.row_bytes
 
     def difference(self, offer: RingOffer) -> str | None:
         """The first thing in which `offer` is not this shape, in words; None when it is."""
@@ -30,3 +42,46 @@ class RingShape:
             if offered != expected:
                 return f"{name} is {offered} there and {expected} here"
         return None
+
+
+class Rows(Protocol):
+    """Output of a step, `[rows, hidden]`: an array of the device that made it. Whoever carries it
+    looks at its shape only."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __len__(self) -> int: ...
+
+
+class Ring(Protocol):
+    """`[num_slots, max_rows, hidden]` in memory that other processes can map."""
+
+    @property
+    def handle(self) -> MemfdHandle:
+        """Opens the same memory in another process while this one lives."""
+
+    def write(self, slot: int, rows: Rows) -> None:
+        """Copies `rows` to the beginning of `slot`."""
+
+    def read(self, slot: int, count: int) -> Rows:
+        """The first `count` rows of `slot`, in place."""
+
+    def frame(self, slot: int, count: int) -> memoryview:
+        """The bytes of the same rows, writable."""
+
+    def close(self) -> None: ...
+
+
+class RingMemory(Protocol):
+    """What the channels need of a device."""
+
+    def allocate_ring(self, shape: RingShape) -> Ring:
+        """A new ring of this process."""
+
+    def open_ring(self, handle: MemfdHandle, shape: RingShape) -> Ring:
+        """A ring that a process of this machine allocated. Raises PipemaxSystemError when that
+        process is gone."""
+
+    def frame(self, rows: Rows) -> memoryview:
+        """The bytes of `rows`, one after the other; in place where they lie like that."""

@@ -3,7 +3,6 @@
 import logging
 from typing import Protocol
 
-import torch
 import zmq
 
 from pipemax.proto.errors import InvariantError
@@ -11,7 +10,7 @@ from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.activations import ActivationReady, RingAccepted, RingOffer
 from pipemax.proto.messages.registry import ACTIVATIONS
 from pipemax.proto.wire import Codec, encode, single_frame
-from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.ring import RingShape, Rows
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ class RowWriter(Protocol):
     def offered_memory(self) -> MemfdHandle | None:
         """What the receiver maps, when rows travel through memory."""
 
-    def write(self, slot: int, rows: torch.Tensor) -> Frames:
+    def write(self, slot: int, rows: Rows) -> Frames:
         """Puts `rows` into `slot`; returns what has to travel in the message itself. The memory
         of `rows` must not change afterwards."""
 
@@ -86,7 +85,7 @@ class ActivationSender:
             if isinstance(message, RingAccepted) and message.epoch == self._epoch:
                 self.agreed = True
 
-    def send(self, epoch: int, step: int, slot: int, rows: torch.Tensor) -> None:
+    def send(self, epoch: int, step: int, slot: int, rows: Rows) -> None:
         """`rows` `[rows, hidden]` for `step`. Raises InvariantError when they do not fit the
         ring, zmq.Again when the receiver has taken nothing for ten thousand messages."""
         count, hidden_size = rows.shape

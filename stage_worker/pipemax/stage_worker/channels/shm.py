@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 import zmq
 
 from pipemax.proto.errors import WireError
 from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.activations import ActivationReady, RingOffer
-from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.ring import Ring, RingMemory, RingShape, Rows
 from pipemax.stage_worker.channels.sender import Frames
-from pipemax.stage_worker.devices.base import Device, SharedTensor
-from pipemax.stage_worker.dtypes import torch_dtype
 
 
 class ShmWriter:
@@ -19,14 +16,14 @@ class ShmWriter:
 
     transport = "shm"
 
-    def __init__(self, device: Device, shape: RingShape) -> None:
-        self._ring = device.allocate_ring(shape.shape, torch_dtype(shape.dtype))
+    def __init__(self, memory: RingMemory, shape: RingShape) -> None:
+        self._ring = memory.allocate_ring(shape)
 
     def offered_memory(self) -> MemfdHandle:
         return self._ring.handle
 
-    def write(self, slot: int, rows: torch.Tensor) -> Frames:
-        self._ring.tensor[slot, : len(rows)].copy_(rows)
+    def write(self, slot: int, rows: Rows) -> Frames:
+        self._ring.write(slot, rows)
         return ()
 
     def reconnect(self, socket: zmq.Socket[bytes]) -> None:
@@ -41,27 +38,25 @@ class ShmReader:
 
     transport = "shm"
 
-    def __init__(self, device: Device, shape: RingShape) -> None:
-        self._device = device
+    def __init__(self, memory: RingMemory, shape: RingShape) -> None:
+        self._memory = memory
         self._shape = shape
         self._handle: MemfdHandle | None = None
-        self._ring: SharedTensor | None = None
+        self._ring: Ring | None = None
 
     def attach(self, offer: RingOffer) -> None:
         if offer.handle is None:
             raise WireError("invalid_field", "ring_offer: shm needs a handle")
         if offer.handle == self._handle:
             return
-        ring = self._device.open_ring(
-            offer.handle, self._shape.shape, torch_dtype(self._shape.dtype)
-        )
+        ring = self._memory.open_ring(offer.handle, self._shape)
         self.close()
         self._ring, self._handle = ring, offer.handle
 
-    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> torch.Tensor:
+    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> Rows:
         if extra or self._ring is None:
             raise WireError("frames", f"step {ready.step}: rows outside the ring")
-        return self._ring.tensor[ready.slot, : ready.rows]
+        return self._ring.read(ready.slot, ready.rows)
 
     def close(self) -> None:
         if self._ring is not None:

@@ -7,7 +7,6 @@ second frame of ActivationReady, from the sender's tensor into the receiver's sl
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
@@ -19,19 +18,19 @@ from pipemax.stage_worker.channels.keys import (
     load_activation_keys,
     replace_file,
 )
-from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.channels.ring import RingMemory, RingShape, Rows
 from pipemax.stage_worker.channels.sender import Frames
-from pipemax.stage_worker.dtypes import torch_dtype
 
 _ZAP_DOMAIN = "pipemax-activations"
 
 
 class TcpWriter:
-    """Sends rows from where they are."""
+    """Sends rows from where they are, if they lie one after the other."""
 
     transport = "tcp"
 
-    def __init__(self, run_dir: Path, receiver_stage: int) -> None:
+    def __init__(self, run_dir: Path, receiver_stage: int, memory: RingMemory) -> None:
+        self._memory = memory
         self._keys = load_activation_keys(run_dir)
         self._endpoint_file = endpoint_file(run_dir, receiver_stage)
         self._endpoint: str | None = None
@@ -45,8 +44,8 @@ class TcpWriter:
     def offered_memory(self) -> None:
         return None
 
-    def write(self, slot: int, rows: torch.Tensor) -> Frames:
-        return (rows.contiguous().view(torch.uint8).numpy().data.cast("B"),)
+    def write(self, slot: int, rows: Rows) -> Frames:
+        return (self._memory.frame(rows),)
 
     def reconnect(self, socket: zmq.Socket[bytes]) -> None:
         """A receiver that was started again listens on another port."""
@@ -79,14 +78,15 @@ class TcpReader:
 
     transport = "tcp"
 
-    def __init__(self, run_dir: Path, stage: int, host: str, shape: RingShape) -> None:
+    def __init__(
+        self, run_dir: Path, stage: int, host: str, memory: RingMemory, shape: RingShape
+    ) -> None:
         self._keys = load_activation_keys(run_dir)
         self._endpoint_file = endpoint_file(run_dir, stage)
         self._host = host
         self._shape = shape
         self._authenticator: ThreadAuthenticator | None = None
-        self._slots = torch.zeros(shape.shape, dtype=torch_dtype(shape.dtype))
-        self._bytes = self._slots.view(torch.uint8).numpy()
+        self._ring = memory.allocate_ring(shape)
 
     def listen(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
         """Binds `socket`, admitting only this run's sender, and says where. Raises ConfigError
@@ -115,16 +115,16 @@ class TcpReader:
         if offer.handle is not None:
             raise WireError("invalid_field", "ring_offer: tcp has no handle")
 
-    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> torch.Tensor:
+    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> Rows:
         expected = ready.rows * self._shape.row_bytes
         if len(extra) != 1 or len(extra[0]) != expected:
             sizes = [len(frame) for frame in extra]
             raise WireError("frames", f"step {ready.step}: {expected} bytes of rows, not {sizes}")
-        target = self._bytes[ready.slot, : ready.rows].data.cast("B")
-        target[:] = extra[0].buffer
-        return self._slots[ready.slot, : ready.rows]
+        self._ring.frame(ready.slot, ready.rows)[:] = extra[0].buffer
+        return self._ring.read(ready.slot, ready.rows)
 
     def close(self) -> None:
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
+        self._ring.close()

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from pipemax.proto.errors import ConfigError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import MemfdHandle, SharedMemory
-from pipemax.proto.sizes import format_size
+from pipemax.stage_worker.channels.ring import Ring, RingShape, Rows
 
 
 @dataclass(slots=True)
@@ -44,28 +43,15 @@ class Device(ABC):
         and resident."""
 
     @abstractmethod
-    def allocate_ring(self, shape: tuple[int, int, int], dtype: torch.dtype) -> SharedTensor:
-        """The sender's side of an activation ring, `[num_slots, max_rows, hidden]`."""
+    def allocate_ring(self, shape: RingShape) -> Ring:
+        """See RingMemory, which a Device is."""
 
     @abstractmethod
-    def open_ring(
-        self, handle: MemfdHandle, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> SharedTensor:
-        """The receiver's side of a ring that a process of this machine allocated. Raises
-        PipemaxSystemError when that process is gone."""
+    def open_ring(self, handle: MemfdHandle, shape: RingShape) -> Ring: ...
+
+    @abstractmethod
+    def frame(self, rows: Rows) -> memoryview: ...
 
     @abstractmethod
     def synchronize(self) -> None:
         """Returns once everything computed so far lies in memory."""
-
-
-def pool_blocks(geometry: BlockGeometry, budget_bytes: int, stage: int) -> int:
-    """Blocks that `budget_bytes` of device memory hold; raises ConfigError when it is none."""
-    num_blocks = budget_bytes // geometry.block_bytes
-    if num_blocks == 0:
-        raise ConfigError(
-            f"--kv-cache-memory-bytes {format_size(budget_bytes)} holds no KV block: one block of "
-            f"{geometry.block_size} tokens on stage {stage} takes {geometry.block_bytes} bytes "
-            f"({format_size(geometry.block_bytes)}); give at least that, better a thousand times"
-        )
-    return num_blocks

@@ -1,12 +1,14 @@
 """The CPU device: its memory is shared memory, its kernels are threads of this process."""
 
 import math
+from typing import cast
 
 import numpy as np
 import torch
 
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import MemfdHandle, SharedMemory
+from pipemax.stage_worker.channels.ring import RingShape, Rows
 from pipemax.stage_worker.devices.base import Device, SharedTensor
 from pipemax.stage_worker.dtypes import torch_dtype
 
@@ -21,16 +23,44 @@ class CpuDevice(Device):
         shape = (num_blocks, *geometry.block_shape)
         return _create("pipemax-kv-pool", shape, torch_dtype(geometry.dtype))
 
-    def allocate_ring(self, shape: tuple[int, int, int], dtype: torch.dtype) -> SharedTensor:
-        return _create("pipemax-activations", shape, dtype)
+    def allocate_ring(self, shape: RingShape) -> "CpuRing":
+        return CpuRing(_create("pipemax-activations", shape.shape, torch_dtype(shape.dtype)))
 
-    def open_ring(
-        self, handle: MemfdHandle, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> SharedTensor:
-        return _view(SharedMemory.open(handle), shape, dtype)
+    def open_ring(self, handle: MemfdHandle, shape: RingShape) -> "CpuRing":
+        return CpuRing(_view(SharedMemory.open(handle), shape.shape, torch_dtype(shape.dtype)))
+
+    def frame(self, rows: Rows) -> memoryview:
+        return _bytes(cast(torch.Tensor, rows))
 
     def synchronize(self) -> None:
         """CPU kernels have finished when they return."""
+
+
+class CpuRing:
+    """Ring in shared memory. Its rows are tensors."""
+
+    def __init__(self, shared: SharedTensor) -> None:
+        self._shared = shared
+
+    @property
+    def handle(self) -> MemfdHandle:
+        return self._shared.handle
+
+    def write(self, slot: int, rows: Rows) -> None:
+        self._shared.tensor[slot, : len(rows)].copy_(cast(torch.Tensor, rows))
+
+    def read(self, slot: int, count: int) -> torch.Tensor:
+        return self._shared.tensor[slot, :count]
+
+    def frame(self, slot: int, count: int) -> memoryview:
+        return _bytes(self.read(slot, count))
+
+    def close(self) -> None:
+        self._shared.close()
+
+
+def _bytes(rows: torch.Tensor) -> memoryview:
+    return rows.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _create(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> SharedTensor:

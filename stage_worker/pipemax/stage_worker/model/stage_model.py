@@ -39,7 +39,7 @@ class StageModel:
         self.vocab_size = info.vocab_size
         self.tensors_read = tensors_read
         """The checkpoint's tensors that this stage read, under the checkpoint's names."""
-        self.weights_bytes = sum(
+        self.weights_bytes: int = sum(
             {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()
         )
         """Memory of this stage's weights; a tied tensor counts once."""

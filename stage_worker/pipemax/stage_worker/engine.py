@@ -1,0 +1,73 @@
+"""What a stage computes with, whatever the device: the seam between the process and the numerics.
+
+`torch_engine` runs a real model; `modelled.engine` waits as long as one would take. Imports
+neither: a stage that only models its GPU starts without torch, fast and small.
+"""
+
+from typing import Any, Protocol
+
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import ConfigError
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages.control import SweepSample
+from pipemax.proto.sizes import format_size
+from pipemax.stage_worker.channels.ring import RingMemory, RingShape
+from pipemax.stage_worker.executor import StepWork
+from pipemax.stage_worker.state_clock import StateClock
+
+
+class StageEngine(Protocol):
+    """A stage's layers and its KV pool, ready to run steps."""
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """[first, last + 1) of the model's layers."""
+
+    @property
+    def weights_bytes(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Of the KV pool."""
+
+    @property
+    def block_bytes(self) -> int:
+        """What moving one block costs the stage's link."""
+
+    @property
+    def pool_handle(self) -> MemfdHandle:
+        """The KV pool, for the daemon."""
+
+    @property
+    def ring_shape(self) -> RingShape:
+        """Of the activations this stage takes and gives."""
+
+    @property
+    def ring_memory(self) -> RingMemory: ...
+
+    def sweep(self, limit_s: float) -> tuple[SweepSample, ...]:
+        """The warm-up sweep; 0 makes none. Only before the first step."""
+
+    def step_work(self, clock: StateClock) -> StepWork[Any]:
+        """What runs the steps. `clock` is the stage's."""
+
+    def close(self) -> None: ...
+
+
+def open_engine(config: EngineConfig, stage: int) -> StageEngine:
+    """Loads the stage. Raises ConfigError or ModelError for what cannot work."""
+    from pipemax.stage_worker.torch_engine import TorchEngine
+
+    return TorchEngine(config, stage)
+
+
+def pool_blocks(block_bytes: int, block_size: int, budget_bytes: int, stage: int) -> int:
+    """Blocks that `budget_bytes` of device memory hold; raises ConfigError when it is none."""
+    num_blocks = budget_bytes // block_bytes
+    if num_blocks == 0:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {format_size(budget_bytes)} holds no KV block: one block of "
+            f"{block_size} tokens on stage {stage} takes {block_bytes} bytes "
+            f"({format_size(block_bytes)}); give at least that, better a thousand times"
+        )
+    return num_blocks

@@ -1,0 +1,87 @@
+"""The stage that really computes: a model's layers on a device of this machine."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.memory import MemfdHandle
+from pipemax.proto.messages.control import SweepSample
+from pipemax.stage_worker.channels.ring import RingMemory, RingShape
+from pipemax.stage_worker.devices.registry import open_device
+from pipemax.stage_worker.dtypes import dtype_name
+from pipemax.stage_worker.engine import pool_blocks
+from pipemax.stage_worker.model.load import load_stage_model
+from pipemax.stage_worker.model_step import ModelStep
+from pipemax.stage_worker.state_clock import StateClock
+from pipemax.stage_worker.sweep import SweepLimits, sweep
+
+
+class TorchEngine:
+    """StageEngine for stage `stage`. Loads weights, KV pool and compiled kernels."""
+
+    def __init__(self, config: EngineConfig, stage: int) -> None:
+        self._config = config
+        self._device = open_device(config.device)
+        self._device.set_threads(config.threads_per_stage)
+        self._model = load_stage_model(
+            Path(config.model),
+            stage=stage,
+            layer_split=config.layer_split,
+            dtype=config.dtype,
+            block_size=config.block_size,
+        )
+        geometry = self._model.geometry
+        self.num_blocks = pool_blocks(
+            geometry.block_bytes, geometry.block_size, config.kv_cache_memory_bytes, stage
+        )
+        self._pool = self._device.allocate_pool(geometry, self.num_blocks)
+        self._model.bind_pool(self._pool.tensor)
+        self._model.warm_up()
+        self._work = ModelStep(self._model, self._device, self.num_blocks)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        return self._model.layers
+
+    @property
+    def weights_bytes(self) -> int:
+        return self._model.weights_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self._model.geometry.block_bytes
+
+    @property
+    def pool_handle(self) -> MemfdHandle:
+        return self._pool.handle
+
+    @property
+    def ring_shape(self) -> RingShape:
+        return RingShape(
+            num_slots=self._config.num_slots,
+            max_rows=self._config.max_num_batched_tokens,
+            hidden_size=self._model.hidden_size,
+            dtype=dtype_name(self._model.dtype),
+        )
+
+    @property
+    def ring_memory(self) -> RingMemory:
+        return self._device
+
+    def sweep(self, limit_s: float) -> tuple[SweepSample, ...]:
+        """Takes `limit_s`."""
+        model = self._model
+        limits = SweepLimits.of(self._config, self.num_blocks)
+
+        def rows(count: int) -> torch.Tensor | None:
+            return None if model.is_first else torch.randn(count, model.hidden_size).to(model.dtype)
+
+        return sweep(self._work, limits, model.vocab_size, rows, limit_s, time.perf_counter)
+
+    def step_work(self, clock: StateClock) -> ModelStep:
+        return self._work
+
+    def close(self) -> None:
+        self._pool.close()
