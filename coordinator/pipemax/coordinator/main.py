@@ -1,5 +1,6 @@
 """Entry of the coordinator process."""
 
+import gc
 import logging
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def body(run_dir: Path, index: int) -> None:
             f"cannot serve /metrics on {config.metrics_host}:{config.metrics_port}: {error}; "
             "choose another --metrics-port"
         ) from error
+    gc.freeze()  # what was loaded stays: collections then take less of a step's time
     (run_dir / METRICS_PORT_FILE).write_text(f"{server.server_port}\n")
     try:
         shell.run()

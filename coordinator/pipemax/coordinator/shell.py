@@ -20,7 +20,6 @@ from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.events import (
     BlocksStored,
     Cancelled,
-    Command,
     Event,
     FinishRequest,
     KvReleased,
@@ -54,8 +53,9 @@ log = logging.getLogger(__name__)
 
 INGEST_BATCH = 64
 """Client messages handled, at most, before control messages get their turn again."""
-INGEST_SLICE_S = 0.01
-"""Time after which they get it however few client messages were handled."""
+INGEST_SLICE_S = 0.002
+"""Time after which they get it however few client messages were handled. The pipeline waits for as
+long at worst, with every step while clients submit."""
 ANSWERS_QUEUED = 1000
 """Answers that wait in the socket for one client; further results wait in its session."""
 IDLE_POLL_MS = 200
@@ -308,11 +308,18 @@ class CoordinatorShell:
     # Carrying out
 
     def _tell(self, event: Event) -> None:
-        """Feed the scheduling core and carry out its commands."""
+        """Feed the scheduling core and carry out its commands. Results go last: a stage waits for
+        its plan, and turning tokens into text takes time."""
+        results: list[FinishRequest] = []
         for command in self._scheduler.handle(event, time.monotonic()):
-            self._carry_out(command)
+            if isinstance(command, FinishRequest):
+                results.append(command)
+            else:
+                self._carry_out(command)
+        for result in results:
+            self.metrics.request_finished(self._sessions.finish(result, time.monotonic()))
 
-    def _carry_out(self, command: Command) -> None:
+    def _carry_out(self, command: ToStages | ToDaemon) -> None:
         match command:
             case ToStages(message):
                 frame = encode(message)
@@ -320,8 +327,6 @@ class CoordinatorShell:
                     self._send_frame(identity_of("stage", stage), frame)
             case ToDaemon(message):
                 self._send_control(identity_of("kv_daemon"), message)
-            case FinishRequest():
-                self.metrics.request_finished(self._sessions.finish(command, time.monotonic()))
 
     def _finish_round(self) -> None:
         for key in self._sessions.deliver():

@@ -140,17 +140,16 @@ class StageShell:
         self._neighbours.next.send(plan.epoch, plan.step, plan.slot, rows)
 
     def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
-        self._kv.send(Computed(epoch=plan.epoch, step=plan.step))
-        self._control.send(
-            StepDone(
-                epoch=plan.epoch,
-                step=plan.step,
-                stage=self._ready.stage,
-                compute_s=compute_s,
-                state_seconds=self._clock.seconds(),
-                tokens=None if tokens is None else pack_i32(tokens),
-            )
+        done = StepDone(
+            epoch=plan.epoch,
+            step=plan.step,
+            stage=self._ready.stage,
+            compute_s=compute_s,
+            state_seconds=self._clock.seconds(),
+            tokens=None if tokens is None else pack_i32(tokens),
         )
+        self._control.send(done)  # first: with the tokens, the next plan waits for it
+        self._kv.send(Computed(epoch=plan.epoch, step=plan.step))
 
     # -- from outside the work loop
 
