@@ -38,6 +38,10 @@ class Timing:
                 raise ConfigError(f"a jitter of {jitter:g} is not between 0 and 0.5")
 
 
+HOST_MEMORY_BYTES_S = 400e9
+"""An assumption: two sockets of eight DDR4-3200 channels have 410 GB/s on paper, of DDR5-4800
+614 GB/s; copies reach less, but read or write each byte only once."""
+
 _DEFAULT_TIMING = Timing()
 IDEAL = Timing(message_s=0.0, plan_s=0.0, hop_s=0.0, copy_s=0.0, load_s=0.0)
 """As the closed form has it: only compute and the link take time."""
@@ -64,6 +68,8 @@ class SimulationSpec:
     max_num_batched_tokens: int = 2048
     gpus_per_uplink: int = 1
     """GPUs that share one host link."""
+    host_memory_bytes_s: float = HOST_MEMORY_BYTES_S
+    """Bandwidth of host memory: all copies of all links together."""
     free_prefill: bool = False
     policy: str = DEFAULT_POLICY
     """By name, see `pipemax.coordinator.policy`."""
@@ -122,6 +128,20 @@ class SimulationSpec:
             for layers in set(self.layers)
         }
         return tuple(models[layers] for layers in self.layers)
+
+    @property
+    def full_link_bytes_s(self) -> float:
+        """What one GPU's link carries in one direction while every GPU uses its own."""
+        link = self.gpu.link_bytes_s / self.gpus_per_uplink
+        return min(link, self.host_memory_bytes_s / self.num_gpus)
+
+    def hop_s(self, rows: int) -> float:
+        """Activations of `rows` tokens to the next stage when nothing else is on the links. Cards
+        without peer access go through host memory: out over the sender's link, then in over the
+        receiver's."""
+        if self.free_prefill:
+            return self.timing.hop_s
+        return self.timing.hop_s + 2 * self.stages[0].hop_bytes(rows) / self.gpu.link_bytes_s
 
     @cached_property
     def block_bytes(self) -> tuple[int, ...]:
