@@ -75,6 +75,10 @@ class LinearCost:
     def time_s(self, requests: float, context_tokens: float) -> float:
         return self.fixed_s + self.per_request_s * requests + self.per_token_s * context_tokens
 
+    def share_s(self, requests: float, context_tokens: float) -> float:
+        """What these requests add to a step."""
+        return self.per_request_s * requests + self.per_token_s * context_tokens
+
 
 class TileTable:
     """c(rows): what the cost of a number of rows is to the straight line, as a factor."""

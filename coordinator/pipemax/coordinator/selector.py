@@ -229,22 +229,7 @@ class _Slot:
 
     def _improve(self, window: int, best: float) -> bool:
         """Apply the best move of this window if it lowers the objective."""
-        problem = self.problem
-        least_s = problem.target_s - problem.cost.time_s(self.requests, self.context_tokens)
-        alpha, beta = problem.cost.per_request_s, problem.cost.per_token_s
-        found: tuple[_Part, _Part, _Part, _Part] | None = None
-        device = _DeviceMoves(self, window)
-        for unused, _, _, drop, add in self._host_moves(window, best):
-            if unused >= best - 1e-9 * best:
-                break  # the others leave even more of the budget
-            count = add[1] - drop[1]
-            missing_s = least_s - alpha * count - beta * (add[2] - drop[2])
-            off_s, device_drop, device_add = device.closest(
-                missing_s, problem.max_requests - self.requests - count
-            )
-            value = unused + problem.blocks_per_s * off_s
-            if value < best - 1e-9 * best:
-                found, best = (drop, add, device_drop, device_add), value
+        found = self._best_move(window, best)
         if found is None:
             return False
         for pool, drop, add in ((self.host, *found[:2]), (self.device, *found[2:])):
@@ -254,62 +239,104 @@ class _Slot:
             self.context_tokens += add[2] - drop[2]
         return True
 
-    def _host_moves(self, window: int, best: float) -> list[tuple[int, int, int, _Part, _Part]]:
-        """Moves that stay within the room and could beat `best` by what they leave of the budget:
-        (blocks of the budget left, order among equals, what to drop, what to add), those that
-        leave least first."""
+    def _best_move(self, window: int, best: float) -> tuple[_Part, _Part, _Part, _Part] | None:
+        """What to drop and to add of the host-resident and of the device-resident requests; None
+        when nothing in this window beats `best`.
+
+        For each move of host-resident requests that stays within the room, the device move that
+        fits best beside it; but only where what the first leaves of the budget, and the time that
+        no device move could make up for, are less than the best found so far.
+        """
+        problem = self.problem
+        alpha, beta, rate = (
+            problem.cost.per_request_s,
+            problem.cost.per_token_s,
+            problem.blocks_per_s,
+        )
+        budget, room = problem.budget_blocks, problem.room_blocks
+        most = problem.max_requests - self.requests
+        all_missing_s = problem.target_s - problem.cost.time_s(self.requests, self.context_tokens)
+        device = _DeviceMoves(self, window)
+        longest_s, shortest_s = device.longest_s, device.shortest_s
         movable, left = self.host.window(window)
-        adds, drops = _parts(left), _parts(movable)
+        adds = _parts(left)
         loads = [part[0] for part in adds]
-        budget, room = self.problem.budget_blocks, self.problem.room_blocks
-        moves = [(max(0, budget - self.load_blocks), -1, -1, _NOBODY, _NOBODY)]
-        for d, dropped in enumerate(drops):
+        found = None
+        best -= 1e-9 * best
+        for dropped in _parts(movable):
             kept = self.load_blocks - dropped[0]
-            first = bisect_left(loads, budget - best - kept)
-            for a in range(first, bisect_right(loads, room - kept)):
-                if dropped[1] or adds[a][1]:
-                    unused = budget - kept - loads[a]
-                    moves.append((unused if unused > 0 else 0, d, a, dropped, adds[a]))
-        moves.sort()
-        return moves
+            last = bisect_right(loads, room - kept)
+            if not dropped[1]:
+                last = max(last, 1)  # to leave all as it is stays within the room
+            for a in range(last - 1, -1, -1):
+                added = adds[a]
+                unused = budget - kept - added[0]
+                if unused < 0:
+                    unused = 0
+                elif unused >= best:
+                    break
+                count = added[1] - dropped[1]
+                missing_s = all_missing_s - alpha * count - beta * (added[2] - dropped[2])
+                if missing_s > longest_s:
+                    off_s = missing_s - longest_s
+                elif missing_s < shortest_s:
+                    off_s = shortest_s - missing_s
+                else:
+                    off_s = 0.0
+                if unused + rate * off_s >= best:
+                    continue
+                off_s, device_drop, device_add = device.closest(missing_s, most - count)
+                value = unused + rate * off_s
+                if value < best:
+                    found = (dropped, added, device_drop, device_add)
+                    best = value - 1e-9 * value
+        return found
 
 
 class _DeviceMoves:
-    """Moves of device-resident requests, sorted by the time they add: all of them together, or by
-    the requests they add where a slot may have too few places for some."""
+    """Moves of device-resident requests, by the time they add to the step."""
 
     def __init__(self, slot: _Slot, window: int) -> None:
         cost = slot.problem.cost
-        places_matter = slot.requests + 2 * MOVED_AT_ONCE > slot.problem.max_requests
         movable, left = slot.device.window(window)
-        self._adds, self._drops = _parts(left), _parts(movable)
-        by_count: dict[int, list[tuple[float, int, int]]] = {}
-        for d, (_, less, fewer, _) in enumerate(self._drops):
-            for a, (_, more, further, _) in enumerate(self._adds):
-                count = more - less
-                time_s = cost.per_request_s * count + cost.per_token_s * (further - fewer)
-                group = count if places_matter else 0
-                by_count.setdefault(group, []).append((time_s, a, d))
-        self._by_count: list[tuple[int, list[float], list[tuple[float, int, int]]]] = []
-        for count, moves in sorted(by_count.items()):
-            moves.sort()
-            self._by_count.append((count, [move[0] for move in moves], moves))
+        adds = [(cost.share_s(part[1], part[2]), i, part) for i, part in enumerate(_parts(left))]
+        drops = [
+            (cost.share_s(part[1], part[2]), i, part) for i, part in enumerate(_parts(movable))
+        ]
+        adds.sort()
+        drops.sort()
+        self._drops = drops
+        self.longest_s = adds[-1][0] - drops[0][0]
+        self.shortest_s = adds[0][0] - drops[-1][0]
+        if slot.requests + 2 * MOVED_AT_ONCE > slot.problem.max_requests:
+            # Places are few: a move may have to add fewer requests than would fit best.
+            counts = range(MOVED_AT_ONCE + 1)
+            groups = [[add for add in adds if add[2][1] == count] for count in counts]
+        else:
+            groups = [adds]
+        self._groups = [
+            (count, [add[0] for add in group], group) for count, group in enumerate(groups) if group
+        ]
 
     def closest(self, missing_s: float, most: int) -> tuple[float, _Part, _Part]:
         """The move of at most `most` requests more whose time is closest to `missing_s`: by how
         much it is off, in seconds, what it drops and what it adds."""
-        off_s, a, d = float("inf"), 0, 0
-        for count, times, moves in self._by_count:
-            if count > most:
-                break
-            after = bisect_left(times, missing_s)
-            if after < len(times) and times[after] - missing_s < off_s:
-                off_s = times[after] - missing_s
-                _, a, d = moves[after]
-            if after and missing_s - times[after - 1] < off_s:
-                off_s = missing_s - times[after - 1]
-                _, a, d = moves[after - 1]
-        return off_s, self._drops[d], self._adds[a]
+        best_s, best_drop, best_add = float("inf"), _NOBODY, _NOBODY
+        for drop_s, _, drop in self._drops:
+            wanted_s = missing_s + drop_s
+            for count, times, adds in self._groups:
+                if count > most + drop[1]:
+                    break
+                after = bisect_left(times, wanted_s)
+                if after < len(times) and times[after] - wanted_s < best_s:
+                    best_s, best_drop, best_add = times[after] - wanted_s, drop, adds[after][2]
+                if after and wanted_s - times[after - 1] < best_s:
+                    best_s, best_drop, best_add = (
+                        wanted_s - times[after - 1],
+                        drop,
+                        adds[after - 1][2],
+                    )
+        return best_s, best_drop, best_add
 
 
 def _parts(candidates: Sequence[Candidate]) -> list[_Part]:
