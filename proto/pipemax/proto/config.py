@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from pipemax.proto.errors import ConfigError
+from pipemax.proto.modelled import KV_TOKEN_BYTES, ModelledDevice
 from pipemax.proto.rundir import NAME_PATTERN
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -33,8 +34,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Stages, one process each."""
     layer_split: tuple[Positive, ...]
     """Layers per stage, in order; its length is `pipeline_parallel_size`."""
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "modelled"] = "cpu"
     """Where stages compute. `cuda` is refused by the launcher until it is implemented."""
+    modelled: ModelledDevice | None = None
+    """Given if, and only if, `device` is `modelled`: which GPU the stages behave like. Sizes are
+    then those of that GPU and its host, far beyond what this machine has."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights, activations and KV. `auto` takes the checkpoint's own."""
     max_model_len: Positive
@@ -47,8 +51,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Host KV pool for all stages together (`--kv-offloading-size`). 0 turns offloading off:
     requests that no longer fit are then recomputed."""
     emulate_link_bandwidth_bytes_s: Positive | None = None
-    """CPU device: bytes per second each stage's link carries in each direction. None: as fast as
-    memory copies go."""
+    """Bytes per second each stage's link carries in each direction. None: as fast as memory copies
+    go. The modelled device has one always."""
     max_num_seqs: Positive = 256
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
@@ -81,6 +85,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Micro-batches in flight: one per stage. When weights dominate the step time, every
         further slot would cost 1/S of the throughput."""
         return self.pipeline_parallel_size
+
+    @property
+    def held_block_bytes(self) -> int | None:
+        """What a block of any stage really takes in this machine's memory; None: as much as it
+        takes on the link."""
+        return None if self.modelled is None else self.block_size * KV_TOKEN_BYTES
+
+    def __post_init__(self) -> None:
+        if (self.device == "modelled") != (self.modelled is not None):
+            raise ValueError("`modelled` goes with device `modelled`, and only with that")
 
 
 def save_config(config: EngineConfig, run_dir: Path) -> None:

@@ -34,7 +34,8 @@ from pipemax.services.simulator.records import (
     Timeline,
 )
 from pipemax.services.simulator.spec import SimulationSpec
-from pipemax.services.simulator.stage import ModelledStage, PlannedStep, modelled_sweep
+from pipemax.services.simulator.stage import ModelledStage, PlannedStep
+from pipemax.stage_worker.modelled.loads import modelled_sweep
 from pipemax.stage_worker.sweep import SweepLimits
 
 DAEMON = "kv-daemon"

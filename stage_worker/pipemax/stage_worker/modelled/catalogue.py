@@ -10,52 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipemax.proto.errors import ConfigError, ModelError
+from pipemax.proto.modelled import Gpu as Gpu
+from pipemax.proto.modelled import ModelShape as ModelShape
 
 _GIGA = 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What the performance model needs to know of a GPU. Bytes, seconds and FLOP, no prefixes."""
-
-    name: str
-    memory_bytes: float
-    hbm_bytes_s: float
-    flop_s: float
-    """Dense bfloat16."""
-    link_bytes_s: float
-    """Host link, effective, in each direction."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """A decoder as the performance model sees it."""
-
-    name: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    parameters: float
-    """All, as a number (not billions)."""
-    active_parameters: float
-    """Used by one token; all of them unless the model is a mixture of experts."""
-    num_experts: int = 1
-    experts_per_token: int = 1
-
-    @property
-    def expert_parameters(self) -> float:
-        """Parameters of one expert on all layers; 0 without experts. From
-        parameters = shared + E·x and active = shared + k·x."""
-        if self.num_experts == self.experts_per_token:
-            return 0.0
-        spare = self.num_experts - self.experts_per_token
-        return (self.parameters - self.active_parameters) / spare
-
-    def kv_token_bytes(self, num_layers: int, element_bytes: float) -> float:
-        """KV bytes of one token on `num_layers` layers."""
-        return 2 * num_layers * self.num_kv_heads * self.head_dim * element_bytes
 
 
 @dataclass(frozen=True, slots=True)
