@@ -31,7 +31,7 @@ def test_the_table_shows_both_runs_and_the_gain() -> None:
     assert "with offloading" in text
     assert "without offloading" in text
     assert "30 of 30" in text
-    assert "gain, output tokens/s" in text
+    assert "first column over this one" in text
 
 
 def test_json_holds_what_the_table_rounds() -> None:
@@ -69,6 +69,10 @@ def test_the_picture_holds_every_stage_and_only_states_that_were(tmp_path: Path)
         (("--svg", "x", "--window", "2,1"), "the first time must be before"),
         (("--svg", "x", "--window", "2"), "is not two times"),
         (("--compare", "--kv-offloading-size", "0"), "--compare needs offloading on"),
+        (("--layer-split", "a"), "--layer-split 'a' is not numbers"),
+        (("--against", "orca"), "--against 'orca' is not one of"),
+        (("--all-reduce-gb-s", "0", "--against", "vllm-tp"), "--all-reduce-gb-s 0 is not a rate"),
+        (("--host-memory-gb-s", "-1"), "--host-memory-gb-s -1 is not a rate"),
         (("--horizon", "-1"), "is not a time above 0"),
         (("--policy", "magic"), "magic"),
         (("--link-jitter", "3"), "not between 0 and 0.5"),
@@ -88,3 +92,24 @@ def test_fewer_bits_leave_more_room() -> None:
     )
     assert small.block_bytes[0] * 2 == plain.block_bytes[0]
     assert small.num_device_blocks > 2 * plain.num_device_blocks
+
+
+def test_peers_stand_beside_the_run_and_are_called_models() -> None:
+    text = run("--against", "vllm-pp,seesaw", "--against", "td-pipe")
+    words = " ".join(text.split())
+    assert "they are no measurements" in words
+    for name in ("vLLM-PP", "Seesaw", "TD-Pipe"):
+        assert f"model of {name}"[:9] in words
+        assert name in words
+    assert "vLLM-TP" not in words
+    ours, peer = json.loads(run("--against", "vllm-tp", "--all-reduce-gb-s", "5", "--json"))
+    assert (ours["system"], ours["is_model_of_peer"]) == ("pipemax", False)
+    assert (peer["system"], peer["is_model_of_peer"]) == ("model of vLLM-TP", True)
+    assert peer["num_requests"] == 30
+    _, faster = json.loads(run("--against", "vllm-tp", "--json"))
+    assert faster["elapsed_time"] < peer["elapsed_time"]
+
+
+def test_layers_may_be_split_by_hand() -> None:
+    [figures] = json.loads(run("--layer-split", "18,16,16,14", "--json"))
+    assert [stage["layers"] for stage in figures["stages"]] == [18, 16, 16, 14]

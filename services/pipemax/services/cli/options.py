@@ -3,15 +3,13 @@
 Names are those vLLM's users know. Defaults are the configuration's own.
 """
 
-import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated
 
 import typer
 
 from pipemax.proto.config import EngineConfig
+from pipemax.services.cli.flag_group import takes
 
 _CONFIG = EngineConfig(model="", served_model_name="", layer_split=(1,), max_model_len=1)
 _MODEL, _PIPELINE, _MEMORY, _BATCH, _LAUNCH = (
@@ -208,32 +206,5 @@ class EngineOptions:
         )
 
 
-def takes_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a Typer command the engine's flags. `command` takes an EngineOptions as its first
-    parameter; its other parameters are its own flags and come first in its help."""
-    first, *own = inspect.signature(command).parameters.values()
-    if first.annotation is not EngineOptions:
-        raise TypeError(f"{command.__name__}: the first parameter takes EngineOptions")
-    hints = get_type_hints(EngineOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(EngineOptions)
-    ]
-
-    @functools.wraps(command)
-    def with_options(**values: Any) -> None:
-        engine = EngineOptions(**{field.name: values.pop(field.name) for field in shared})
-        command(engine, **values)
-
-    keyword_only = [part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in own]
-    signature = inspect.Signature([*keyword_only, *shared])
-    with_options.__signature__ = signature  # type: ignore[attr-defined]
-    with_options.__annotations__ = {
-        part.name: part.annotation for part in signature.parameters.values()
-    }
-    return with_options
+takes_engine_options = takes(EngineOptions)
+"""Gives a Typer command the engine's flags."""

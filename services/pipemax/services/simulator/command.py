@@ -11,12 +11,14 @@ from rich.console import Console
 from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.sizes import parse_size
+from pipemax.services.cli.simulation_flags import PlanFlags, SimulateFlags
 from pipemax.services.simulator.faults import parse_fault
 from pipemax.services.simulator.gantt import draw_svg
+from pipemax.services.simulator.peers import parse_peers, simulate_peer
 from pipemax.services.simulator.records import Result
 from pipemax.services.simulator.report import Run, describe, result_data, result_view
-from pipemax.services.simulator.spec import SimulationSpec, Timing
-from pipemax.services.simulator.workload import DEFAULT_SIGMA, parse_workload
+from pipemax.services.simulator.spec import SimulationSpec
+from pipemax.services.simulator.workload import parse_workload
 from pipemax.services.simulator.world import World
 from pipemax.stage_worker.modelled.catalogue import load_catalogue
 from pipemax.stage_worker.modelled.roofline import Efficiencies
@@ -24,47 +26,44 @@ from pipemax.stage_worker.modelled.roofline import Efficiencies
 _ROUNDS_SHOWN = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class SimulateFlags:
-    """What a user asked for, not yet validated; `build_spec` does that."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What else is to be run, for comparison."""
 
-    gpu: str
-    count: int
-    model: str
-    catalogue: Path | None = None
-    kv_offloading_size: str = "400GB"
-    gpus_per_uplink: int = 1
-    bits: str = "16/16"
-    workload: str = "sharegpt"
-    requests: int = 1000
-    sigma: float = DEFAULT_SIGMA
-    seed: int = 0
-    block_size: int = 32
-    gemm_staircase: bool = False
-    policy: str | None = None
-    """None takes the scheduler's default."""
-    max_num_seqs: int = 1024
-    max_num_batched_tokens: int = 2048
-    horizon_s: float | None = None
-    warm_up_s: float = 0.0
-    link_jitter: float = 0.0
-    compute_jitter: float = 0.0
-    faults: tuple[str, ...] = ()
+    without_offloading: bool = False
+    peers: tuple[str, ...] = ()
+    """As given: names, or lists of names."""
+    all_reduce_gb_s: float | None = None
 
 
-def build_spec(flags: SimulateFlags) -> SimulationSpec:
+def build_spec(flags: PlanFlags) -> SimulationSpec:
     """Raises ConfigError or ModelError for what cannot be simulated."""
-    catalogue = load_catalogue(flags.catalogue)
-    weight_bits, kv_bits = _parse_bits(flags.bits)
+    spec = _planned_spec(flags)
+    if not isinstance(flags, SimulateFlags):
+        return spec
     if flags.horizon_s is not None and not 0 < flags.horizon_s < 1e9:
         raise ConfigError(f"--horizon {flags.horizon_s:g} is not a time above 0")
+    return replace(
+        spec,
+        timing=replace(
+            spec.timing, link_jitter=flags.link_jitter, compute_jitter=flags.compute_jitter
+        ),
+        horizon_s=flags.horizon_s or spec.horizon_s,
+        warm_up_s=flags.warm_up_s,
+        faults=tuple(parse_fault(text, flags.count) for text in flags.faults or ()),
+    )
+
+
+def _planned_spec(flags: PlanFlags) -> SimulationSpec:
+    catalogue = load_catalogue(flags.catalogue)
+    weight_bits, kv_bits = _parse_bits(flags.bits)
     return SimulationSpec(
         gpu=catalogue.gpu(flags.gpu),
         num_gpus=flags.count,
         model=catalogue.model(flags.model),
         workload=parse_workload(flags.workload, flags.requests, flags.seed, flags.sigma),
         efficiencies=Efficiencies(gemm_staircase=flags.gemm_staircase),
-        timing=Timing(link_jitter=flags.link_jitter, compute_jitter=flags.compute_jitter),
+        layer_split=_parse_split(flags.layer_split),
         weight_element_bytes=weight_bits / 8,
         kv_element_bytes=kv_bits / 8,
         host_bytes=parse_size(flags.kv_offloading_size),
@@ -72,46 +71,60 @@ def build_spec(flags: SimulateFlags) -> SimulationSpec:
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
         gpus_per_uplink=flags.gpus_per_uplink,
+        host_memory_bytes_s=_rate("--host-memory-gb-s", flags.host_memory_gb_s),
         policy=flags.policy or DEFAULT_POLICY,
         seed=flags.seed,
-        horizon_s=flags.horizon_s or 1e9,
-        warm_up_s=flags.warm_up_s,
-        faults=tuple(parse_fault(text, flags.count) for text in flags.faults),
     )
 
 
 def run_simulate(
-    flags: SimulateFlags, *, compare: bool, as_json: bool, svg: Path | None, window: str | None
+    flags: SimulateFlags,
+    comparison: Comparison,
+    *,
+    as_json: bool,
+    svg: Path | None,
+    window: str | None,
 ) -> None:
     """Simulates, prints and draws. Raises ConfigError for flags that cannot work."""
     spec = build_spec(flags)
     shown = _parse_window(window)
     if shown and svg is None:
         raise ConfigError("--window says what --svg shows; give --svg FILE as well")
-    if compare and not spec.host_bytes:
-        raise ConfigError("--compare needs offloading on: give --kv-offloading-size a size")
-    heading = "with offloading" if spec.host_bytes else "without offloading"
-    plans = [(heading, spec)]
-    if compare:
-        plans.append(("without offloading", replace(spec, host_bytes=0)))
     console = Console(stderr=True)
-    runs: list[Run] = []
     with console.status("simulating") as status:
-        for name, one in plans:
-            runs.append((name, one, run_watched(one, name, status.update)))
+        runs = _run_all(spec, comparison, status.update)
         if svg is not None:
-            picture = _draw(spec, runs[0][2], shown, status.update)
+            picture = _draw(spec, runs[0].result, shown, status.update)
     if svg is not None:
         try:
             svg.write_text(picture)
         except OSError as error:
             raise ConfigError(f"cannot write {svg}: {error.strerror}") from error
     if as_json:
-        typer.echo(json.dumps([result_data(one, result) for _, one, result in runs]))
+        typer.echo(json.dumps([result_data(run) for run in runs]))
         return
     out = Console()
     out.print(f"[bold]{describe(spec)}[/bold]", highlight=False)
     out.print(result_view(runs), highlight=False)
+
+
+def _run_all(
+    spec: SimulationSpec, comparison: Comparison, update: Callable[[str], None]
+) -> list[Run]:
+    """The simulation asked for first, then what it is compared with. Models of peers go first in
+    time: they take little, and refuse at once what they cannot do."""
+    if comparison.without_offloading and not spec.host_bytes:
+        raise ConfigError("--compare needs offloading on: give --kv-offloading-size a size")
+    bus = comparison.all_reduce_gb_s
+    bus_bytes_s = None if bus is None else _rate("--all-reduce-gb-s", bus)
+    peers = [simulate_peer(name, spec, bus_bytes_s) for name in parse_peers(comparison.peers)]
+    heading = "with offloading" if spec.host_bytes else "without offloading"
+    runs = [Run(heading, spec, run_watched(spec, heading, update))]
+    if comparison.without_offloading:
+        other = replace(spec, host_bytes=0)
+        heading = "without offloading"
+        runs.append(Run(heading, other, run_watched(other, heading, update)))
+    return runs + [Run(heading, one, result, peer=True) for heading, one, result in peers]
 
 
 def run_watched(spec: SimulationSpec, name: str, update: Callable[[str], None]) -> Result:
@@ -147,6 +160,21 @@ def _parse_bits(text: str) -> tuple[int, int]:
     if not slash or first not in allowed or second not in allowed:
         raise ConfigError(f"--bits {text!r} is not two of 4, 8, 16, 32, such as 16/8")
     return allowed[first], allowed[second]
+
+
+def _parse_split(text: str | None) -> tuple[int, ...]:
+    """Empty for None; SimulationSpec checks that it fits."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise ConfigError(f"--layer-split {text!r} is not numbers such as 11,10,10,9") from error
+
+
+def _rate(flag: str, giga: float) -> float:
+    """Bytes per second."""
+    if not 0 < giga < 1e6:
+        raise ConfigError(f"{flag} {giga:g} is not a rate above 0, in 1e9 bytes per second")
+    return giga * 1e9
 
 
 def _parse_window(text: str | None) -> tuple[float, float] | None:

@@ -1,6 +1,7 @@
 """A run as a table for people and as plain data for programs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,8 +12,21 @@ from pipemax.services.simulator.gantt import seen_states
 from pipemax.services.simulator.records import Result
 from pipemax.services.simulator.spec import SimulationSpec
 
-Run = tuple[str, SimulationSpec, Result]
-"""Heading, what was simulated and what came out."""
+_CAUTION = (
+    "Models of peers are our reading of how those systems schedule, on the same modelled GPUs; "
+    "they are no measurements of them."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was simulated and what came out."""
+
+    heading: str
+    spec: SimulationSpec
+    result: Result
+    peer: bool = False
+    """A model of another system, without our cores."""
 
 
 def describe(spec: SimulationSpec) -> str:
@@ -24,14 +38,21 @@ def describe(spec: SimulationSpec) -> str:
 def result_view(runs: Sequence[Run]) -> RenderableType:
     """Tables: the runs side by side, then each stage's time by state."""
     parts: list[RenderableType] = [_summary(runs)]
-    for heading, _, result in runs:
-        parts += ["", _stages(f"Time of the stages, {heading}", result, seen_states([result]))]
+    if any(run.peer for run in runs):
+        parts += ["", _CAUTION]
+    for run in runs:
+        if not run.peer:
+            title, states = f"Time of the stages, {run.heading}", seen_states([run.result])
+            parts += ["", _stages(title, run.result, states)]
     return Group(*parts)
 
 
-def result_data(spec: SimulationSpec, result: Result) -> dict[str, Any]:
+def result_data(run: Run) -> dict[str, Any]:
     """Figures of one run under the names users know from other throughput benchmarks, then ours."""
+    spec, result = run.spec, run.result
     return {
+        "system": run.heading if run.peer else "pipemax",
+        "is_model_of_peer": run.peer,
         "elapsed_time": result.simulated_s,
         "num_requests": result.finished,
         "total_num_tokens": result.prompt_tokens + result.generation_tokens,
@@ -44,7 +65,7 @@ def result_data(spec: SimulationSpec, result: Result) -> dict[str, Any]:
         "gpu": spec.gpu.name,
         "num_gpus": spec.num_gpus,
         "workload": spec.workload.name,
-        "policy": spec.policy,
+        "policy": None if run.peer else spec.policy,
         "seed": spec.seed,
         "host_bytes": spec.host_bytes,
         "requests_unfinished": result.num_requests - result.finished,
@@ -85,23 +106,26 @@ def result_data(spec: SimulationSpec, result: Result) -> dict[str, Any]:
 def _summary(runs: Sequence[Run]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
-    for heading, _, _ in runs:
-        table.add_column(heading, justify="right", overflow="fold")
-    columns = [_figures(spec, result) for _, spec, result in runs]
+    for run in runs:
+        table.add_column(run.heading, justify="right", overflow="fold")
+    columns = [_figures(run) for run in runs]
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
-    if len(runs) == 2:
-        with_it, without = runs[0][2], runs[1][2]
-        table.add_row("gain, output tokens/s", _ratio(with_it, without), "", style="bold")
+    if len(runs) > 1:
+        first, *others = (run.result for run in runs)
+        ratios = ("", *(_ratio(first, other) for other in others))
+        table.add_row("first column over this one", *ratios, style="bold")
     return table
 
 
-def _ratio(with_it: Result, without: Result) -> str:
-    base = without.output_tokens_per_s
-    return f"×{with_it.output_tokens_per_s / base:.2f}" if base else "–"
+def _ratio(ours: Result, other: Result) -> str:
+    """Of the first column to another."""
+    base = other.output_tokens_per_s
+    return f"×{ours.output_tokens_per_s / base:.2f}" if base else "–"
 
 
-def _figures(spec: SimulationSpec, result: Result) -> Mapping[str, str]:
+def _figures(run: Run) -> Mapping[str, str]:
+    spec, result = run.spec, run.result
     loaded = sum(stage.load_bytes for stage in result.stages)
     stored = sum(stage.store_bytes for stage in result.stages)
     steady = f"{result.steady_tokens_per_s:,.0f}" if result.steady_s else "–"
@@ -117,8 +141,8 @@ def _figures(spec: SimulationSpec, result: Result) -> Mapping[str, str]:
         "output tokens per step": f"{batch:.1f}",
         "steps": f"{result.steps:,}",
         "bubbles": f"{result.bubble_share:.1%}",
-        "KV room, devices": f"{spec.num_device_blocks * spec.block_size:,} tokens",
-        "KV room, host": f"{spec.num_host_blocks * spec.block_size:,} tokens",
+        "KV room, devices": f"{result.num_device_blocks * spec.block_size:,} tokens",
+        "KV room, host": f"{result.num_host_blocks * spec.block_size:,} tokens",
         "context brought from the host": f"{share:.0%}",
         "host to devices": format_size(loaded),
         "devices to host": format_size(stored),
