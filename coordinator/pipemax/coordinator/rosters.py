@@ -35,30 +35,33 @@ class Rosters:
 
     def place(self, request: Request) -> None:
         """Put the request where it belongs now. Who stays in a roster keeps its place there."""
+        # Several calls per item of every step: no properties, no helper where nothing changes.
         key = request.key
-        if not request.is_device_complete:
-            self._incomplete.add(key)
-        else:
-            self._incomplete.discard(key)
         on_host = resident = prefilling = False
         staged = request.staged_for != NO_STEP
-        if not staged:
-            if not request.is_device_complete:
-                on_host = not request.in_flight
-            elif request.remaining > 1:
-                prefilling = True
-            else:
-                resident = request.remaining == 1 and not request.in_flight
-        self._place_on_host(request, on_host)
+        if request.num_missing:
+            self._incomplete.add(key)
+            on_host = not staged and not request.in_flight
+        else:
+            self._incomplete.discard(key)
+            if not staged:
+                remaining = len(request.tokens) - request.planned
+                prefilling = remaining > 1
+                resident = remaining == 1 and not request.in_flight
+        if on_host or key in self.on_host:
+            self._place_on_host(request, on_host)
         if resident:
             self.resident[key] = candidate_of(request)
         else:
             self.resident.pop(key, None)
-        for roster, belongs in ((self.prefilling, prefilling), (self.staged, staged)):
-            if belongs:
-                roster[key] = request
-            else:
-                roster.pop(key, None)
+        if prefilling:
+            self.prefilling[key] = request
+        else:
+            self.prefilling.pop(key, None)
+        if staged:
+            self.staged[key] = request
+        else:
+            self.staged.pop(key, None)
 
     def remove(self, request: Request) -> None:
         key = request.key

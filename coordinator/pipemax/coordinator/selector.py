@@ -28,6 +28,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
 from pipemax.coordinator.cost_model import LinearCost
 
@@ -46,8 +47,9 @@ carries in T*: no link and no step is that even."""
 _by_turn, _by_key, _blocks_of = attrgetter("last_turn"), attrgetter("key"), itemgetter(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
+    """Made anew whenever a request moves: a plain tuple is several times cheaper to make."""
+
     key: int
     last_turn: int
     """Step that last moved the request forward, -1 for none; small is long ago."""

@@ -217,11 +217,13 @@ class KvCore:
     def _on_prefetch(self, event: Prefetch) -> None:
         moves = []
         of_request: Mapping[int, HostBlock] = {}
+        requests: set[int] = set()
         request = -1
         storing = 0
         for move in self._checked(event.blocks):
             if move.request != request:
                 request = move.request
+                requests.add(request)
                 of_request = self.table.of_request(request)
             block = of_request.get(move.index)
             if block is None:
@@ -235,7 +237,8 @@ class KvCore:
         shared = tuple(moves)
         for stage in self.stages:
             suspect = bool(storing & stage.bit)
-            stage.add("load", Job(event.step, event.after, shared, len(shared), suspect=suspect))
+            job = Job(event.step, event.after, shared, requests, len(shared), suspect=suspect)
+            stage.add("load", job)
 
     def _on_store(self, event: Store) -> None:
         in_order = sorted(self._checked(event.blocks), key=lambda move: (move.request, move.index))
@@ -295,17 +298,19 @@ class KvCore:
             return
         moves.sort(key=lambda move: move.block.host_id)
         shared = tuple(moves)
+        requests = {move.block.request for move in moves}
         order = next(self._store_order)
         for stage in self.stages:
-            stage.add("store", Job(order, after, shared, len(shared)))
+            stage.add("store", Job(order, after, shared, requests, len(shared)))
 
     def _forget(self, blocks: list[HostBlock]) -> None:
         """Drops `blocks`: their queued copies will be skipped, their host blocks are free once no
         copy touches them."""
         if not blocks:
             return
+        requests = {block.request for block in blocks}
         for stage in self.stages:
-            stage.suspect()
+            stage.suspect(requests)
             if stage.postponed:
                 for block in blocks:
                     stage.cancel_loads(block)

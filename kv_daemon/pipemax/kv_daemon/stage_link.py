@@ -1,6 +1,6 @@
 """One stage as the core sees it: its pool, how far it has computed, and its copies both ways."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 
 from pipemax.kv_daemon.events import (
     DIRECTIONS,
@@ -15,7 +15,7 @@ from pipemax.kv_daemon.transfers import Copy, Job, Lane, Move
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.kv import Loaded
 
-Merge = Callable[[Iterable[Move]], tuple[Run, ...]]
+Merge = Callable[[Sequence[Move]], tuple[Run, ...]]
 
 
 class StageLink:
@@ -122,10 +122,10 @@ class StageLink:
             if self.lanes["load"].settle(job, 1):
                 self._complete("load", job)
 
-    def suspect(self) -> None:
-        """Blocks were dropped."""
+    def suspect(self, requests: Set[int]) -> None:
+        """Blocks of these requests were dropped."""
         for lane in self.lanes.values():
-            lane.suspect()
+            lane.suspect(requests)
 
     def _take_piece(self, direction: Direction, job: Job, limit: int) -> Sequence[Move]:
         """The next moves of `job`, at most `limit`; fewer, or none, where blocks were dropped or

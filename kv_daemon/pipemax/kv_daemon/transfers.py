@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Move(NamedTuple):
     device_block: int
 
 
-def merge(moves: Iterable[Move]) -> tuple[Run, ...]:
+def merge(moves: Sequence[Move]) -> tuple[Run, ...]:
     """Moves as copies: blocks that follow each other on both sides become one run."""
     runs: list[Run] = []
     host = device = count = 0
@@ -34,7 +34,7 @@ def merge(moves: Iterable[Move]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def unmerged(moves: Iterable[Move]) -> tuple[Run, ...]:
+def unmerged(moves: Sequence[Move]) -> tuple[Run, ...]:
     """The plain form of `merge`: one copy per block. For comparison in tests and benchmarks."""
     return tuple(Run(move.block.host_id, move.device_block, 1) for move in moves)
 
@@ -49,6 +49,8 @@ class Job:
     """The last step that must be computed before the first copy."""
     moves: tuple[Move, ...]
     """In the order of host blocks; shared by the jobs of all stages."""
+    requests: Set[int]
+    """Whose blocks these are; shared as well."""
     outstanding: int
     """Moves not done and not cancelled."""
     cursor: int = 0
@@ -137,11 +139,12 @@ class Lane:
         self.outstanding -= count
         return job.outstanding == 0
 
-    def suspect(self) -> None:
-        """Blocks were dropped: any job waiting here may have moves of them."""
+    def suspect(self, requests: Set[int]) -> None:
+        """Blocks of these requests were dropped: jobs waiting here may have moves of them."""
         for queue in (self.ready, self.gated):
             for _, _, job in queue:
-                job.suspect = True
+                if not requests.isdisjoint(job.requests):
+                    job.suspect = True
 
     def void(self) -> int:
         """Forgets all jobs. Returns how many copies under way became void."""

@@ -1,7 +1,7 @@
 """The KV daemon's core between modelled links: what its shell and its copy engine do."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from pipemax.kv_daemon.core import KvCore
 from pipemax.kv_daemon.events import (
@@ -126,6 +126,6 @@ class ModelledDaemon:
         )
 
 
-def _as_one_run(moves: Iterable[Move]) -> tuple[Run, ...]:
+def _as_one_run(moves: Sequence[Move]) -> tuple[Run, ...]:
     """A modelled copy takes as long as its bytes; where they lie does not matter."""
-    return (Run(0, 0, len(list(moves))),)
+    return (Run(0, 0, len(moves)),)
