@@ -143,14 +143,15 @@ class Scheduler:
         self, request: Request, token: int, event: StepReturned
     ) -> tuple[FinishReason | None, int | str | None]:
         sampling, limits = request.sampling, self.state.limits
-        if request.num_outputs >= sampling.min_tokens:
+        num_outputs = request.num_outputs
+        if num_outputs >= sampling.min_tokens:
             if token in limits.eos_token_ids and not sampling.ignore_eos:
                 return "stop", None
             if token in sampling.stop_token_ids:
                 return "stop", token
             if request.key in event.stopped:
                 return "stop", event.stopped[request.key]
-        if request.num_outputs >= request.max_tokens or len(request.tokens) >= limits.max_model_len:
+        if num_outputs >= request.max_tokens or len(request.tokens) >= limits.max_model_len:
             return "length", None
         return None, None
 

@@ -1,5 +1,6 @@
 """From the items of a step to the message that goes to the stages."""
 
+from array import array
 from collections.abc import Sequence
 
 from pipemax.coordinator.request import Request
@@ -29,16 +30,33 @@ def build_step_plan(
         num_tokens=pack_i32(item.num_tokens for item in items),
         context_lens=pack_i32(item.start for item in items),
         block_counts=pack_i32(counts),
-        block_tables=b"".join(
-            pack_i32(item.request.table[:count]) for item, count in zip(items, counts, strict=True)
-        ),
-        token_ids=b"".join(pack_i32(item.request.tokens[item.start : item.end]) for item in items),
+        block_tables=pack_i32(_tables(items, counts)),
+        token_ids=pack_i32(_tokens(items)),
         sample=tuple(
             _sample_row(index, item.request, eos_token_ids)
             for index, item in enumerate(items)
             if item.samples
         ),
     )
+
+
+def _tables(items: Sequence[Item], counts: Sequence[int]) -> "array[int]":
+    tables = array("i")
+    for item, count in zip(items, counts, strict=True):
+        table = item.request.table
+        tables.extend(table if len(table) == count else table[:count])
+    return tables
+
+
+def _tokens(items: Sequence[Item]) -> "array[int]":
+    token_ids = array("i")
+    for item in items:
+        tokens, start = item.request.tokens, item.start
+        if item.num_tokens == 1:
+            token_ids.append(tokens[start])
+        else:
+            token_ids.extend(tokens[start : item.end])
+    return token_ids
 
 
 def _sample_row(index: int, request: Request, eos_token_ids: frozenset[int]) -> SampleRow:

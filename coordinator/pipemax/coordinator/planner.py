@@ -125,15 +125,18 @@ class Planner:
         """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
         how many."""
         blocks, size = self._state.blocks, self._state.limits.block_size
-        room = (len(request.table) + blocks.num_free) * size - request.planned
-        count = min(request.remaining, most_tokens, room)
+        planned, remaining = request.planned, request.remaining
+        room = (len(request.table) + blocks.num_free) * size - planned
+        count = min(remaining, most_tokens, room)
         if count <= 0:
             return 0
-        taken = blocks.take_for_write(request.blocks_short(count, size))
-        if taken is None:
-            raise InvariantError("free device blocks are miscounted")
-        self._state.extend_table(request, taken)
-        items.append(Item(request, request.planned, count, samples=count == request.remaining))
+        short = request.blocks_short(count, size)
+        if short:
+            taken = blocks.take_for_write(short)
+            if taken is None:
+                raise InvariantError("free device blocks are miscounted")
+            self._state.extend_table(request, taken)
+        items.append(Item(request, planned, count, samples=count == remaining))
         return count
 
     def _account(self, item: Item, step: int) -> None:
@@ -146,10 +149,10 @@ class Planner:
         if request.is_decode:
             counters.decode_context_tokens += item.start
             counters.decode_prefetched_tokens += loaded
-        first_time = max(0, min(item.end, request.num_prompt) - request.prompt_counted)
-        request.prompt_counted += first_time
-        counters.prompt_tokens += first_time
-        if not request.is_decode:
+        else:
+            first_time = max(0, min(item.end, request.num_prompt) - request.prompt_counted)
+            request.prompt_counted += first_time
+            counters.prompt_tokens += first_time
             counters.recomputed_tokens += item.num_tokens - first_time
         request.planned += item.num_tokens
         request.in_flight += 1

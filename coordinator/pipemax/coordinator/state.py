@@ -7,6 +7,7 @@ no copy touches it. Host blocks are counted, not placed: placement is the daemon
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.device_blocks import DeviceBlocks
@@ -31,8 +32,7 @@ class SchedulerLimits:
     eos_token_ids: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One request's part in a step."""
 
     request: Request
