@@ -26,6 +26,8 @@ FOLDER_OF = {
 
 HEAVY = ("torch", "transformers", "numba")
 LIGHT_MODULES = (
+    "pipemax.stage_worker.main",
+    "pipemax.stage_worker.modelled.engine",
     "pipemax.services.cli",
     "pipemax.client",
     "pipemax.coordinator.main",

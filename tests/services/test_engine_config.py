@@ -14,7 +14,8 @@ from pipemax.proto.errors import ConfigError, ModelError, PipemaxError, Unsuppor
 from pipemax.proto.geometry import blocks_for
 from pipemax.services import engine_config
 from pipemax.services.cli.options import EngineOptions
-from pipemax.services.engine_config import SPARE_BLOCKS, build_config
+from pipemax.services.config_limits import SPARE_BLOCKS
+from pipemax.services.engine_config import build_config
 
 LAYERS, KV_HEADS, HEAD_DIM, MAX_POSITIONS = 5, 2, 8, 512
 

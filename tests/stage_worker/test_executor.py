@@ -24,6 +24,8 @@ class World:
         self.queue.reset(1)
         self.clock = StateClock(lambda: self.now_s * 10**9)
         self.is_last = is_last
+        self.rows_late_s = 0
+        self.device_s: float | None = None
         self.script: list[Callable[[], None]] = []
         self.log: list[str] = []
         self.reported: list[tuple[int, float, list[int] | None]] = []
@@ -61,12 +63,15 @@ class World:
         self.log.append(f"prepare {plan.step}")
         return plan.step
 
+    def await_rows(self, rows: torch.Tensor) -> None:
+        self.now_s += self.rows_late_s
+
     def compute(self, plan: StepPlan, batch: int, rows: torch.Tensor | None) -> StepResult:
         assert batch == plan.step
         self.now_s += COMPUTE_S
         self.log.append(f"compute {plan.step}")
         if self.is_last:
-            return StepResult(tokens=[7])
+            return StepResult(tokens=[7], compute_s=self.device_s)
         return StepResult(rows=torch.zeros(1, 2) if rows is None else rows)
 
     # -- what its peers do
@@ -104,6 +109,22 @@ def test_last_stage_reports_tokens_and_sends_nothing() -> None:
     world.run(world.plan(decode_plan(0)))
     assert world.log == ["prepare 0", "compute 0", "report 0"]
     assert world.reported == [(0, COMPUTE_S, [7])]
+
+
+def test_the_device_may_know_better_how_long_a_step_took() -> None:
+    world = World(takes_activations=False, is_last=True)
+    world.device_s = 55.0
+    seconds = world.run(world.plan(decode_plan(0)))
+    assert world.reported == [(0, 55.0, [7])]
+    assert seconds["compute"] == COMPUTE_S
+
+
+def test_rows_that_are_announced_before_they_are_there_are_wait_activation() -> None:
+    world = World()
+    world.rows_late_s = 5
+    seconds = world.run(world.rows(0), world.plan(decode_plan(0)))
+    assert seconds["wait_activation"] == 5
+    assert seconds["compute"] == COMPUTE_S
 
 
 def test_late_activations_are_wait_activation() -> None:

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Any
 
 from pipemax.client import Client, Completion, SamplingParams
-from pipemax.proto.config import EngineConfig, save_config
+from pipemax.proto.config import EngineConfig
 from pipemax.proto.geometry import BlockGeometry, split_layers
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import RunLock, create_run_dir
-from pipemax.stage_worker.channels.keys import create_activation_keys
+from pipemax.services.launcher.rundir_files import fill
 from pipemax.stage_worker.model.inspect import inspect_model
 from support.forkserver import log_of, start_process, stop_process
 
@@ -68,9 +68,7 @@ class LocalSystem:
     def __enter__(self) -> "LocalSystem":
         self._lock = RunLock(self.run_dir)
         try:
-            save_config(self.config, self.run_dir)
-            if self.config.activation_transport == "tcp":
-                create_activation_keys(self.run_dir)
+            fill(self.run_dir, self.config)
             self.start("coordinator")
             self.start("kv-daemon")
             for index in range(self.config.pipeline_parallel_size):

@@ -78,7 +78,7 @@ class KvCore:
         self.waiting: deque[tuple[int, Move]] = deque()
         """(after, move) of stores that wait for a draining host block. The coordinator counts a
         host block free as soon as it sends Drop, which may be a copy's length before it is."""
-        self._host_bytes = host_bytes
+        self.host_bytes = host_bytes
         self._laid_out = False
         self.pending_releases: set[int] = set()
         """Requests whose Release waits for copies to end."""
@@ -202,7 +202,7 @@ class KvCore:
             return
         self._laid_out = True
         block_bytes = tuple(stage.block_bytes for stage in self.stages)
-        self.table = HostTable(self._host_bytes // sum(block_bytes))
+        self.table = HostTable(self.host_bytes // sum(block_bytes))
         self._out.append(LayOutHost(self.table.free.total, block_bytes))
 
     def _answer_reset(self) -> None:

@@ -17,17 +17,27 @@ from pipemax.proto.memory import SharedMemory
 from pipemax.proto.messages.control import LinkTotals
 from pipemax.proto.messages.kv import AttachPool
 
-Work = tuple[Blocks, Blocks, list[tuple[int, int, int]]]
-"""Source, target and (source block, target block, length) of each run."""
+Work = tuple[Blocks, Blocks, list[tuple[int, int, int]], int]
+"""Source, target, (source block, target block, length) of each run, and a block's bytes on the
+link."""
 
 
 class CpuEngine:
     """CopyEngine for device pools in shared memory.
 
     bandwidth_bytes_s: each stage's link carries this much in each direction; None does not limit.
+    held_block_bytes: stages that only model their KV hold so little per block, whatever it takes on
+    the link; None: a block is what it takes.
     """
 
-    def __init__(self, num_stages: int, bandwidth_bytes_s: float | None) -> None:
+    def __init__(
+        self,
+        num_stages: int,
+        bandwidth_bytes_s: float | None,
+        held_block_bytes: int | None = None,
+    ) -> None:
+        self._held_block_bytes = held_block_bytes
+        self._link_block_bytes = [0] * num_stages
         self._pools: list[SharedMemory | None] = [None] * num_stages
         self._device: list[Blocks | None] = [None] * num_stages
         self._host: tuple[Blocks, ...] = ()
@@ -44,17 +54,23 @@ class CpuEngine:
         return self._event_fd
 
     def map_pool(self, offer: AttachPool) -> None:
-        needed = offer.num_blocks * offer.block_bytes
+        (held_bytes,) = self.held_bytes((offer.block_bytes,))
+        needed = offer.num_blocks * held_bytes
         if not 0 < needed <= offer.handle.size_bytes:
             raise PipemaxSystemError(
-                f"stage {offer.stage} offers {offer.num_blocks} blocks of {offer.block_bytes} "
+                f"stage {offer.stage} offers {offer.num_blocks} blocks of {held_bytes} "
                 f"bytes in a segment of {offer.handle.size_bytes} bytes"
             )
         memory = SharedMemory.open(offer.handle)
         blocks = np.frombuffer(memory.buffer, np.uint8)[:needed]
         self._unmap(offer.stage)
         self._pools[offer.stage] = memory
-        self._device[offer.stage] = blocks.reshape(offer.num_blocks, offer.block_bytes)
+        self._device[offer.stage] = blocks.reshape(offer.num_blocks, held_bytes)
+        self._link_block_bytes[offer.stage] = offer.block_bytes
+
+    def held_bytes(self, block_bytes: tuple[int, ...]) -> tuple[int, ...]:
+        held = self._held_block_bytes
+        return block_bytes if held is None else (held,) * len(block_bytes)
 
     def lay_out(self, regions: tuple[Blocks, ...]) -> None:
         self._host = regions
@@ -66,10 +82,11 @@ class CpuEngine:
         for h, d, length in runs:
             if h < 0 or d < 0 or h + length > len(host) or d + length > len(device):
                 raise InvariantError(f"stage {stage}: {direction} of blocks that do not exist")
+        size = self._link_block_bytes[stage]
         if direction == "load":
-            work = (host, device, [(h, d, length) for h, d, length in runs])
+            work = (host, device, [(h, d, length) for h, d, length in runs], size)
         else:
-            work = (device, host, [(d, h, length) for h, d, length in runs])
+            work = (device, host, [(d, h, length) for h, d, length in runs], size)
         self._lanes[stage, direction].queue.put(work)
 
     def completed(self) -> list[tuple[int, Direction]]:
@@ -172,8 +189,10 @@ class _CopyThread:
         self._engine.signal(self._stage, self._direction, error)
         return True
 
-    def _copy(self, source: Blocks, target: Blocks, runs: list[tuple[int, int, int]]) -> None:
-        num_bytes = sum(length for _, _, length in runs) * source.shape[1]
+    def _copy(
+        self, source: Blocks, target: Blocks, runs: list[tuple[int, int, int]], block_bytes: int
+    ) -> None:
+        num_bytes = sum(length for _, _, length in runs) * block_bytes
         begin, deadline = self._pacer.begin(time.perf_counter(), num_bytes)
         for s, t, length in runs:
             target[t : t + length] = source[s : s + length]

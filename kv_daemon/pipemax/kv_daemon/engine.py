@@ -25,6 +25,11 @@ class CopyEngine(Protocol):
         """
         ...
 
+    def held_bytes(self, block_bytes: tuple[int, ...]) -> tuple[int, ...]:
+        """What a block of each stage takes in this machine's memory, given what it takes on the
+        link."""
+        ...
+
     def lay_out(self, regions: tuple[Blocks, ...]) -> None:
         """The stages' regions of the host pool. Called once, before the first `start`."""
         ...

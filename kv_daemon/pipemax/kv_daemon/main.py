@@ -13,12 +13,19 @@ from pipemax.proto.process import on_stop_signals
 
 PIECE_S = 0.02
 """On an imitated link, which may be slow, a piece also takes no longer than this."""
+MODELLED_PIECE_S = 0.01
+"""On a modelled link a piece takes this long: its few real bytes cost nothing, but two threads
+switch for every piece, and a machine may run as many links as a server with eight GPUs."""
 
 
 def piece_bytes(config: EngineConfig) -> int:
     """Most bytes of one copy: large enough to be fast, small enough to let urgent work pass."""
     bandwidth = config.emulate_link_bandwidth_bytes_s
-    return PIECE_BYTES if bandwidth is None else min(PIECE_BYTES, int(bandwidth * PIECE_S))
+    if bandwidth is None:
+        return PIECE_BYTES
+    if config.held_block_bytes is not None:
+        return max(1, int(bandwidth * MODELLED_PIECE_S))
+    return min(PIECE_BYTES, int(bandwidth * PIECE_S))
 
 
 def body(run_dir: Path, index: int) -> None:
@@ -26,9 +33,11 @@ def body(run_dir: Path, index: int) -> None:
     config = load_config(run_dir)
     num_stages = config.pipeline_parallel_size
     with contextlib.ExitStack() as stack:
-        pool = HostPool(config.kv_offloading_bytes)
+        pool = HostPool(config.held_host_bytes)
         stack.callback(pool.close)
-        engine = CpuEngine(num_stages, config.emulate_link_bandwidth_bytes_s)
+        engine = CpuEngine(
+            num_stages, config.emulate_link_bandwidth_bytes_s, config.held_block_bytes
+        )
         stack.callback(engine.close)
         core = KvCore(num_stages, config.kv_offloading_bytes, piece_bytes(config))
         shell = Shell(run_dir, num_stages, core, engine, pool, secrets.token_hex(8))

@@ -138,7 +138,7 @@ class Shell:
             return self._hello_at - now
         if self._prefaulted.is_set() and self._ready_told != self._coordinator:
             self._ready_told = self._coordinator
-            self._tell_coordinator(control.KvReady(pool_bytes=self._pool.size_bytes))
+            self._tell_coordinator(control.KvReady(pool_bytes=self._core.host_bytes))
         if now >= self._beat_at:
             self._beat_at = now + BEAT_INTERVAL_S
             self._tell_coordinator(control.Beat())
@@ -175,7 +175,8 @@ class Shell:
             case MapPool():
                 self._map_pool(command.offer)
             case LayOutHost():
-                regions = self._pool.regions(command.num_blocks, command.block_bytes)
+                held_bytes = self._engine.held_bytes(command.block_bytes)
+                regions = self._pool.regions(command.num_blocks, held_bytes)
                 self._engine.lay_out(regions)
 
     def _map_pool(self, offer: kv.AttachPool) -> None:

@@ -92,6 +92,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         takes on the link."""
         return None if self.modelled is None else self.block_size * KV_TOKEN_BYTES
 
+    @property
+    def held_host_bytes(self) -> int:
+        """The same for the whole host pool."""
+        if self.modelled is None or self.held_block_bytes is None:
+            return self.kv_offloading_bytes
+        on_link = sum(self.modelled.block_bytes(n, self.block_size) for n in self.layer_split)
+        num_blocks = self.kv_offloading_bytes // on_link
+        return num_blocks * len(self.layer_split) * self.held_block_bytes
+
     def __post_init__(self) -> None:
         if (self.device == "modelled") != (self.modelled is not None):
             raise ValueError("`modelled` goes with device `modelled`, and only with that")

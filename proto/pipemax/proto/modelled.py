@@ -9,6 +9,9 @@ KV_TOKEN_BYTES: Final = 16
 """What a modelled stage really keeps for a token, in place of its keys and values: enough to tell
 which token, at which position, after which context."""
 
+KV_ELEMENT_BYTES: Final = 2.0
+"""bfloat16"""
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -64,3 +67,7 @@ class ModelledDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Made-up tokens are below this."""
     time_scale: float = 1.0
     """Seconds that a modelled second takes."""
+
+    def block_bytes(self, num_layers: int, block_size: int) -> int:
+        """What a KV block of `num_layers` layers takes on the GPU and on its link."""
+        return round(self.shape.kv_token_bytes(num_layers, KV_ELEMENT_BYTES) * block_size)

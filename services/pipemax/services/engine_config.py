@@ -10,15 +10,14 @@ import msgspec
 from pipemax.coordinator.policy import make_policy
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import BlockGeometry, Dtype, blocks_for, split_layers
-from pipemax.proto.sizes import format_size, parse_size
+from pipemax.proto.geometry import BlockGeometry, Dtype
+from pipemax.proto.sizes import format_size
 from pipemax.services.cli.options import EngineOptions
+from pipemax.services.config_limits import layer_split, max_model_len, size_of
 from pipemax.services.machine import memory_bytes, usable_cores
+from pipemax.services.modelled_config import MODELLED, modelled_config
 from pipemax.stage_worker.model.inspect import ModelInfo, inspect_model
 
-SPARE_BLOCKS = 1
-"""Device blocks that the coordinator wants beyond those of the longest request; it checks again
-with what the stages report."""
 _FLAG_OF_FIELD = {
     "kv_offloading_bytes": "--kv-offloading-size",
     "emulate_link_bandwidth_bytes_s": "--emulate-link-bandwidth",
@@ -36,17 +35,31 @@ def build_config(options: EngineOptions, name: str) -> EngineConfig:
     if not options.model:
         raise ConfigError("--model is missing: give the folder of the model to run")
     config = _checked_fields(options, options.model, name)
+    if options.device.startswith(MODELLED):
+        return modelled_config(options, config)
+    _refuse_modelled_flags(options)
     model_dir = Path(options.model).expanduser().absolute()
     info = inspect_model(model_dir)
-    split = _layer_split(options, info)
+    split = layer_split(options, info.num_layers)
     _check_memory(config, info)
+    block_bytes = largest_block_bytes(config, split, info)
+    limit = info.max_position_embeddings
     return msgspec.structs.replace(
         config,
         model=str(model_dir),
         layer_split=split,
-        max_model_len=_max_model_len(options.max_model_len, config, split, info),
+        max_model_len=max_model_len(options.max_model_len, limit, config, block_bytes),
         threads_per_stage=options.threads_per_stage or max(1, usable_cores() // len(split)),
     )
+
+
+def _refuse_modelled_flags(options: EngineOptions) -> None:
+    if options.catalogue is not None:
+        raise ConfigError(f"--catalogue {options.catalogue} goes with --device modelled:GPU")
+    if options.modelled_time_scale != 1.0:
+        raise ConfigError(
+            f"--modelled-time-scale {options.modelled_time_scale:g} goes with --device modelled:GPU"
+        )
 
 
 def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConfig:
@@ -54,22 +67,17 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
     if options.device == "cuda":
         raise ConfigError("--device cuda is not implemented yet; use --device cpu")
     make_policy(options.policy)
-    bandwidth = options.emulate_link_bandwidth
     values: dict[str, Any] = {
         "name": name,
         "model": model,
         "served_model_name": options.served_model_name or model,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "layer_split": (1,),
-        "device": options.device,
+        "device": "cpu" if options.device.startswith(MODELLED) else options.device,
         "dtype": options.dtype,
         "max_model_len": 1 if options.max_model_len is None else options.max_model_len,
         "block_size": options.block_size,
-        "kv_cache_memory_bytes": _size("--kv-cache-memory-bytes", options.kv_cache_memory_bytes),
-        "kv_offloading_bytes": _size("--kv-offloading-size", options.kv_offloading_size),
-        "emulate_link_bandwidth_bytes_s": (
-            None if bandwidth is None else _size("--emulate-link-bandwidth", bandwidth)
-        ),
+        **_given_sizes(options),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "policy": options.policy,
@@ -88,6 +96,18 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         raise _name_the_flag(error, values) from error
 
 
+def _given_sizes(options: EngineOptions) -> dict[str, int]:
+    given = {
+        "kv_cache_memory_bytes": ("--kv-cache-memory-bytes", options.kv_cache_memory_bytes),
+        "kv_offloading_bytes": ("--kv-offloading-size", options.kv_offloading_size),
+        "emulate_link_bandwidth_bytes_s": (
+            "--emulate-link-bandwidth",
+            options.emulate_link_bandwidth,
+        ),
+    }
+    return {field: size_of(flag, text) for field, (flag, text) in given.items() if text is not None}
+
+
 def _name_the_flag(error: msgspec.ValidationError, values: Mapping[str, Any]) -> ConfigError:
     """msgspec says `Expected `int` >= 1 - at `$.block_size``."""
     match = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error))
@@ -98,62 +118,13 @@ def _name_the_flag(error: msgspec.ValidationError, values: Mapping[str, Any]) ->
     if problem.startswith("Invalid enum value"):
         choices = msgspec.json.schema(EngineConfig)["$defs"]["EngineConfig"]["properties"]
         problem = "choose " + ", ".join(choices[field]["enum"])
+        if field == "device":
+            problem = f"choose cpu or {MODELLED}:GPU, such as {MODELLED}:rtx-3090"
     elif "matching regex" in problem:
         problem = "use at most 40 letters, digits, dots, dashes and underscores"
     else:
         problem = problem[0].lower() + problem[1:].replace("`", "")
     return ConfigError(f"{flag} {values[field]}: {problem}")
-
-
-def _size(flag: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ConfigError as error:
-        raise ConfigError(f"{flag}: {error}") from error
-
-
-def _layer_split(options: EngineOptions, info: ModelInfo) -> tuple[int, ...]:
-    stages, layers = options.pipeline_parallel_size, info.num_layers
-    if stages > layers:
-        raise ConfigError(
-            f"--pipeline-parallel-size {stages}: the model has {layers} layers, "
-            f"so at most {layers} stages"
-        )
-    text = options.layer_split
-    if text is None:
-        return split_layers(layers, stages)
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise ConfigError(f"--layer-split {text}: write the layers of each stage, as in 10,12,10")
-    split = tuple(int(part) for part in text.split(","))
-    if len(split) != stages:
-        raise ConfigError(
-            f"--layer-split {text} is for {len(split)} stages, "
-            f"but --pipeline-parallel-size is {stages}"
-        )
-    if sum(split) != layers:
-        raise ConfigError(f"--layer-split {text} adds up to {sum(split)}; the model has {layers}")
-    return split
-
-
-def _max_model_len(
-    asked: int | None, config: EngineConfig, split: tuple[int, ...], info: ModelInfo
-) -> int:
-    """As asked if it fits the model and the device pool; by default the longest that fits both."""
-    limit = info.max_position_embeddings
-    if asked is not None and asked > limit:
-        raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
-    block_bytes = largest_block_bytes(config, split, info)
-    blocks = config.kv_cache_memory_bytes // block_bytes
-    fitting = (blocks - SPARE_BLOCKS) * config.block_size
-    wanted = asked if asked is not None else 1
-    if wanted > fitting:
-        needed = (blocks_for(wanted, config.block_size) + SPARE_BLOCKS) * block_bytes
-        what = "" if asked is None else f"for --max-model-len {asked} "
-        raise ConfigError(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is too small: one request "
-            f"{what}needs {needed} bytes ({format_size(needed)}) on each stage"
-        )
-    return asked if asked is not None else min(limit, fitting)
 
 
 def largest_block_bytes(config: EngineConfig, split: tuple[int, ...], info: ModelInfo) -> int:

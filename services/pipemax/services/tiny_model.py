@@ -30,6 +30,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+VOCAB_SIZE = 1024
+ANY_VOCAB_SIZE = 2**20
+"""More token ids than any model has."""
+ANY_LENGTH = 2**30
+"""Tokens; more than any sequence has."""
+
 _ATTENTION_GAIN = 3.0
 """Queries and keys larger than usual: attention then picks few tokens, so that what comes next
 depends on the context and greedy output does not fall into one loop."""
@@ -47,7 +53,7 @@ class ModelShape:
     intermediate_size: int = 512
     num_heads: int = 6
     num_kv_heads: int = 2
-    vocab_size: int = 1024
+    vocab_size: int = VOCAB_SIZE
     """Of the model. The tokenizer has as many tokens, or fewer where the bundled text gives no
     more."""
     max_position_embeddings: int = 2048
@@ -79,32 +85,46 @@ def make_demo_model(directory: Path, seed: int = 0, shape: ModelShape | None = N
     shape = shape or ModelShape()
     _check(shape)
     tokenizer = train_tokenizer(shape.vocab_size)
-    eos_token_id = tokenizer.token_to_id(EOS)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_json(directory / "config.json", _model_config(shape, tokenizer))
-        _write_json(
-            directory / "generation_config.json",
-            {"bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": eos_token_id},
-        )
-        tokenizer.save(str(directory / "tokenizer.json"))
-        _write_json(
-            directory / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": BOS,
-                "eos_token": EOS,
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": shape.max_position_embeddings,
-                "chat_template": CHAT_TEMPLATE,
-            },
-        )
+        _write_text_files(directory, tokenizer, shape.max_position_embeddings)
         _write_weights(directory / "model.safetensors", shape, seed)
     except OSError as error:
         raise ConfigError(
             f"cannot write the model to {directory}: {error.strerror}; give a writable folder"
         ) from error
     return directory
+
+
+def make_text_folder(directory: Path) -> Path:
+    """Writes what the coordinator reads of a model, for one that is only modelled: a vocabulary and
+    the same tokenizer and chat template, whatever the model's own are. Prompts may bring token ids
+    of any model; those beyond the tokenizer's read as nothing. Returns `directory`."""
+    tokenizer = train_tokenizer(VOCAB_SIZE)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", {"vocab_size": ANY_VOCAB_SIZE})
+    _write_text_files(directory, tokenizer, ANY_LENGTH)
+    return directory
+
+
+def _write_text_files(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    _write_json(
+        directory / "generation_config.json",
+        {"bos_token_id": tokenizer.token_to_id(BOS), "eos_token_id": tokenizer.token_to_id(EOS)},
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": max_length,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
 
 
 def bundled_text() -> str:

@@ -7,13 +7,18 @@ neither: a stage that only models its GPU starts without torch, fast and small.
 from typing import Any, Protocol
 
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError
+from pipemax.proto.errors import ConfigError, InvariantError
 from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import SweepSample
 from pipemax.proto.sizes import format_size
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.executor import StepWork
 from pipemax.stage_worker.state_clock import StateClock
+
+
+class WrongKvError(InvariantError):
+    """A block that a step was to read holds something else, says an engine that can tell. Computing
+    on would give wrong tokens, and a fresh start would hide who brought the block there."""
 
 
 class StageEngine(Protocol):
@@ -56,6 +61,10 @@ class StageEngine(Protocol):
 
 def open_engine(config: EngineConfig, stage: int) -> StageEngine:
     """Loads the stage. Raises ConfigError or ModelError for what cannot work."""
+    if config.device == "modelled":
+        from pipemax.stage_worker.modelled.engine import ModelledEngine
+
+        return ModelledEngine(config, stage)
     from pipemax.stage_worker.torch_engine import TorchEngine
 
     return TorchEngine(config, stage)

@@ -25,6 +25,8 @@ class StepResult:
     """`[T, hidden]` for the next stage."""
     tokens: list[int] | None = None
     """From the last stage, one per sample row of the plan."""
+    compute_s: float | None = None
+    """How long the device says the step took; None: as long as this process waited for it."""
 
 
 class StepWork(Protocol[Batch]):
@@ -32,6 +34,9 @@ class StepWork(Protocol[Batch]):
 
     def prepare(self, plan: StepPlan) -> Batch:
         """Inputs that depend on the plan alone. Raises WireError when it contradicts itself."""
+
+    def await_rows(self, rows: Rows) -> None:
+        """Returns once `rows`, which a message announced, can be computed with."""
 
     def compute(self, plan: StepPlan, batch: Batch, rows: Rows | None) -> StepResult:
         """`rows` `[T, hidden]` from the previous stage; None on stage 0."""
@@ -82,7 +87,8 @@ class Executor(Generic[Batch]):
                 batch = self._inputs(plan)
                 self._wait_while_missing(plan, "wait_activation")
                 self._wait_while_missing(plan, "wait_kv")
-                result, compute_s = self._compute(plan, batch)
+                rows = self._arrived_rows(plan)
+                result, compute_s = self._compute(plan, batch, rows)
                 self._send(plan, result, compute_s)
 
     def _next_plan(self) -> StepPlan:
@@ -101,10 +107,18 @@ class Executor(Generic[Batch]):
     def _wait_while_missing(self, plan: StepPlan, what: State) -> None:
         self._wait(what, lambda: self._queue.missing(plan) == what, plan.epoch)
 
-    def _compute(self, plan: StepPlan, batch: Batch) -> tuple[StepResult, float]:
+    def _arrived_rows(self, plan: StepPlan) -> Rows | None:
+        rows = self._queue.rows(plan)
+        if rows is not None:
+            self._clock.switch("wait_activation")
+            self._work.await_rows(rows)
+        return rows
+
+    def _compute(self, plan: StepPlan, batch: Batch, rows: Rows | None) -> tuple[StepResult, float]:
         self._clock.switch("compute")
-        result = self._work.compute(plan, batch, self._queue.rows(plan))
-        return result, self._clock.switch("send")
+        result = self._work.compute(plan, batch, rows)
+        waited_s = self._clock.switch("send")
+        return result, waited_s if result.compute_s is None else result.compute_s
 
     def _send(self, plan: StepPlan, result: StepResult, compute_s: float) -> None:
         """Activations first: the next stage waits for them."""

@@ -21,7 +21,7 @@ from pipemax.proto.messages.registry import CONTROL, KV
 from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
 from pipemax.stage_worker.channels.connect import Context, Neighbours, open_neighbours
-from pipemax.stage_worker.engine import StageEngine, open_engine
+from pipemax.stage_worker.engine import StageEngine, WrongKvError, open_engine
 from pipemax.stage_worker.executor import Executor
 from pipemax.stage_worker.shell import Peer, StageShell
 from pipemax.stage_worker.state_clock import StateClock
@@ -48,8 +48,8 @@ class LoadedStage:
 
 
 def body(run_dir: Path, index: int) -> None:
-    """Runs stage `index`. Returns after SIGTERM or Stop; raises ConfigError or ModelError when no
-    restart would help, StageFailedError when one might."""
+    """Runs stage `index`. Returns after SIGTERM or Stop; raises ConfigError, ModelError or
+    WrongKvError when no restart would help, StageFailedError when one might."""
     on_stop_signals(lambda: sys.exit(0))  # while loading there is nothing to finish
     config = load_config(run_dir)
     with contextlib.ExitStack() as stack:
@@ -142,6 +142,6 @@ def _last_words(control: Peer) -> Iterator[None]:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         control.socket.setsockopt(zmq.LINGER, FAILURE_LINGER_MS)
         control.send(Failure(error=line[:4000]))
-        if isinstance(error, ConfigError | ModelError):
+        if isinstance(error, ConfigError | ModelError | WrongKvError):
             raise
         raise StageFailedError(line) from error

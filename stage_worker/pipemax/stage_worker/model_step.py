@@ -32,6 +32,9 @@ class ModelStep:
             )
         return batch
 
+    def await_rows(self, rows: Rows) -> None:
+        """A CPU's rows are copied before they are announced."""
+
     def compute(self, plan: StepPlan, batch: StepBatch, rows: Rows | None) -> StepResult:
         """Sampling counts as computing: it is part of what makes the last stage's step longer."""
         output = self._model.forward(batch, cast(torch.Tensor | None, rows))

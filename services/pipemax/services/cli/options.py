@@ -4,6 +4,7 @@ Names are those vLLM's users know. Defaults are the configuration's own.
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,7 +39,7 @@ class EngineOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR",
+            metavar="DIR|NAME",
             help="Model folder: config.json, *.safetensors, tokenizer.json.",
             rich_help_panel=_MODEL,
         ),
@@ -96,11 +97,30 @@ class EngineOptions:
     device: Annotated[
         str,
         typer.Option(
-            metavar="cpu|cuda",
-            help="Where stages compute. cuda is not implemented yet and refused.",
+            metavar="cpu|cuda|modelled:GPU",
+            help="Where stages compute. cuda is not implemented yet and refused. With modelled:GPU "
+            "(by catalogue, such as modelled:rtx-3090) stages wait as long as that GPU would "
+            "compute, and make tokens up: --model is then a name of the catalogue too, or a folder "
+            "with a config.json.",
             rich_help_panel=_PIPELINE,
         ),
     ] = _CONFIG.device
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="More GPUs and models for modelled:GPU.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
+    modelled_time_scale: Annotated[
+        float,
+        typer.Option(
+            metavar="FACTOR",
+            help="Seconds that a second of the modelled GPU takes; 0.1 runs ten times as fast.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = 1.0
     threads_per_stage: Annotated[
         int | None,
         typer.Option(
@@ -124,27 +144,29 @@ class EngineOptions:
         typer.Option(metavar="TOKENS", help="Tokens per KV block.", rich_help_panel=_MEMORY),
     ] = _CONFIG.block_size
     kv_cache_memory_bytes: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SIZE",
             help="Device KV pool of each stage, for example 64MiB.",
+            show_default=f"{_mebibytes(_CONFIG.kv_cache_memory_bytes)}, or what a modelled GPU has",
             rich_help_panel=_MEMORY,
         ),
-    ] = _mebibytes(_CONFIG.kv_cache_memory_bytes)
+    ] = None
     kv_offloading_size: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SIZE",
             help="Host KV pool for all stages together; 0 turns offloading off.",
+            show_default=f"{_mebibytes(_CONFIG.kv_offloading_bytes)}, of a modelled host 400GB",
             rich_help_panel=_MEMORY,
         ),
-    ] = _mebibytes(_CONFIG.kv_offloading_bytes)
+    ] = None
     emulate_link_bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
             help="Per second and direction: slow each stage's link down to this, for example 2GiB.",
-            show_default="as fast as memory copies go",
+            show_default="as fast as memory copies go, or a modelled GPU's",
             rich_help_panel=_MEMORY,
         ),
     ] = None

@@ -6,12 +6,15 @@ import re
 import shutil
 from pathlib import Path
 
-from pipemax.proto.config import CONFIG_FILE
+from pipemax.proto.config import CONFIG_FILE, EngineConfig, save_config
 from pipemax.proto.errors import PipemaxError
 from pipemax.proto.process import error_file
 from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock
 from pipemax.services.launcher.processes import log_file
-from pipemax.stage_worker.channels.keys import KEYS_FILE
+from pipemax.stage_worker.channels.keys import KEYS_FILE, create_activation_keys
+
+MODEL_DIR = "model"
+"""In the run directory: the text side of a model that has no folder of its own."""
 
 _OWNED_PATTERNS = (
     "*.sock",
@@ -25,8 +28,21 @@ _OWN_NAME = re.compile(r"[a-z]+-(\d+)")
 _TAIL_BYTES = 4096
 
 
+def fill(run_dir: Path, config: EngineConfig) -> None:
+    """Writes what the processes of the system read: configuration, keys, and for a modelled GPU
+    without a model folder what stands for one. Call it with the lock held."""
+    save_config(config, run_dir)
+    if config.activation_transport == "tcp":
+        create_activation_keys(run_dir)
+    if Path(config.model) == run_dir / MODEL_DIR:
+        from pipemax.services.tiny_model import make_text_folder
+
+        make_text_folder(run_dir / MODEL_DIR)
+
+
 def clean(run_dir: Path) -> None:
     """Removes all but the logs and the lock. Call it with the lock held."""
+    shutil.rmtree(run_dir / MODEL_DIR, ignore_errors=True)
     for pattern in _OWNED_PATTERNS:
         for path in run_dir.glob(pattern):
             path.unlink(missing_ok=True)

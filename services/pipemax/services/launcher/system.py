@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pipemax.proto.config import EngineConfig, save_config
+from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, ProcessFailedError
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock, create_run_dir
@@ -32,7 +32,6 @@ from pipemax.services.launcher.supervisor import (
     Policy,
     Supervisor,
 )
-from pipemax.stage_worker.channels.keys import create_activation_keys
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +104,7 @@ class System:
         try:
             rundir_files.clean(self.run_dir)
             rundir_files.clean_logs(self.run_dir)
-            save_config(self.config, self.run_dir)
-            if self.config.activation_transport == "tcp":
-                create_activation_keys(self.run_dir)
+            rundir_files.fill(self.run_dir, self.config)
             specs = tuple(self._processes(self.config, self.run_dir))
             self._supervisor = Supervisor([spec.name for spec in specs], self._policy)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
