@@ -38,9 +38,21 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     assert parse_workload(str(path), 2, 0, 1).requests == (Lengths(3, 6), Lengths(4, 8))
 
 
+def test_a_request_may_state_what_it_asks_for(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text(
+        '{"prompt_tokens": 3, "output_tokens": 6, "max_tokens": 9}\n'
+        '{"prompt_tokens": 4, "output_tokens": 8}\n'
+    )
+    workload = parse_workload(str(path), 2, 0, 1)
+    assert [request.max_tokens for request in workload.requests] == [9, None]
+    assert (workload.max_tokens, workload.max_model_len) == (8, 12)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ('{"prompt_tokens": 3, "output_tokens": 6, "max_tokens": 5}', "is less than"),
         ('{"prompt_tokens": 3}', ":1: each line holds an object"),
         ('{"prompt_tokens": 3, "output_tokens": 0}', "at least 1, not"),
         ('{"prompt_tokens": true, "output_tokens": 1}', "at least 1, not"),

@@ -98,9 +98,14 @@ def test_a_slow_stage_and_a_slow_link_are_felt_while_they_last() -> None:
     assert max(waited) == waited[1] > 0
 
 
+def linked(link_bytes_s: float = 1e9, **changes: object) -> SimulationSpec:
+    gpu = replace(CATALOGUE.gpu("rtx-3090"), link_bytes_s=link_bytes_s)
+    return small(gpu=gpu, timing=IDEAL, **changes)
+
+
 def test_a_shared_uplink_halves_what_each_gpu_gets() -> None:
     loop = EventLoop()
-    links = make_links(loop, 3, 1e9, 2, jitter=0.0)
+    links = make_links(linked(num_gpus=3, gpus_per_uplink=2), loop)
     ended: list[tuple[int, float]] = []
 
     def copy(stage: int, left: int) -> None:
@@ -120,9 +125,26 @@ def test_a_shared_uplink_halves_what_each_gpu_gets() -> None:
     assert links[0].report().store_bytes == 0
 
 
+def test_weights_come_from_the_disk_one_stage_after_the_other() -> None:
+    disk = Timing(load_s=0.5, disk_bytes_s=5e9)
+    plain = simulate(small())
+    spec = small(timing=disk, faults=(parse_fault("crash-stage:1@6+0.1", 4),))
+    result = simulate(spec)
+    weights_s = [stage.weights_bytes / 5e9 for stage in spec.stages]
+    assert result.start_s == pytest.approx(sum(weights_s) + 0.5, abs=0.01)
+    assert plain.start_s == pytest.approx(0.5, abs=0.01)
+    assert_all_finished(spec, result)
+    # The crashed stage reads its own part again, and the others wait.
+    assert result.working_s > plain.working_s + 0.1 + weights_s[1] + 0.5
+
+
 def test_a_horizon_ends_the_run() -> None:
     result = simulate(small(horizon_s=0.7))
     assert result.simulated_s == 0.7
+    assert result.working_s == pytest.approx(0.2, abs=0.01)
+    for stage in result.stages:
+        since_start = sum(result.state_s_since_start(stage).values())
+        assert since_start == pytest.approx(result.working_s)
     assert result.steps > 0
     assert result.finished < result.num_requests
 

@@ -77,6 +77,16 @@ class PlanFlags:
             rich_help_panel=_HARDWARE,
         ),
     ] = 400.0
+    disk_gb_s: Annotated[
+        float,
+        typer.Option(
+            metavar="GB/S",
+            help="Disk that weights are read from, at the start and after a crash, one stage after "
+            "the other. It holds no KV: PipeMax has no disk tier. The default is an assumption: "
+            "a PCIe 3.0 NVMe drive.",
+            rich_help_panel=_HARDWARE,
+        ),
+    ] = 3.0
     bits: Annotated[
         str,
         typer.Option(
@@ -159,6 +169,16 @@ class PlanFlags:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulateFlags(PlanFlags):
     """The same, with what only a simulation knows."""
+
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Costs measured on a live system, in place of GPU, model, links and memory. The "
+            "form is described in pipemax.services.simulator.measured.",
+            rich_help_panel=_HARDWARE,
+        ),
+    ] = None
 
     horizon_s: Annotated[
         float | None,

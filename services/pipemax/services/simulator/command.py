@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import typer
@@ -14,16 +14,31 @@ from pipemax.proto.sizes import parse_size
 from pipemax.services.cli.simulation_flags import PlanFlags, SimulateFlags
 from pipemax.services.simulator.faults import parse_fault
 from pipemax.services.simulator.gantt import draw_svg
+from pipemax.services.simulator.measured import load_measured
 from pipemax.services.simulator.peers import parse_peers, simulate_peer
 from pipemax.services.simulator.records import Result
 from pipemax.services.simulator.report import Run, describe, result_data, result_view
-from pipemax.services.simulator.spec import SimulationSpec
-from pipemax.services.simulator.workload import parse_workload
+from pipemax.services.simulator.spec import SimulationSpec, Timing, measured_spec
+from pipemax.services.simulator.workload import Workload, parse_workload
 from pipemax.services.simulator.world import World
 from pipemax.stage_worker.modelled.catalogue import load_catalogue
 from pipemax.stage_worker.modelled.roofline import Efficiencies
 
 _ROUNDS_SHOWN = 3
+_FROM_FILE = (
+    "gpu",
+    "count",
+    "model",
+    "layer_split",
+    "catalogue",
+    "gpus_per_uplink",
+    "host_memory_gb_s",
+    "disk_gb_s",
+    "bits",
+    "block_size",
+    "gemm_staircase",
+)
+"""Flags in whose place --measured stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +53,9 @@ class Comparison:
 
 def build_spec(flags: PlanFlags) -> SimulationSpec:
     """Raises ConfigError or ModelError for what cannot be simulated."""
-    spec = _planned_spec(flags)
     if not isinstance(flags, SimulateFlags):
-        return spec
+        return _planned_spec(flags)
+    spec = _measured_spec(flags, flags.measured) if flags.measured else _planned_spec(flags)
     if flags.horizon_s is not None and not 0 < flags.horizon_s < 1e9:
         raise ConfigError(f"--horizon {flags.horizon_s:g} is not a time above 0")
     return replace(
@@ -50,8 +65,38 @@ def build_spec(flags: PlanFlags) -> SimulationSpec:
         ),
         horizon_s=flags.horizon_s or spec.horizon_s,
         warm_up_s=flags.warm_up_s,
-        faults=tuple(parse_fault(text, flags.count) for text in flags.faults or ()),
+        faults=tuple(parse_fault(text, spec.num_gpus) for text in flags.faults or ()),
     )
+
+
+def _measured_spec(flags: SimulateFlags, path: Path) -> SimulationSpec:
+    for field in fields(flags):
+        if field.name in _FROM_FILE and getattr(flags, field.name) != field.default:
+            raise ConfigError(
+                f"--{field.name.replace('_', '-')} does not go with --measured: {path} says it"
+            )
+    if flags.kv_offloading_size not in (_default("kv_offloading_size"), "0"):
+        raise ConfigError(
+            f"--kv-offloading-size {flags.kv_offloading_size} does not go with --measured: {path} "
+            "says it; only 0 does, to turn offloading off"
+        )
+    spec = measured_spec(load_measured(path), _workload(flags))
+    return replace(
+        spec,
+        host_bytes=spec.host_bytes if flags.kv_offloading_size != "0" else 0,
+        max_num_seqs=flags.max_num_seqs,
+        max_num_batched_tokens=flags.max_num_batched_tokens,
+        policy=flags.policy or DEFAULT_POLICY,
+        seed=flags.seed,
+    )
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(SimulateFlags) if field.name == name)
+
+
+def _workload(flags: PlanFlags) -> Workload:
+    return parse_workload(flags.workload, flags.requests, flags.seed, flags.sigma)
 
 
 def _planned_spec(flags: PlanFlags) -> SimulationSpec:
@@ -61,7 +106,7 @@ def _planned_spec(flags: PlanFlags) -> SimulationSpec:
         gpu=catalogue.gpu(flags.gpu),
         num_gpus=flags.count,
         model=catalogue.model(flags.model),
-        workload=parse_workload(flags.workload, flags.requests, flags.seed, flags.sigma),
+        workload=_workload(flags),
         efficiencies=Efficiencies(gemm_staircase=flags.gemm_staircase),
         layer_split=_parse_split(flags.layer_split),
         weight_element_bytes=weight_bits / 8,
@@ -71,7 +116,10 @@ def _planned_spec(flags: PlanFlags) -> SimulationSpec:
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
         gpus_per_uplink=flags.gpus_per_uplink,
-        host_memory_bytes_s=_rate("--host-memory-gb-s", flags.host_memory_gb_s),
+        timing=Timing(
+            host_memory_bytes_s=_rate("--host-memory-gb-s", flags.host_memory_gb_s),
+            disk_bytes_s=_rate("--disk-gb-s", flags.disk_gb_s),
+        ),
         policy=flags.policy or DEFAULT_POLICY,
         seed=flags.seed,
     )

@@ -81,12 +81,15 @@ class ModelledCoordinator:
         self._on_event = on_event
         self._links = (LinkTotals(),) * spec.num_gpus
         self._last_out_ns = 0
+        self.first_ready_ns: int | None = None
+        """When the system was whole for the first time."""
 
     def submit_all(self, spec: SimulationSpec) -> None:
         """All requests of the workload, at once. A request's seed is its key: by it the modelled
         last stage knows how long the output is; the scheduler does not."""
-        sampling = SamplingParams(max_tokens=spec.workload.max_tokens)
+        longest = spec.workload.max_tokens
         for key, lengths in enumerate(spec.workload.requests):
+            sampling = SamplingParams(max_tokens=lengths.max_tokens or longest)
             self.tell(Submitted(key, [1] * lengths.prompt_tokens, sampling, seed=key))
 
     # Messages
@@ -165,6 +168,8 @@ class ModelledCoordinator:
                 case ResetAll(message):
                     self._send_reset(message)
                 case Paused() | Resumed():
+                    if self.first_ready_ns is None:
+                        self.first_ready_ns = self._loop.now_ns
                     self.tell(action)
 
     def _is_current(self, epoch: int) -> bool:

@@ -80,12 +80,13 @@ def _shares(spec: SimulationSpec, result: Result) -> Iterator[str]:
     for index, stage in enumerate(result.stages):
         x = float(left)
         y = _TOP + index * _ROW + 2
+        state_s = result.state_s_since_start(stage)
         for state in STAGE_STATES:
-            width = _BAR * stage.state_s[state] / max(result.simulated_s, 1e-12)
+            width = _BAR * state_s[state] / result.working_s
             if width > 0:
                 yield _box(x, y, width, _ROW - 4, COLOURS[state])
             x += width
-        share = stage.state_s["compute"] / max(result.simulated_s, 1e-12)
+        share = state_s["compute"] / result.working_s
         yield _text(left + 8, y + 15, f"{share:.1%}", colour="white", weight="bold")
     bottom = _TOP + spec.num_gpus * _ROW
     for percent in (0, 50, 100):

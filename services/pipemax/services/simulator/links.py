@@ -1,38 +1,60 @@
-"""Modelled host links: one lane per direction, shared by the GPUs behind one uplink."""
+"""Modelled host links: one lane per direction, shared by the GPUs behind one uplink, all of them
+reading and writing one host memory. Activations go first."""
 
 import random
 from collections.abc import Callable
 
+from pipemax.kv_daemon.core import PIECE_BYTES
 from pipemax.kv_daemon.events import DIRECTIONS, Direction
 from pipemax.proto.messages.control import LinkTotals
 from pipemax.services.simulator.engine import NS, EventLoop, to_ns
+from pipemax.services.simulator.spec import SimulationSpec
 
 
 class Lane:
-    """One direction of one uplink. Copies take their turns at the full rate; the daemon keeps two
-    under way per stage, so that GPUs that share an uplink alternate and each gets its part."""
+    """What works on one transfer at a time: one direction of one uplink, or host memory. Copies
+    take their turns at the full rate; the daemon keeps two under way per stage, so that GPUs that
+    share an uplink alternate and each gets its part."""
 
     __slots__ = ("free_ns",)
 
     def __init__(self) -> None:
         self.free_ns = 0
 
+    def take(self, from_ns: int, duration_ns: int) -> int:
+        """Queues a transfer that may begin at `from_ns`; returns when it ends."""
+        self.free_ns = max(from_ns, self.free_ns) + duration_ns
+        return self.free_ns
+
 
 class Link:
-    """One stage's way to host memory and back. The directions do not slow each other."""
+    """One stage's way to host memory and back. The directions do not slow each other, unless they
+    share a lane.
+
+    A copy occupies its lane and, for as long as its bytes take there, host memory; it ends when it
+    is through both.
+    """
 
     def __init__(
-        self, loop: EventLoop, bytes_per_s: float, lanes: dict[Direction, Lane], jitter: float
+        self,
+        loop: EventLoop,
+        bytes_per_s: dict[Direction, float],
+        lanes: dict[Direction, Lane],
+        jitter: float = 0.0,
+        memory: Lane | None = None,
+        memory_bytes_s: float = float("inf"),
     ) -> None:
         self.speed = 1.0
         """Share of the nominal rate; faults lower it."""
         self.totals = dict.fromkeys(DIRECTIONS, (0, 0, 0))
-        """(bytes, busy nanoseconds, copies) by direction. Busy is as the daemon's engine counts
-        it: from when a copy could have begun, waiting for a shared uplink included."""
+        """(bytes, busy nanoseconds, copies) by direction, of KV. Busy is as the daemon's engine
+        counts it: from when a copy could have begun, waiting for a shared uplink included."""
         self._loop = loop
         self._bytes_per_s = bytes_per_s
         self._lanes = lanes
         self._jitter = jitter
+        self._memory = memory or Lane()
+        self._memory_bytes_s = memory_bytes_s
         self._last_end_ns = dict.fromkeys(DIRECTIONS, 0)
 
     def copy(
@@ -48,13 +70,13 @@ class Link:
         """Starts a copy behind those before it; calls `then` `notice_ns` after the last byte is
         there."""
         now_ns = self._loop.now_ns
-        lane = self._lanes[direction]
-        seconds = num_bytes / (self._bytes_per_s * self.speed)
+        seconds = num_bytes / (self._bytes_per_s[direction] * self.speed)
         if self._jitter:
             seconds *= max(0.1, draw.gauss(1.0, self._jitter))
-        end_ns = max(now_ns, lane.free_ns) + to_ns(seconds)
+        end_ns = self._lanes[direction].take(now_ns, to_ns(seconds))
+        end_ns = max(end_ns, self._memory.take(now_ns, to_ns(num_bytes / self._memory_bytes_s)))
         begin_ns = max(now_ns, self._last_end_ns[direction])
-        lane.free_ns = self._last_end_ns[direction] = end_ns
+        self._last_end_ns[direction] = end_ns
         moved, busy_ns, copies = self.totals[direction]
         self.totals[direction] = (
             moved + num_bytes,
@@ -62,6 +84,21 @@ class Link:
             copies + num_runs,
         )
         self._loop.at(end_ns + notice_ns, then, *arguments)
+
+    def carry(self, direction: Direction, num_bytes: float, from_ns: int) -> int:
+        """Activations that are there at `from_ns`; returns when they are through.
+
+        They overtake all copies but the piece under way (the daemon's real pieces; simulated ones
+        are larger to save events). What they take is taken from copies started later: those that
+        were started already keep their end.
+        """
+        rate = self._bytes_per_s[direction] * self.speed
+        lane = self._lanes[direction]
+        wait_ns = min(max(0, lane.free_ns - from_ns), to_ns(PIECE_BYTES / rate))
+        carry_ns = to_ns(num_bytes / rate)
+        lane.take(self._loop.now_ns, carry_ns)
+        self._memory.take(self._loop.now_ns, to_ns(num_bytes / self._memory_bytes_s))
+        return from_ns + wait_ns + carry_ns
 
     def report(self) -> LinkTotals:
         """As the daemon reports it."""
@@ -77,14 +114,23 @@ class Link:
         )
 
 
-def make_links(
-    loop: EventLoop, num_stages: int, bytes_per_s: float, per_uplink: int, jitter: float
-) -> list[Link]:
-    """One link per stage; `per_uplink` neighbours share their lanes."""
+def make_links(spec: SimulationSpec, loop: EventLoop) -> list[Link]:
+    """One link per stage; stages of a group share their lanes, and all share host memory."""
+    memory = Lane()
+    lanes: dict[int, dict[Direction, Lane]] = {}
     links: list[Link] = []
-    lanes: dict[Direction, Lane] = {}
-    for stage in range(num_stages):
-        if stage % per_uplink == 0:
-            lanes = {direction: Lane() for direction in DIRECTIONS}
-        links.append(Link(loop, bytes_per_s, lanes, jitter))
+    for group, rates in zip(spec.link_groups, spec.link_rates, strict=True):
+        if group not in lanes:
+            load = Lane()
+            lanes[group] = {"load": load, "store": Lane() if spec.duplex_links else load}
+        links.append(
+            Link(
+                loop,
+                dict(zip(DIRECTIONS, rates, strict=True)),
+                lanes[group],
+                spec.timing.link_jitter,
+                memory,
+                spec.timing.host_memory_bytes_s,
+            )
+        )
     return links

@@ -91,6 +91,11 @@ class MeasuredStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         if self.fixed_s + self.per_request_s <= 0:
             raise ValueError("a step would take no time: fixed_s and per_request_s are both 0")
 
+    @property
+    def weights_bytes(self) -> float:
+        """Not measured: a restarted stage takes no time to read them."""
+        return 0.0
+
     def step_s(self, load: StepLoad) -> float:
         """Compute time of one step, `overhead_s` not included."""
         rows = load.decode_rows + load.prefill_rows

@@ -103,6 +103,8 @@ class Result:
     num_host_blocks: int
     block_size: int
     stages: list[StageFigures]
+    start_s: float
+    """Until the system was whole for the first time: rates and bubbles count from then on."""
     steady_s: float
     """Length of the window after the warm-up in which requests were still waiting for admission."""
     steady_generation_tokens: int
@@ -114,17 +116,32 @@ class Result:
     """Output tokens by request key."""
 
     @property
+    def working_s(self) -> float:
+        """Time since the start; next to nothing if the run ended before."""
+        return max(self.simulated_s - self.start_s, 1e-9)
+
+    def state_s_since_start(self, stage: StageFigures) -> dict[str, float]:
+        """A stage's time by state without the start, in which it had no plan or was down."""
+        states = dict(stage.state_s)
+        left_s = self.start_s
+        for state in ("wait_plan", "down"):
+            taken_s = min(left_s, states[state])
+            states[state] -= taken_s
+            left_s -= taken_s
+        return states
+
+    @property
     def output_tokens_per_s(self) -> float:
-        return self.generation_tokens / self.simulated_s
+        return self.generation_tokens / self.working_s
 
     @property
     def tokens_per_s(self) -> float:
         """Prompt and output."""
-        return (self.prompt_tokens + self.generation_tokens) / self.simulated_s
+        return (self.prompt_tokens + self.generation_tokens) / self.working_s
 
     @property
     def requests_per_s(self) -> float:
-        return self.finished / self.simulated_s
+        return self.finished / self.working_s
 
     @property
     def steady_tokens_per_s(self) -> float:
@@ -133,8 +150,9 @@ class Result:
 
     @property
     def bubble_share(self) -> float:
-        """Share of all stages' time that was not compute."""
-        return _bubble([stage.state_s for stage in self.stages])
+        """Share of all stages' time since the start that was not compute."""
+        computing = sum(stage.state_s["compute"] for stage in self.stages)
+        return 1 - computing / (len(self.stages) * self.working_s)
 
     @property
     def steady_bubble_share(self) -> float:

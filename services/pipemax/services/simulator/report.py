@@ -53,7 +53,8 @@ def result_data(run: Run) -> dict[str, Any]:
     return {
         "system": run.heading if run.peer else "pipemax",
         "is_model_of_peer": run.peer,
-        "elapsed_time": result.simulated_s,
+        "elapsed_time": result.working_s,
+        "start_seconds": result.start_s,
         "num_requests": result.finished,
         "total_num_tokens": result.prompt_tokens + result.generation_tokens,
         "requests_per_second": result.requests_per_s,
@@ -82,7 +83,7 @@ def result_data(run: Run) -> dict[str, Any]:
         "stages": [
             {
                 "layers": layers,
-                "state_seconds": stage.state_s,
+                "state_seconds": result.state_s_since_start(stage),
                 "load_bytes": stage.load_bytes,
                 "store_bytes": stage.store_bytes,
                 "load_busy_seconds": stage.load_busy_s,
@@ -133,7 +134,8 @@ def _figures(run: Run) -> Mapping[str, str]:
     batch = result.generation_tokens / result.steps if result.steps else 0.0
     share = result.prefetched_tokens / result.context_tokens if result.context_tokens else 0.0
     return {
-        "simulated time": f"{result.simulated_s:,.1f} s",
+        "simulated time": f"{result.working_s:,.1f} s",
+        "start before that": f"{result.start_s:,.1f} s",
         "requests finished": f"{result.finished:,} of {result.num_requests:,}",
         "output tokens/s": f"{result.output_tokens_per_s:,.0f}",
         "all tokens/s": f"{result.tokens_per_s:,.0f}",
@@ -163,10 +165,10 @@ def _stages(title: str, result: Result, states: Sequence[str]) -> Table:
     for heading in ("stage", *states, "link busy"):
         table.add_column(heading, justify="right", overflow="fold")
     for index, stage in enumerate(result.stages):
-        total = max(result.simulated_s, 1e-12)
+        total, state_s = result.working_s, result.state_s_since_start(stage)
         table.add_row(
             str(index),
-            *(f"{stage.state_s[state] / total:.1%}" for state in states),
+            *(f"{state_s[state] / total:.1%}" for state in states),
             f"{stage.load_busy_s / total:.1%}",
         )
     return table

@@ -5,7 +5,9 @@ from collections import deque
 from typing import Protocol
 
 from pipemax.proto.messages.control import StepPlan
+from pipemax.services.simulator.cores import SharedCores
 from pipemax.services.simulator.engine import EventLoop, to_ns
+from pipemax.services.simulator.measured import MeasuredStage
 from pipemax.services.simulator.records import StateRecord
 from pipemax.stage_worker.modelled.loads import load_of
 from pipemax.stage_worker.modelled.roofline import StageModel
@@ -23,12 +25,12 @@ class PlannedStep:
         self.wait_for_load = plan.wait_for_load
         self.load = load_of(plan)
         self.times_ns: dict[int, int] = {}
-        """Compute time by number of layers."""
+        """Compute time by model; equal stages share one."""
 
-    def compute_ns(self, model: StageModel) -> int:
-        found = self.times_ns.get(model.num_layers)
+    def compute_ns(self, model: StageModel | MeasuredStage) -> int:
+        found = self.times_ns.get(id(model))
         if found is None:
-            found = self.times_ns[model.num_layers] = to_ns(model.step_s(self.load))
+            found = self.times_ns[id(model)] = to_ns(model.step_s(self.load))
         return found
 
 
@@ -48,11 +50,13 @@ class ModelledStage:
     def __init__(
         self,
         index: int,
-        model: StageModel,
+        model: StageModel | MeasuredStage,
         loop: EventLoop,
         record: StateRecord,
         around: Surroundings,
+        cores: SharedCores | None = None,
     ) -> None:
+        """`cores`: that it shares with other stages; None has its own."""
         self.index = index
         self.model = model
         self.record = record
@@ -63,6 +67,9 @@ class ModelledStage:
         """Share of the nominal speed; faults lower it."""
         self._loop = loop
         self._around = around
+        self._run = loop.after if cores is None else cores.after
+        self._overhead_ns = to_ns(model.overhead_s) if isinstance(model, MeasuredStage) else 0
+        self._began_ns = 0
         self._plans: deque[PlannedStep] = deque()
         self._rows: set[int] = set()
         self._loaded: set[int] = set()
@@ -130,7 +137,16 @@ class ModelledStage:
         compute_ns = self._around.vary(planned.compute_ns(self.model))
         if self.speed != 1.0:
             compute_ns = round(compute_ns / self.speed)
-        self._loop.after(compute_ns, self._end, planned, compute_ns, self.incarnation)
+        self._began_ns = now_ns
+        self._run(compute_ns, self._computed, planned, self.incarnation)
+
+    def _computed(self, planned: PlannedStep, incarnation: int) -> None:
+        compute_ns = self._loop.now_ns - self._began_ns
+        if self._overhead_ns and incarnation == self.incarnation:
+            self.record.switch("send", self._loop.now_ns)
+            self._loop.after(self._overhead_ns, self._end, planned, compute_ns, incarnation)
+        else:
+            self._end(planned, compute_ns, incarnation)
 
     def _end(self, planned: PlannedStep, compute_ns: int, incarnation: int) -> None:
         if incarnation != self.incarnation:

@@ -24,6 +24,8 @@ class Lengths:
 
     prompt_tokens: int
     output_tokens: int
+    max_tokens: int | None = None
+    """What the request asks for at most; None: as much as the longest output of the workload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,14 @@ class Workload:
 
     @property
     def max_tokens(self) -> int:
-        """Longest output: what each request asks for at most. It ends earlier by itself."""
+        """Longest output: what a request asks for that states nothing else. It ends earlier by
+        itself."""
         return max(r.output_tokens for r in self.requests)
 
     @property
     def max_model_len(self) -> int:
-        return max(r.prompt_tokens for r in self.requests) + self.max_tokens
+        longest = self.max_tokens
+        return max(r.prompt_tokens + max(longest, r.max_tokens or 0) for r in self.requests)
 
 
 def lognormal(
@@ -86,7 +90,8 @@ def lognormal(
 
 def parse_workload(text: str, num_requests: int, seed: int, sigma: float) -> Workload:
     """`sharegpt`, `longbench`, `IN,OUT` (means of lognormals) or a JSONL file with one object per
-    line holding `prompt_tokens` and `output_tokens`. Raises ConfigError for anything else."""
+    line holding `prompt_tokens`, `output_tokens` and, if it is stated, `max_tokens`. Raises
+    ConfigError for anything else."""
     if text.lower() in MEANS:
         return lognormal(text.lower(), *MEANS[text.lower()], num_requests, seed, sigma)
     first, comma, second = text.partition(",")
@@ -122,12 +127,15 @@ def _lengths(path: Path, number: int, line: str) -> Lengths:
     try:
         record = json.loads(line)
         values = [record["prompt_tokens"], record["output_tokens"]]
+        values += [record["max_tokens"]] if "max_tokens" in record else []
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}:{number}: each line holds an object with prompt_tokens and output_tokens"
         ) from error
     if not all(type(value) is int and value >= 1 for value in values):
         raise ConfigError(f"{path}:{number}: lengths are whole numbers of at least 1, not {values}")
+    if len(values) == 3 and values[2] < values[1]:
+        raise ConfigError(f"{path}:{number}: max_tokens {values[2]} is less than output_tokens")
     return Lengths(*values)
 
 

@@ -2,8 +2,9 @@
 
 Start, recovery and every step go through the same events as in the real processes: Hello, ready,
 Reset, attaching, then plans, activations, Computed, Loaded and StepDone, each a message latency
-apart. Not modelled: lost or duplicated messages, the sharing of a link between activations and KV,
-and the time of `prepare` and `send`, which the performance model has in its fixed part.
+apart. Activations share the host links with KV. Not modelled: lost or duplicated messages, and the
+time of `prepare` and `send`, which the performance model has in its fixed part (measured costs have
+it apart).
 """
 
 import random
@@ -21,10 +22,11 @@ from pipemax.services.simulator.coordinator import (
     DaemonOrder,
     ModelledCoordinator,
 )
+from pipemax.services.simulator.cores import SharedCores
 from pipemax.services.simulator.daemon import ModelledDaemon
 from pipemax.services.simulator.engine import NS, EventLoop, to_ns
 from pipemax.services.simulator.faults import Fault
-from pipemax.services.simulator.links import make_links
+from pipemax.services.simulator.links import Lane, make_links
 from pipemax.services.simulator.records import (
     Interval,
     Result,
@@ -72,13 +74,7 @@ class World:
             spec.num_device_blocks,
             spec.block_size,
         )
-        links = make_links(
-            self.loop,
-            spec.num_gpus,
-            spec.gpu.link_bytes_s,
-            spec.gpus_per_uplink,
-            spec.timing.link_jitter,
-        )
+        links = make_links(spec, self.loop)
         self.links = links
         self.coordinator = ModelledCoordinator(
             spec, self.loop, self._send_plan, self._send_reset, self._to_daemon, self._after_event
@@ -88,10 +84,15 @@ class World:
         )
         start_s, end_s = spec.gantt_s or (0.0, 0.0)
         window = (to_ns(start_s), to_ns(end_s))
+        cores = spec.measured and spec.measured.compute_slowdown
+        shared = SharedCores(self.loop, cores) if cores else None
         self.stages = [
-            ModelledStage(index, model, self.loop, StateRecord(index, window, self.intervals), self)
-            for index, model in enumerate(spec.stages)
+            ModelledStage(
+                index, costs, self.loop, StateRecord(index, window, self.intervals), self, shared
+            )
+            for index, costs in enumerate(spec.costs)
         ]
+        self._disk = Lane()
         self._timeline = Timeline(0.25)
         self._steady_from: tuple[int, int, list[dict[str, int]]] | None = None
         self._steady_to: tuple[int, int, list[dict[str, int]]] | None = None
@@ -125,11 +126,8 @@ class World:
         if stage.index + 1 < len(self.stages):
             successor = self.stages[stage.index + 1]
             rows = planned.load.decode_rows + planned.load.prefill_rows
-            carry_ns = to_ns(stage.model.hop_bytes(rows) / self.spec.gpu.link_bytes_s)
-            if self.spec.free_prefill:
-                carry_ns = 0
-            loop.after(
-                self._hop_ns + carry_ns,
+            loop.at(
+                self._carried_ns(stage, rows) + self._hop_ns,
                 self._rows_arrive,
                 successor,
                 epoch,
@@ -147,6 +145,18 @@ class World:
             tokens,
             self.daemon.incarnation,
         )
+
+    def _carried_ns(self, stage: ModelledStage, rows: int) -> int:
+        """When activations of `rows` tokens have reached the next stage. Cards without peer access
+        send them through host memory: out over one link, in over the next."""
+        now_ns = self.loop.now_ns
+        if self.spec.measured:
+            return now_ns + to_ns(rows * self.spec.measured.hop_row_s)
+        if self.spec.free_prefill:
+            return now_ns
+        num_bytes = self.spec.stages[stage.index].hop_bytes(rows)
+        out_ns = self.links[stage.index].carry("store", num_bytes, now_ns)
+        return self.links[stage.index + 1].carry("load", num_bytes, out_ns)
 
     def vary(self, compute_ns: int) -> int:
         jitter = self.spec.timing.compute_jitter
@@ -241,18 +251,27 @@ class World:
         name = f"stage-{stage.index}"
         self._say_hello(name, "stage", stage.index, stage.incarnation)
         first = sum(self.spec.layers[: stage.index])
+        weights_s = stage.model.weights_bytes / self.spec.timing.disk_bytes_s
+        read_ns = self._disk.take(self.loop.now_ns, to_ns(weights_s))
         ready = StageReady(
             stage=stage.index,
             layers=(first, first + self.spec.layers[stage.index]),
             num_blocks=self.spec.num_device_blocks,
             block_bytes=self.spec.block_bytes[stage.index],
             weights_bytes=round(stage.model.weights_bytes),
-            load_s=self.spec.timing.load_s,
+            load_s=(read_ns - self.loop.now_ns) / NS + self.spec.timing.load_s,
             activation_transport="shm",
             sweep=modelled_sweep(stage.model, self._sweep_limits),
         )
-        delay_ns = self._message_ns + to_ns(self.spec.timing.load_s)
-        self.loop.after(delay_ns, self.coordinator.ready, name, ready)
+        ready_ns = read_ns + to_ns(self.spec.timing.load_s) + self._message_ns
+        self.loop.at(ready_ns, self._stage_ready, stage, stage.incarnation, name, ready)
+
+    def _stage_ready(
+        self, stage: ModelledStage, incarnation: int, name: str, ready: StageReady
+    ) -> None:
+        """One that crashed while it loaded never says so."""
+        if incarnation == stage.incarnation:
+            self.coordinator.ready(name, ready)
 
     def _start_daemon(self) -> None:
         self._say_hello(DAEMON, "kv_daemon", 0, self.daemon.incarnation)
@@ -370,6 +389,7 @@ class World:
             num_host_blocks=spec.num_host_blocks,
             block_size=spec.block_size,
             stages=[self._figures(index) for index in range(spec.num_gpus)],
+            start_s=min(self.loop.now_ns, self.coordinator.first_ready_ns or self.loop.now_ns) / NS,
             steady_s=steady_s,
             steady_generation_tokens=steady_tokens,
             steady_state_s=steady_states,

@@ -1,9 +1,18 @@
 """What a step's time depends on, and what a warm-up sweep would measure."""
 
+from typing import Protocol
+
 from pipemax.proto.messages.control import StepPlan, SweepSample
 from pipemax.proto.messages.types import unpack_i32
-from pipemax.stage_worker.modelled.roofline import StageModel, StepLoad
+from pipemax.stage_worker.modelled.roofline import StepLoad
 from pipemax.stage_worker.sweep import SweepLimits, sweep_shapes
+
+
+class StepCost(Protocol):
+    """Whatever says how long a step takes: the roofline, or costs measured elsewhere."""
+
+    def step_s(self, load: StepLoad) -> float:
+        """Compute time of one step, in seconds."""
 
 
 def load_of(plan: StepPlan) -> StepLoad:
@@ -23,7 +32,7 @@ def load_of(plan: StepPlan) -> StepLoad:
     )
 
 
-def modelled_sweep(model: StageModel, limits: SweepLimits) -> tuple[SweepSample, ...]:
+def modelled_sweep(model: StepCost, limits: SweepLimits) -> tuple[SweepSample, ...]:
     """What a stage's warm-up sweep measures, of a stage that takes exactly as long as modelled."""
     samples = []
     for shape in sweep_shapes(limits):

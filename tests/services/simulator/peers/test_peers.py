@@ -93,7 +93,7 @@ def test_an_all_reduce_costs_what_a_ring_over_the_host_links_does() -> None:
     bus = 400e9 / 16  # less than the link's 52e9
     expected = 160 * (2 * 7 / 8 * size / bus + ALL_REDUCE_LATENCY_S)
     assert TensorParallel(spec).all_reduce_s(load) == pytest.approx(expected)
-    ample = replace(spec, host_memory_bytes_s=1e13)
+    ample = replace(spec, timing=IDEAL)
     assert TensorParallel(ample).bus == spec.gpu.link_bytes_s
     with pytest.raises(ConfigError, match="7 GPUs cannot share evenly"):
         run("vllm-tp", replace(spec, num_gpus=7))

@@ -47,6 +47,8 @@ def simulate_peer(
     """Heading, what was simulated (only Seesaw uses host memory) and what came out. `bus_bytes_s`:
     bandwidth of all-reduces, None for the best that the host links allow. Raises ConfigError for
     what the model of this peer cannot do."""
+    if spec.measured:
+        raise ConfigError("models of peers need a GPU's data sheet: leave out --measured")
     if spec.faults or spec.timing.link_jitter or spec.timing.compute_jitter:
         raise ConfigError(
             "models of peers know neither faults nor jitter: leave out --fault, --link-jitter and "

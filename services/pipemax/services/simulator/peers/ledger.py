@@ -107,6 +107,7 @@ class Ledger:
             num_host_blocks=self._blocks[1],
             block_size=spec.block_size,
             stages=[self._figures(busy) for busy in self._busy_s],
+            start_s=0.0,
             steady_s=steady_s,
             steady_generation_tokens=steady_tokens,
             steady_state_s=steady_states,

@@ -71,7 +71,7 @@ class TensorParallel:
             return self.bus_bytes_s
         spec = self.spec
         link = spec.gpu.link_bytes_s / spec.gpus_per_uplink
-        return min(link, spec.host_memory_bytes_s / (2 * spec.num_gpus))
+        return min(link, spec.timing.host_memory_bytes_s / (2 * spec.num_gpus))
 
     @cached_property
     def num_blocks(self) -> int:
