@@ -3,10 +3,11 @@
 import os
 import random
 import re
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from pipemax.proto.config import EngineConfig
 from pipemax.proto.rundir import METRICS_PORT_FILE
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import build_config
+from pipemax.services.launcher.processes import ProcessSpec, system_processes
 from pipemax.services.launcher.system import System
 
-FIRST_TOKEN_ID, LAST_TOKEN_ID = 300, 8000
+FIRST_TOKEN_ID, LAST_TOKEN_ID = 300, 4000
 """Prompts are made of these: in the vocabulary, and none is special."""
 
 
@@ -72,10 +74,20 @@ class Live:
 
 
 @contextmanager
-def running(name: str, options: EngineOptions) -> Iterator[Live]:
-    """A system of its own, ready."""
+def running(name: str, options: EngineOptions, record_to: Path | None = None) -> Iterator[Live]:
+    """A system of its own, ready. `record_to`: its coordinator is that of
+    `recording_coordinator.py`, which writes there when the system has stopped."""
+
+    def processes(config: EngineConfig, run_dir: Path) -> list[ProcessSpec]:
+        specs = list(system_processes(config, run_dir))
+        if record_to is not None:
+            script = Path(__file__).with_name("recording_coordinator.py")
+            argv = (sys.executable, str(script), str(record_to), "--run-dir", str(run_dir))
+            specs[0] = replace(specs[0], argv=argv)
+        return specs
+
     config = build_config(options, f"{name}-{os.getpid()}")
-    with System(config, temporary=True) as system:
+    with System(config, temporary=True, processes=processes) as system:
         system.wait_ready()
         with Client(config.name) as client:
             yield Live(config, system.run_dir, client)
