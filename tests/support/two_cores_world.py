@@ -19,6 +19,7 @@ from pipemax.coordinator.events import (
     Event,
     FinishRequest,
     KvReleased,
+    LinkMeasured,
     Paused,
     Resumed,
     StageComputed,
@@ -27,6 +28,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.policy import DEFAULT_POLICY, make_policy
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.kv_daemon import events as kv_events
 from pipemax.kv_daemon.core import KvCore
@@ -64,24 +66,40 @@ class CopyUnderWay:
 
 
 class TwoCores:
+    """`link_blocks`: blocks the links carry in the time of a step, as the daemon reports; None
+    leaves them unmeasured and the prefetch budget unlimited."""
+
     def __init__(
-        self, seed: int, *, stages: int, blocks: int, host: int, block_size: int, piece_blocks: int
+        self,
+        seed: int,
+        *,
+        stages: int,
+        blocks: int,
+        host: int,
+        block_size: int,
+        piece_blocks: int,
+        slots: int | None = None,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 32,
+        link_blocks: float | None = None,
+        policy: str = DEFAULT_POLICY,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
         self.num_blocks = blocks
         self.host_blocks = host
         self.piece_blocks = piece_blocks
+        self.link_blocks = link_blocks
         self.max_model_len = (blocks - 1) * block_size
         limits = SchedulerLimits(
             block_size=block_size,
-            num_slots=stages,
-            max_num_seqs=8,
-            max_num_batched_tokens=32,
+            num_slots=slots or stages,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
         )
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, make_policy(policy))
         self.assembly = Assembly(stages)
         self.stages = [Stage([]) for _ in range(stages)]
         self.daemon: KvCore | None = None
@@ -160,7 +178,7 @@ class TwoCores:
     def step(self) -> bool:
         """One thing happens; False when nothing can."""
         possible: list[tuple[str, Any]] = [
-            ("read", link) for link, queue in self.queues.items() if queue
+            ("read", link) for link, queue in self.queues.items() if queue and self.delivers(link)
         ]
         if self.daemon is None:
             possible.append(("start daemon", None))
@@ -186,6 +204,10 @@ class TwoCores:
                 self.start_stage(which)
             case "start daemon":
                 self.start_daemon()
+        return True
+
+    def delivers(self, link: tuple[str, str]) -> bool:
+        """Whether messages on this way, sender and receiver, can be read now."""
         return True
 
     def _read(self, sender: str, receiver: str) -> None:
@@ -239,6 +261,9 @@ class TwoCores:
                 self.tell(BlocksStored(keys, indices))
             case control.Released(requests=keys) if current:
                 self.tell(KvReleased(keys))
+            case control.KvReport(links=links) if links:
+                sizes = [link.load_bytes for link in links]
+                self.tell(LinkMeasured(sizes, [link.load_seconds for link in links]))
             case control.StepDone() if current:
                 self.tell(StageComputed(message.stage, message.step, message.compute_s))
                 if message.tokens is not None:
@@ -298,6 +323,20 @@ class TwoCores:
                 assert host[host_block] is TORN, "a host block was written twice at a time"
                 host[host_block] = content
         self.tell_daemon(kv_events.CopyDone(index, direction))
+        if self.link_blocks is not None and direction == "load" and self.random.random() < 0.2:
+            self._report_links(self.link_blocks)
+
+    def _report_links(self, link_blocks: float) -> None:
+        """What the coordinator's shell would make of two reports: the growth since the last."""
+        varied = link_blocks * self.random.uniform(0.8, 1.2)
+        link = control.LinkTotals(load_bytes=round(1000 * varied * BLOCK_BYTES), load_seconds=1000)
+        report = control.KvReport(
+            host_blocks_total=self.host_blocks,
+            host_blocks_used=0,
+            links=(link,) * len(self.stages),
+            queued_load_bytes=(),
+        )
+        self.send(DAEMON, COORDINATOR, report)
 
     # Stages
 
@@ -350,7 +389,7 @@ class TwoCores:
             epoch=plan.epoch,
             step=plan.step,
             stage=index,
-            compute_s=1.0,
+            compute_s=1.0 + 0.01 * len(histories) + 0.001 * sum(map(len, histories)),
             state_seconds={},
             tokens=tokens,
         )
