@@ -201,7 +201,7 @@ def test_unequal_layers_work() -> None:
 @pytest.mark.parametrize(
     "text",
     ["crash-stage@1", "crash-daemon:1@1", "melt:1@1", "slow-link:1@1", "crash-stage:9@1",
-     "slow-link:1@1x7", "crash-stage:1@1x0.5", ""],
+     "slow-link:1@1x7", "crash-stage:1@1x0.5", "duplicate-message@1", "late-message@1x0.5", ""],
 )  # fmt: skip
 def test_bad_faults_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="fault"):

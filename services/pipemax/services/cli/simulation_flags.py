@@ -213,8 +213,9 @@ class SimulateFlags(PlanFlags):
         typer.Option(
             "--fault",
             metavar="KIND[:STAGE]@S[+S][xFACTOR]",
-            help="crash-stage, crash-daemon, slow-link or slow-stage, at a time, for a time, at a "
-            "share of its speed: crash-stage:3@120+5, slow-link:2@60+30x0.25. Repeatable.",
+            help="crash-stage, crash-daemon, slow-link, slow-stage, lost-message, late-message or "
+            "duplicate-message, at a time, for a time, at a share of its speed: "
+            "crash-stage:3@120+5, slow-link:2@60+30x0.25. Repeatable.",
             rich_help_panel=_ASSUME,
         ),
     ] = None

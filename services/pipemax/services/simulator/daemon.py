@@ -44,6 +44,8 @@ class ModelledDaemon:
     ) -> None:
         self.alive = True
         self.incarnation = 0
+        self.awake_ns = -1
+        """Until then it does nothing: stopped, or swapped out."""
         self._spec = spec
         self._loop = loop
         self._links = links
@@ -57,6 +59,7 @@ class ModelledDaemon:
     def crash(self) -> None:
         """The host pool is gone, and every copy's end is nobody's business."""
         self.alive = False
+        self.awake_ns = -1
         self.incarnation += 1
 
     def restart(self) -> None:
@@ -70,9 +73,19 @@ class ModelledDaemon:
             self.feed(FromStage(stage, Computed(epoch=epoch, step=step)))
 
     def feed(self, event: Event) -> None:
-        """An event for the core; a dead daemon hears nothing."""
+        """An event for the core, now or when the daemon wakes; a dead one hears nothing."""
         if not self.alive:
             return
+        if self._loop.now_ns <= self.awake_ns:
+            self._loop.at(self.awake_ns, self._feed_late, event, self.incarnation)
+        else:
+            self._handle(event)
+
+    def _feed_late(self, event: Event, incarnation: int) -> None:
+        if incarnation == self.incarnation:
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
         if not self._report_due:
             self._report_due = True
             self._loop.after(REPORT_INTERVAL_NS, self._report, self.incarnation)
@@ -104,7 +117,7 @@ class ModelledDaemon:
             case SendToCoordinator(message):
                 self._to_coordinator(message)
             case MapPool(offer):
-                self.feed(PoolMapped(offer))
+                self._handle(PoolMapped(offer))
             case LayOutHost():
                 pass  # modelled memory has no regions
 

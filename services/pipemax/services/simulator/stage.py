@@ -63,6 +63,8 @@ class ModelledStage:
         self.alive = True
         self.incarnation = 0
         self.epoch = -1
+        self.awake_ns = -1
+        """Until then it does nothing: stopped, or swapped out."""
         self.speed = 1.0
         """Share of the nominal speed; faults lower it."""
         self._loop = loop
@@ -78,6 +80,7 @@ class ModelledStage:
     def crash(self) -> None:
         """Everything it held is gone."""
         self.alive = False
+        self.awake_ns = -1
         self._computing = False
         self.incarnation += 1
         self._forget(-1)
@@ -141,6 +144,9 @@ class ModelledStage:
         self._run(compute_ns, self._computed, planned, self.incarnation)
 
     def _computed(self, planned: PlannedStep, incarnation: int) -> None:
+        if self._loop.now_ns < self.awake_ns:
+            self._loop.at(self.awake_ns, self._computed, planned, incarnation)
+            return
         compute_ns = self._loop.now_ns - self._began_ns
         if self._overhead_ns and incarnation == self.incarnation:
             self.record.switch("send", self._loop.now_ns)

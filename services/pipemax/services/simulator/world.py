@@ -2,7 +2,7 @@
 
 Start, recovery and every step go through the same events as in the real processes: Hello, ready,
 Reset, attaching, then plans, activations, Computed, Loaded and StepDone, each a message latency
-apart. Activations share the host links with KV. Not modelled: lost or duplicated messages, and the
+apart. Activations share the host links with KV. What can go wrong is in `faults`. Not modelled: the
 time of `prepare` and `send`, which the performance model has in its fixed part (measured costs have
 it apart).
 """
@@ -25,7 +25,8 @@ from pipemax.services.simulator.coordinator import (
 from pipemax.services.simulator.cores import SharedCores
 from pipemax.services.simulator.daemon import ModelledDaemon
 from pipemax.services.simulator.engine import NS, EventLoop, to_ns
-from pipemax.services.simulator.faults import Fault
+from pipemax.services.simulator.faults import DAEMON_INDEX
+from pipemax.services.simulator.injection import begin as begin_fault
 from pipemax.services.simulator.links import Lane, make_links
 from pipemax.services.simulator.records import (
     Interval,
@@ -92,6 +93,8 @@ class World:
             )
             for index, costs in enumerate(spec.costs)
         ]
+        self.muted: set[int] = set()
+        self.repeating: set[int] = set()
         self._disk = Lane()
         self._timeline = Timeline(0.25)
         self._steady_from: tuple[int, int, list[dict[str, int]]] | None = None
@@ -103,10 +106,10 @@ class World:
         spec = self.spec
         self.coordinator.submit_all(spec)
         for stage in self.stages:
-            self._start_stage(stage)
-        self._start_daemon()
+            self.start_stage(stage)
+        self.start_daemon()
         for fault in spec.faults:
-            self.loop.at(to_ns(fault.at_s), self._begin_fault, fault)
+            self.loop.at(to_ns(fault.at_s), begin_fault, self, fault)
         self.loop.at(to_ns(spec.warm_up_s), self._begin_steady)
         self._sample()
         total = len(self._lengths)
@@ -136,6 +139,8 @@ class World:
             )
         else:
             tokens = [self._token(row.seed, row.position) for row in planned.plan.sample]
+        if stage.index in self.muted:
+            return
         loop.after(
             self._message_ns,
             self._reports_arrive,
@@ -179,7 +184,28 @@ class World:
 
     def _rows_arrive(self, stage: ModelledStage, epoch: int, step: int, incarnation: int) -> None:
         if incarnation == stage.incarnation:
-            stage.add_rows(epoch, step)
+            self._deliver(stage, stage.add_rows, epoch, step)
+
+    def _deliver(
+        self, stage: ModelledStage, handle: Callable[..., None], *arguments: object
+    ) -> None:
+        """Now, or when the stage wakes: then in the order of arrival."""
+        if self.loop.now_ns <= stage.awake_ns:
+            self.loop.at(
+                stage.awake_ns, self._deliver_late, stage, stage.incarnation, handle, arguments
+            )
+        else:
+            handle(*arguments)
+
+    def _deliver_late(
+        self,
+        stage: ModelledStage,
+        incarnation: int,
+        handle: Callable[..., None],
+        arguments: tuple[object, ...],
+    ) -> None:
+        if incarnation == stage.incarnation:
+            handle(*arguments)
 
     def _token(self, key: int, position: int) -> int:
         """The request's output ends where the workload says; until then any token will do."""
@@ -194,7 +220,7 @@ class World:
 
     def _plan_arrives(self, planned: PlannedStep) -> None:
         for stage in self.stages:
-            stage.add_plan(planned)
+            self._deliver(stage, stage.add_plan, planned)
 
     def _send_reset(self, reset: Reset) -> None:
         self.loop.after(self._message_ns, self._reset_arrives, reset)
@@ -202,17 +228,22 @@ class World:
     def _reset_arrives(self, reset: Reset) -> None:
         self.daemon.feed(reset)
         for stage in self.stages:
-            if not stage.alive:
-                continue
-            stage.reset(reset.epoch)
-            offer = AttachPool(
-                epoch=reset.epoch,
-                stage=stage.index,
-                handle=_NO_HANDLE,
-                num_blocks=self.spec.num_device_blocks,
-                block_bytes=self.spec.block_bytes[stage.index],
-            )
-            self.loop.after(self._message_ns, self._attach, offer)
+            if stage.alive:
+                self._deliver(stage, self._reset_stage, stage, reset.epoch)
+
+    def _reset_stage(self, stage: ModelledStage, epoch: int) -> None:
+        stage.reset(epoch)
+        offer = AttachPool(
+            epoch=epoch,
+            stage=stage.index,
+            handle=_NO_HANDLE,
+            num_blocks=self.spec.num_device_blocks,
+            block_bytes=self.spec.block_bytes[stage.index],
+        )
+        self.loop.after(self._message_ns, self._attach, offer)
+        if stage.index in self.repeating:
+            # Said again in the moment before PoolAttached comes; the daemon hears it after that.
+            self.loop.after(3 * self._message_ns, self._attach, offer)
 
     def _attach(self, offer: AttachPool) -> None:
         self.daemon.feed(FromStage(offer.stage, offer))
@@ -227,27 +258,34 @@ class World:
     # What the daemon says
 
     def _daemon_to_coordinator(self, message: Message) -> None:
+        if DAEMON_INDEX in self.muted:
+            return
         self.loop.after(self._message_ns, self.coordinator.from_daemon, DAEMON, message)
 
     def _daemon_to_stage(self, index: int, message: Message) -> None:
         stage = self.stages[index]
-        self.loop.after(self._message_ns, self._stage_hears, stage, message, stage.incarnation)
+        if DAEMON_INDEX not in self.muted:
+            self.loop.after(self._message_ns, self._stage_hears, stage, message, stage.incarnation)
 
     def _stage_hears(self, stage: ModelledStage, message: Message, incarnation: int) -> None:
         if incarnation != stage.incarnation:
             return
         match message:
             case Loaded(epoch=epoch, step=step):
-                stage.add_loaded(epoch, step)
-            case PoolAttached(epoch=epoch) if epoch == stage.epoch:
-                # The ring with the neighbours is agreed meanwhile; that takes no longer.
-                done = ResetDone(epoch=epoch)
-                name = f"stage-{stage.index}"
-                self.loop.after(self._message_ns, self.coordinator.reset_done, name, done)
+                self._deliver(stage, stage.add_loaded, epoch, step)
+            case PoolAttached(epoch=epoch):
+                self._deliver(stage, self._stage_attached, stage, epoch)
+
+    def _stage_attached(self, stage: ModelledStage, epoch: int) -> None:
+        """The ring with the neighbours is agreed meanwhile; that takes no longer."""
+        if epoch == stage.epoch and stage.index not in self.muted:
+            done = ResetDone(epoch=epoch)
+            name = f"stage-{stage.index}"
+            self.loop.after(self._message_ns, self.coordinator.reset_done, name, done)
 
     # Starts, crashes and slowness
 
-    def _start_stage(self, stage: ModelledStage) -> None:
+    def start_stage(self, stage: ModelledStage) -> None:
         name = f"stage-{stage.index}"
         self._say_hello(name, "stage", stage.index, stage.incarnation)
         first = sum(self.spec.layers[: stage.index])
@@ -273,10 +311,15 @@ class World:
         if incarnation == stage.incarnation:
             self.coordinator.ready(name, ready)
 
-    def _start_daemon(self) -> None:
+    def start_daemon(self) -> None:
         self._say_hello(DAEMON, "kv_daemon", 0, self.daemon.incarnation)
         ready = KvReady(pool_bytes=self.spec.host_bytes)
         self.loop.after(self._message_ns, self.coordinator.ready, DAEMON, ready)
+
+    def say_hello_again(self, stage: ModelledStage) -> None:
+        """As a stage does at every tick."""
+        if stage.alive:
+            self._say_hello(f"stage-{stage.index}", "stage", stage.index, stage.incarnation)
 
     def _say_hello(self, name: str, role: str, index: int, incarnation: int) -> None:
         hello = Hello(
@@ -287,34 +330,6 @@ class World:
             incarnation=f"{name} {incarnation}",
         )
         self.loop.after(self._message_ns, self.coordinator.hello, name, hello)
-
-    def _begin_fault(self, fault: Fault) -> None:
-        match fault.kind:
-            case "crash-stage":
-                self.stages[fault.stage].crash()
-            case "crash-daemon":
-                self.daemon.crash()
-            case "slow-link":
-                self.links[fault.stage].speed = fault.factor
-            case "slow-stage":
-                self.stages[fault.stage].speed = fault.factor
-        self.loop.after(to_ns(fault.lasts_s), self._end_fault, fault)
-
-    def _end_fault(self, fault: Fault) -> None:
-        match fault.kind:
-            case "crash-stage":
-                stage = self.stages[fault.stage]
-                if not stage.alive:
-                    stage.restart()
-                    self._start_stage(stage)
-            case "crash-daemon":
-                if not self.daemon.alive:
-                    self.daemon.restart()
-                    self._start_daemon()
-            case "slow-link":
-                self.links[fault.stage].speed = 1.0
-            case "slow-stage":
-                self.stages[fault.stage].speed = 1.0
 
     # Records
 
