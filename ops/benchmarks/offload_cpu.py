@@ -6,7 +6,8 @@
 Two stages with one thread each, a device pool of a quarter of the working set (all requests at
 their full lengths at once), a link slowed down to `--link` bytes per second and direction. The
 model is large and the pool holds few requests, so that a decode step is mostly reading weights, as
-with a 70B model on 24 GB cards. Three contenders take turns, each time with a fresh system:
+with a 70B model on 24 GB cards; requests have 192 prompt and 352 output tokens on average. Three
+contenders take turns, each time with a fresh system:
 
     recompute   offloading off: requests that no longer fit are computed again (policy pipemax)
     fcfs        offloading, policy fcfs
@@ -82,8 +83,8 @@ class Runs:
 
 def work_of(options: argparse.Namespace) -> list[Lengths]:
     if options.quick:
-        return lognormal_lengths(12, 160, 48, 0.4, seed=3)
-    return lognormal_lengths(options.requests, 448, 224, 0.4, seed=3)
+        return lognormal_lengths(12, 64, 96, 0.4, seed=3)
+    return lognormal_lengths(options.requests, 192, 352, 0.4, seed=3)
 
 
 def working_set_blocks(work: list[Lengths]) -> int:
@@ -220,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--link", default="160MiB", help="bytes per second and direction")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--json", type=Path)
