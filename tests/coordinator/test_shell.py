@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from pipemax.coordinator.events import Cancelled, FinishRequest, ToStages
 from pipemax.coordinator.shell import CoordinatorShell
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
@@ -19,6 +20,7 @@ from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import connect_dealer, identity_of
 from pipemax.proto.wire import Codec, encode
+from support.messages import EXAMPLES
 
 
 class RunningShell:
@@ -116,3 +118,25 @@ def test_a_stage_from_another_installation_ends_the_coordinator_with_the_reason(
     running.thread.join(20)
     assert isinstance(running.error, ConfigError)
     assert "from one installation" in str(running.error)
+
+
+def test_a_plan_leaves_before_results_are_turned_into_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = RunningShell(tmp_path)
+    running.close()
+    shell, order = running.shell, []
+    plan = next(m for m in EXAMPLES if isinstance(m, control.StepPlan))
+    finished = next(m for m in EXAMPLES if isinstance(m, ingest.Finished))
+    result = FinishRequest(1, (5,), "length", None, 0.0, 0.0)
+
+    def finish(result: FinishRequest, now: float) -> ingest.Finished:
+        order.append("result")
+        return finished
+
+    commands = [result, ToStages(plan)]
+    monkeypatch.setattr(shell._scheduler, "handle", lambda event, now: commands)
+    monkeypatch.setattr(shell._sessions, "finish", finish)
+    monkeypatch.setattr(shell, "_send_frame", lambda identity, frame: order.append("plan"))
+    shell._tell(Cancelled(1))
+    assert order == ["plan", "result"]
