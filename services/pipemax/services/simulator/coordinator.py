@@ -73,6 +73,8 @@ class ModelledCoordinator:
         self.assembly = Assembly(spec.num_gpus)
         self.outputs: dict[int, int] = {}
         """Output tokens of finished requests, by key."""
+        self.finished_at_s: list[float] = []
+        """When each request finished, in order."""
         self._loop = loop
         self._plan_ns = to_ns(spec.timing.plan_s)
         self._send_plan = send_plan
@@ -161,6 +163,7 @@ class ModelledCoordinator:
                     if key in self.outputs:
                         raise InvariantError(f"request {key} finished twice")
                     self.outputs[key] = len(token_ids)
+                    self.finished_at_s.append(self._loop.now)
 
     def _act(self, actions: list[Action]) -> None:
         for action in actions:

@@ -114,6 +114,8 @@ class Result:
     intervals: Sequence[Interval] = ()
     outputs: dict[int, int] = field(default_factory=dict)
     """Output tokens by request key."""
+    finished_at_s: Sequence[float] = ()
+    """When each request finished, in order."""
 
     @property
     def working_s(self) -> float:
@@ -142,6 +144,15 @@ class Result:
     @property
     def requests_per_s(self) -> float:
         return self.finished / self.working_s
+
+    def finishing_requests_per_s(self, first: float, last: float) -> float:
+        """Requests that finished per second, from when the share `first` of all had finished to
+        when `last` had: leaves out how a batch begins and ends."""
+        number, until = (round(share * self.num_requests) for share in (first, last))
+        finished = self.finished_at_s
+        if not 0 <= number < until <= len(finished) or finished[until - 1] <= finished[number]:
+            return 0.0
+        return (until - 1 - number) / (finished[until - 1] - finished[number])
 
     @property
     def steady_tokens_per_s(self) -> float:

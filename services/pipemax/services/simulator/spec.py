@@ -88,6 +88,8 @@ class SimulationSpec:
     """By name, see `pipemax.coordinator.policy`."""
     seed: int = 0
     horizon_s: float = 1e9
+    stop_when_finished: float = 1.0
+    """End the run when this share of the requests has finished."""
     warm_up_s: float = 0.0
     """Steady figures count from here on."""
     faults: Sequence[Fault] = field(default_factory=tuple)

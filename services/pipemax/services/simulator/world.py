@@ -7,6 +7,7 @@ time of `prepare` and `send`, which the performance model has in its fixed part 
 it apart).
 """
 
+import math
 import random
 from collections.abc import Callable
 
@@ -112,9 +113,9 @@ class World:
             self.loop.at(to_ns(fault.at_s), begin_fault, self, fault)
         self.loop.at(to_ns(spec.warm_up_s), self._begin_steady)
         self._sample()
-        total = len(self._lengths)
+        total = math.ceil(spec.stop_when_finished * len(self._lengths))
         outputs = self.coordinator.outputs
-        self.loop.run(to_ns(spec.horizon_s), lambda: len(outputs) == total)
+        self.loop.run(to_ns(spec.horizon_s), lambda: len(outputs) >= total)
         if self.loop.now_ns < to_ns(spec.horizon_s) and len(outputs) < total:
             raise InvariantError(f"nothing happens, and {total - len(outputs)} requests wait")
         return self._result()
@@ -411,6 +412,7 @@ class World:
             timeline=self._timeline.samples,
             intervals=self.intervals,
             outputs=dict(self.coordinator.outputs),
+            finished_at_s=self.coordinator.finished_at_s,
         )
 
     def _figures(self, index: int) -> StageFigures:
