@@ -79,7 +79,7 @@ class Scheduler:
 
     def _submit(self, event: Submitted, now: float) -> None:
         prompt = list(event.prompt_token_ids)
-        request = Request(event.key, prompt, event.sampling, event.seed, now)
+        request = Request(event.key, prompt, event.sampling, event.seed, now, event.job)
         self.state.waiting[request.key] = request
 
     def _cancel(self, key: int) -> list[Command]:
@@ -158,10 +158,10 @@ class Scheduler:
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None
     ) -> list[Command]:
+        if reason in ("stop", "length"):
+            self.state.forecast.finished(request)
         release = self.state.forget_kv(request)
         commands: list[Command] = [ToDaemon(release)] if release else []
-        if reason in ("stop", "length"):
-            self.state.forecast.finished(request.num_outputs, self.state.running.values())
         return [*commands, self._result(request, reason, stop_reason)]
 
     def _result(

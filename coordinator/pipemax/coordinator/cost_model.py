@@ -16,6 +16,7 @@ much as a short decode step.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from pipemax.proto.messages.control import SweepSample
@@ -105,10 +106,10 @@ class TileTable:
             self._factors[tile] = [observed] * len(_KNOT_OFFSETS)
             self._visits[tile] = [0.0] * len(_KNOT_OFFSETS)
         factors, visits = self._factors[tile], self._visits[tile]
-        left = 1.0 - right
-        error = observed - (factors[knot] + right * (factors[knot + 1] - factors[knot]))
-        norm = left * left + right * right
-        for index, share in ((knot, left), (knot + 1, right)):
+        error = observed - self.factor(rows)
+        shares = (1.0 - right, right)
+        norm = sum(share * share for share in shares)
+        for index, share in enumerate(shares, start=knot):
             visits[index] += share
             gain = max(_KNOT_GAIN, 1.0 / (1.0 + visits[index])) * weight
             moved = factors[index] + gain * share / norm * error
@@ -124,6 +125,7 @@ class StageCost:
         self._theta: list[float] | None = None
         self._prior = _Sums()
         self._recent = _Sums()
+        self._swept: tuple[list[float], TileTable] | None = None
         self._observed = 0
         self.relative_error: float | None = None
         """|predicted − measured| / measured of the last observed step, predicted before it was
@@ -151,6 +153,16 @@ class StageCost:
             self._solve()
             for features, seconds in samples:
                 self._learn_factor(features, self._inputs(features), seconds)
+        assert self._theta is not None
+        self._swept = (list(self._theta), deepcopy(self._table))
+
+    def predict_anywhere(self, features: StepFeatures) -> float | None:
+        """Seconds, by the warm-up sweep alone where there was one. What was learned since is better
+        near the steps of late, but may be off at sizes that have not been run for long."""
+        if self._swept is None:
+            return self.predict(features)
+        theta, table = self._swept
+        return _dot(theta, _inputs(features, table))
 
     def predict(self, features: StepFeatures) -> float | None:
         """Seconds; None before anything is known."""
@@ -189,22 +201,14 @@ class StageCost:
         return LinearCost(max(0.0, predicted - variable), per_request, per_token)
 
     def _inputs(self, features: StepFeatures) -> list[float]:
-        c = self._table.factor(features.rows)
-        return [
-            c,
-            c * features.decode_requests / _SCALES[1],
-            c * features.prefill_tokens / _SCALES[2],
-            features.context_tokens / _SCALES[3],
-            features.prefill_pairs / _SCALES[4],
-        ]
+        return _inputs(features, self._table)
 
     def _learn_factor(
         self, features: StepFeatures, inputs: Sequence[float], seconds: float, weight: float = 1.0
     ) -> None:
         assert self._theta is not None
-        theta = self._theta
-        weights_part = theta[0] * inputs[0] + theta[1] * inputs[1] + theta[2] * inputs[2]
-        attention = theta[3] * inputs[3] + theta[4] * inputs[4]
+        weights_part = _dot(self._theta[:3], inputs[:3])
+        attention = _dot(self._theta[3:], inputs[3:])
         if weights_part <= 0:
             return
         observed = inputs[0] * (seconds - attention) / weights_part
@@ -234,6 +238,17 @@ class StageCost:
         self._theta = theta
 
 
+def _inputs(features: StepFeatures, table: TileTable) -> list[float]:
+    c = table.factor(features.rows)
+    return [
+        c,
+        c * features.decode_requests / _SCALES[1],
+        c * features.prefill_tokens / _SCALES[2],
+        features.context_tokens / _SCALES[3],
+        features.prefill_pairs / _SCALES[4],
+    ]
+
+
 class PipelineCost:
     """All stages' models; the slowest stage sets the pace."""
 
@@ -257,13 +272,18 @@ class PipelineCost:
         error, model.relative_error = model.relative_error, None
         return error
 
-    def linear(self, near: StepFeatures) -> LinearCost | None:
-        """Of the stage that is slowest for `near`; None until every stage has a model."""
+    def slowest(self, near: StepFeatures) -> StageCost | None:
+        """The stage that is slowest for `near`; None until every stage has a model."""
         times = [stage.predict(near) for stage in self.stages]
         known = [time for time in times if time is not None]
         if not times or len(known) < len(times):
             return None
-        return self.stages[known.index(max(known))].linear(near)
+        return self.stages[known.index(max(known))]
+
+    def linear(self, near: StepFeatures) -> LinearCost | None:
+        """Of the stage that is slowest for `near`; None until every stage has a model."""
+        slowest = self.slowest(near)
+        return slowest.linear(near) if slowest else None
 
 
 def _features_of(sample: SweepSample) -> StepFeatures:
@@ -349,7 +369,7 @@ def solve_symmetric(matrix: Sequence[Sequence[float]], right: Sequence[float]) -
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum([x * y for x, y in zip(a, b, strict=True)])
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def _place(rows: int) -> tuple[int, int, float]:

@@ -16,6 +16,8 @@ class Submitted:
     sampling: SamplingParams
     seed: int
     """Unsigned 64 bit; the request's own, or derived from the system's."""
+    job: int = 0
+    """Requests of one job have outputs of similar length: lengths are forecast by job."""
 
 
 @dataclass(frozen=True, slots=True)

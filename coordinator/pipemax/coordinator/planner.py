@@ -6,37 +6,35 @@ the token budget), order the stores of the blocks it fills, then look one turn a
 prefetch of the next step, and evict after this step what the one after that needs room for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
+from pipemax.coordinator.admission import Admission
 from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToDaemon, ToStages
 from pipemax.coordinator.plan_message import build_step_plan
 from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
+from pipemax.coordinator.prefill_pacing import EvenChunk
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import candidate_of
-from pipemax.coordinator.state import Item, SchedulerState, StepInFlight
+from pipemax.coordinator.state import Item, SchedulerState, StepInFlight, features_of
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import BlockMove, Prefetch, Store
 
-MIN_PREFILL_CHUNK_TOKENS = 64
-"""Prompts are not cut finer than this to even out slots: each chunk reads all weights again."""
 STAGING_SHARE = 0.5
 """Most of the device pool that one step's prefetch may take. Two prefetches are alive at a time
 (one being read, one being loaded), so more than half could never be used."""
-TAIL_SHARE = 0.25
-"""Most of the device pool that the tails of offloaded requests may take: tails never leave it."""
 OFFLOAD_PRESSURE = 0.9
 """Write-through starts when the expected need exceeds this share of the device pool."""
 _LOAD_BLOCKS = attrgetter("load_blocks")
-_BY_WAIT = attrgetter("last_turn", "key")
 
 
 class Planner:
     def __init__(self, state: SchedulerState, policy: SelectionPolicy) -> None:
         self._state = state
         self._policy = policy
+        self._admission = Admission(state, policy)
+        self._even_chunk = EvenChunk(state.limits.num_slots)
         self._commands: list[Command] = []
         self._declined: tuple[int, int, int, int] | None = None
         """What the policy was asked when it last chose nobody: it would do so again."""
@@ -59,7 +57,7 @@ class Planner:
     def _plan_step(self, now: float) -> bool:
         state = self._state
         self._skip_orphaned_staging()
-        self._admit(now)
+        self._admission.admit(now)
         items = self._compose()
         if not items and state.staged_step == NO_STEP:
             # Nothing on the device can run: order a prefetch although this step will wait for it.
@@ -95,8 +93,9 @@ class Planner:
         """The items of the next step; allocates the blocks they fill."""
         state = self._state
         staged = list(state.rosters.staged.values())
+        target = self._slot_target()
         keys = self._policy.choose_residents(
-            self._residents(), [candidate_of(r) for r in staged], self._slot_target()
+            self._residents(), [candidate_of(r) for r in staged], target
         )
         items: list[Item] = []
         tokens = 0
@@ -104,7 +103,7 @@ class Planner:
         for request in [*staged, *(state.running[key] for key in keys)]:
             if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
                 tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
-        chunk = min(limits.max_num_batched_tokens - tokens, self._prefill_share())
+        chunk = self._prefill_chunk(items, target, limits.max_num_batched_tokens - tokens)
         for request in state.rosters.prefilling.values():
             if chunk <= 0 or len(items) >= limits.max_num_seqs:
                 break
@@ -203,53 +202,30 @@ class Planner:
             blocks_per_s=state.budget.blocks_per_s,
         )
 
-    def _prefill_share(self) -> int:
-        """Prompt tokens per step that spread what is left over all slots."""
+    def _prefill_chunk(self, items: Sequence[Item], target: SlotTarget, most_tokens: int) -> int:
+        """Prompt tokens for a step that already holds `items`."""
         rosters = self._state.rosters
         left = sum(r.remaining for r in rosters.prefilling.values())
         left += sum(r.remaining for r in rosters.staged.values() if r.remaining > 1)
-        return max(MIN_PREFILL_CHUNK_TOKENS, -(-left // self._state.limits.num_slots))
+        first = next(iter(rosters.prefilling.values()), None)
+        if first is None or most_tokens <= 0:
+            return 0
+        expected = 0.0
+        if self._state.waiting:
+            expected = target.requests * self._state.forecast.prefill_per_output
+        even = self._even_chunk.tokens(left, expected, self._state.next_step)
+        even = min(even, most_tokens)
+        pairs = even * first.planned + even * (even + 1) // 2
+        return self._policy.prefill_tokens(
+            self._state.costs,
+            features_of(items),
+            StepFeatures(target.requests, target.context_tokens, even, pairs),
+            most_tokens,
+        )
 
     def _free_slot(self) -> int:
         used = {step.slot for step in self._state.in_flight.values()}
         return next(s for s in range(self._state.limits.num_slots) if s not in used)
-
-    # Admission
-
-    def _admit(self, now: float) -> None:
-        state = self._state
-        while state.waiting and self._fits(request := next(iter(state.waiting.values()))):
-            del state.waiting[request.key]
-            state.admit(request, now)
-            blocks = state.blocks.take_for_write(self._prompt_blocks(request))
-            if blocks is None:
-                raise InvariantError("admitted a request without device blocks for it")
-            state.extend_table(request, blocks)
-
-    def _fits(self, request: Request) -> bool:
-        """Room on the device for the prompt now, and in device plus host for the growth expected
-        of all."""
-        state = self._state
-        need = self._prompt_blocks(request)
-        # Decoding requests need a new block every `block_size` steps; keep one for each. And leave
-        # room for whoever waits longest on the host: newcomers must not keep it out for ever.
-        room = state.blocks.num_free - need - len(state.running)
-        if room < 0 or room < self._longest_wait_blocks():
-            return False
-        if not state.running:
-            return True
-        forecast = state.expected_blocks() + max(need, state.forecast.final_blocks(request))
-        on_device = state.blocks.num_blocks
-        if forecast > on_device and len(state.running) >= TAIL_SHARE * on_device:
-            return False
-        return forecast <= on_device + state.num_host_blocks
-
-    def _longest_wait_blocks(self) -> int:
-        waiting = self._state.rosters.on_host.values()
-        return min(waiting, key=_BY_WAIT).load_blocks if waiting else 0
-
-    def _prompt_blocks(self, request: Request) -> int:
-        return blocks_for(len(request.tokens), self._state.limits.block_size)
 
     # KV movement
 
@@ -282,7 +258,8 @@ class Planner:
             return False
         if state.waiting or state.host_used:
             return True
-        return state.expected_blocks() > OFFLOAD_PRESSURE * state.blocks.num_blocks
+        peak = max(state.total_blocks, state.forecast.peak_blocks())
+        return peak > OFFLOAD_PRESSURE * state.blocks.num_blocks
 
     def _plan_prefetch(self, latest: int, urgent: bool = False) -> None:
         """Order the prefetch of the next step into blocks that steps up to `latest` leave free.
@@ -293,9 +270,8 @@ class Planner:
             return
         candidates = list(rosters.on_host.values())
         largest = max(map(_LOAD_BLOCKS, candidates))
-        growth = len(state.running) - rosters.num_incomplete
         free = min(
-            state.blocks.num_ready(latest) - growth,
+            state.blocks.num_ready(latest) - state.growth_reserve,
             max(int(STAGING_SHARE * state.blocks.num_blocks), largest),
         )
         granted = state.budget.grant(largest)
@@ -340,10 +316,9 @@ class Planner:
         staging = min(int(STAGING_SHARE * state.blocks.num_blocks), int(state.budget.per_step))
         if wanted > staging:
             wanted = min(wanted, max(staging, *map(_LOAD_BLOCKS, rosters.on_host.values())))
-        if state.waiting:
-            wanted += self._prompt_blocks(next(iter(state.waiting.values())))
+        wanted += self._admission.wanted_blocks()
         if wanted:
-            wanted += len(state.running) - rosters.num_incomplete
+            wanted += state.growth_reserve
         for item in items:
             if state.blocks.num_free >= wanted:
                 return

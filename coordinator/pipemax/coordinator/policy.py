@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pipemax.coordinator.cost_model import LinearCost
+from pipemax.coordinator.cost_model import LinearCost, PipelineCost, StepFeatures
+from pipemax.coordinator.offload_gain import OffloadOutlook as OffloadOutlook
+from pipemax.coordinator.offload_gain import worth_offloading
+from pipemax.coordinator.prefill_pacing import balanced_chunk
 from pipemax.coordinator.selector import Candidate as Candidate
 from pipemax.coordinator.selector import SelectionProblem, by_wait, select
 from pipemax.proto.errors import ConfigError
@@ -82,8 +85,31 @@ class SelectionPolicy(Protocol):
         """Keys of device-resident requests to run beside those already `chosen`."""
         ...
 
+    def prefill_tokens(
+        self, costs: PipelineCost, decode: StepFeatures, share: StepFeatures, most_tokens: int
+    ) -> int:
+        """Prompt tokens, at most `most_tokens`, for a step that decodes `decode`; `share` is the
+        mean step with an even chunk."""
+        ...
 
-class OldestFirst:
+    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+        """Most KV that running requests should hold beyond the device pool, in blocks."""
+        ...
+
+
+class _Plain:
+    """Even chunks of prompts, and all host memory in use."""
+
+    def prefill_tokens(
+        self, costs: PipelineCost, decode: StepFeatures, share: StepFeatures, most_tokens: int
+    ) -> int:
+        return min(share.prefill_tokens, most_tokens)
+
+    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+        return _NO_LIMIT
+
+
+class OldestFirst(_Plain):
     """Fills the prefetch budget with those who waited longest, then evens out request counts.
 
     Nobody starves: the one who waited longest is never passed over for a later one that happens to
@@ -105,7 +131,7 @@ class OldestFirst:
         return _even_count(by_wait(candidates), chosen, target)
 
 
-class FirstComeFirstServed:
+class FirstComeFirstServed(_Plain):
     """In order of arrival, without looking at who waited. Nobody starves: the first to come is
     always served, so it finishes, and then the next one is first."""
 
@@ -231,6 +257,14 @@ class PipemaxPolicy:
         if not keys and not chosen:
             return self._plain.choose_residents(candidates, chosen, target)[:1]
         return keys
+
+    def prefill_tokens(
+        self, costs: PipelineCost, decode: StepFeatures, share: StepFeatures, most_tokens: int
+    ) -> int:
+        return balanced_chunk(costs, decode, share, most_tokens)
+
+    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+        return worth_offloading(outlook)
 
 
 _POLICIES: dict[str, Callable[[], SelectionPolicy]] = {

@@ -34,6 +34,7 @@ class Request:
         "first_token_at",
         "host",
         "in_flight",
+        "job",
         "key",
         "kv_key",
         "last_step",
@@ -54,7 +55,13 @@ class Request:
     )
 
     def __init__(
-        self, key: int, prompt: list[int], sampling: SamplingParams, seed: int, now: float
+        self,
+        key: int,
+        prompt: list[int],
+        sampling: SamplingParams,
+        seed: int,
+        now: float,
+        job: int = 0,
     ) -> None:
         assert sampling.max_tokens is not None
         self.key = key
@@ -63,6 +70,7 @@ class Request:
         self.sampling = sampling
         self.max_tokens = sampling.max_tokens
         self.seed = seed
+        self.job = job
         self.arrived_at = now
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

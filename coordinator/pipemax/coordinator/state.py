@@ -53,11 +53,12 @@ class StepInFlight:
         self.items = items
         self.num_samples = sum(item.samples for item in items)
         self.sampled_context = sum(item.start for item in items if item.samples)
-        self.features = _features(items)
+        self.features = features_of(items)
         """What the step's time depends on."""
 
 
-def _features(items: Iterable[Item]) -> StepFeatures:
+def features_of(items: Iterable[Item]) -> StepFeatures:
+    """What the time of a step with these items depends on."""
     decodes = context = prefill = pairs = 0
     for item in items:
         if item.num_tokens == 1:
@@ -236,9 +237,12 @@ class SchedulerState:
         self.rosters.place(request)
         return indices
 
-    def expected_blocks(self) -> int:
-        """Blocks that running requests are expected to hold in the end, or hold now if more."""
-        return max(self.total_blocks, self.forecast.total_blocks)
+    @property
+    def growth_reserve(self) -> int:
+        """Blocks kept free for requests whose KV is on the device, in their next rounds: one in
+        `block_size` of them needs one each round, if they are at different places."""
+        whole = len(self.running) - self.rosters.num_incomplete
+        return min(whole, self.limits.num_slots + -(-2 * whole // self.limits.block_size))
 
     def check_invariants(self) -> None:
         """Raises InvariantError when the books contradict themselves."""
@@ -273,7 +277,7 @@ class SchedulerState:
             raise InvariantError("blocks of running requests are miscounted")
         if self.num_storing != sum(r.host.count(HostState.STORING) for r in running):
             raise InvariantError("blocks being stored are miscounted")
-        if self.forecast.total_blocks != sum(map(self.forecast.final_blocks, running)):
+        if not self.forecast.check(self.running):
             raise InvariantError("the forecast is out of date")
 
     def _check_request(self, request: Request) -> None:

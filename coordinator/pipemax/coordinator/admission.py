@@ -1,0 +1,78 @@
+"""Which waiting requests start to run: those whose growth has room, in order of service."""
+
+from pipemax.coordinator.policy import OffloadOutlook, SelectionPolicy
+from pipemax.coordinator.request import Request
+from pipemax.coordinator.state import SchedulerState
+from pipemax.proto.errors import InvariantError
+from pipemax.proto.geometry import blocks_for
+
+TAIL_SHARE = 0.25
+"""Most of the device pool that the tails of offloaded requests may take: tails never leave it."""
+
+
+class Admission:
+    def __init__(self, state: SchedulerState, policy: SelectionPolicy) -> None:
+        self._state = state
+        self._policy = policy
+
+    def admit(self, now: float) -> None:
+        """Start requests from the head of the queue, each with device blocks for its prompt."""
+        state = self._state
+        while (request := self._next()) is not None and self._has_room(request):
+            if state.running and not self.is_expected_to_fit(request):
+                return
+            del state.waiting[request.key]
+            state.admit(request, now)
+            blocks = state.blocks.take_for_write(self._prompt_blocks(request))
+            if blocks is None:
+                raise InvariantError("admitted a request without device blocks for it")
+            state.extend_table(request, blocks)
+
+    def wanted_blocks(self) -> int:
+        """Device blocks to make free for the next request that waits: none when there is none, or
+        when it would not be admitted anyway."""
+        request = self._next()
+        if request is None or not self.is_expected_to_fit(request):
+            return 0
+        return self._prompt_blocks(request)
+
+    def is_expected_to_fit(self, request: Request) -> bool:
+        """Whether device and host hold what is expected of all at their worst moment."""
+        state = self._state
+        peak = state.forecast.peak_blocks(request)
+        on_device = state.blocks.num_blocks
+        if peak <= on_device:
+            return True
+        if not state.num_host_blocks or len(state.running) >= TAIL_SHARE * on_device:
+            return False
+        worth = min(state.num_host_blocks, self._policy.worth_offloading(self._outlook()))
+        return peak <= on_device + worth
+
+    def _has_room(self, request: Request) -> bool:
+        """Room on the device for the prompt now. Newcomers must neither take the blocks that those
+        who run need next nor keep out for ever who waits longest on the host."""
+        state = self._state
+        room = state.blocks.num_free - self._prompt_blocks(request) - state.growth_reserve
+        return room >= 0 and room >= self._longest_wait_blocks()
+
+    def _longest_wait_blocks(self) -> int:
+        waiting = self._state.rosters.on_host.values()
+        return min(waiting, key=lambda c: (c.last_turn, c.key)).load_blocks if waiting else 0
+
+    def _outlook(self) -> OffloadOutlook:
+        state = self._state
+        return OffloadOutlook(
+            device_blocks=state.blocks.num_blocks,
+            num_slots=state.limits.num_slots,
+            block_size=state.limits.block_size,
+            request_blocks=state.total_blocks / max(1, len(state.running)),
+            prefill_per_output=state.forecast.prefill_per_output,
+            blocks_per_s=state.budget.blocks_per_s,
+            costs=state.costs,
+        )
+
+    def _next(self) -> Request | None:
+        return next(iter(self._state.waiting.values()), None)
+
+    def _prompt_blocks(self, request: Request) -> int:
+        return blocks_for(len(request.tokens), self._state.limits.block_size)
