@@ -106,10 +106,10 @@ class TileTable:
             self._factors[tile] = [observed] * len(_KNOT_OFFSETS)
             self._visits[tile] = [0.0] * len(_KNOT_OFFSETS)
         factors, visits = self._factors[tile], self._visits[tile]
-        error = observed - self.factor(rows)
-        shares = (1.0 - right, right)
-        norm = sum(share * share for share in shares)
-        for index, share in enumerate(shares, start=knot):
+        left = 1.0 - right
+        error = observed - (factors[knot] + right * (factors[knot + 1] - factors[knot]))
+        norm = left * left + right * right
+        for index, share in ((knot, left), (knot + 1, right)):
             visits[index] += share
             gain = max(_KNOT_GAIN, 1.0 / (1.0 + visits[index])) * weight
             moved = factors[index] + gain * share / norm * error
@@ -207,8 +207,9 @@ class StageCost:
         self, features: StepFeatures, inputs: Sequence[float], seconds: float, weight: float = 1.0
     ) -> None:
         assert self._theta is not None
-        weights_part = _dot(self._theta[:3], inputs[:3])
-        attention = _dot(self._theta[3:], inputs[3:])
+        theta = self._theta
+        weights_part = theta[0] * inputs[0] + theta[1] * inputs[1] + theta[2] * inputs[2]
+        attention = theta[3] * inputs[3] + theta[4] * inputs[4]
         if weights_part <= 0:
             return
         observed = inputs[0] * (seconds - attention) / weights_part
@@ -369,7 +370,7 @@ def solve_symmetric(matrix: Sequence[Sequence[float]], right: Sequence[float]) -
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
+    return sum([x * y for x, y in zip(a, b, strict=True)])
 
 
 def _place(rows: int) -> tuple[int, int, float]:

@@ -78,6 +78,8 @@ class DeviceBlocks:
             return None
         taken = [heapq.heappop(self._clean) for _ in range(min(count, len(self._clean)))]
         after = NEVER_USED
+        if len(taken) == count:
+            return taken, after
         for step in sorted(self._pending):
             if len(taken) == count:
                 break

@@ -232,7 +232,7 @@ class KvCore:
                     f"{request}, which the host does not hold"
                 )
             storing |= block.to_store
-            moves.append(Move(block, move.device_block))
+            moves.append(_new_move(Move, (block, move.device_block)))
         moves.sort(key=_places)
         shared = tuple(moves)
         for stage in self.stages:
@@ -267,7 +267,7 @@ class KvCore:
 
     def _checked(self, moves: Sequence[BlockMove]) -> Sequence[BlockMove]:
         num_blocks = min(stage.num_blocks for stage in self.stages)
-        beyond = max((move.device_block for move in moves), default=-1)
+        beyond = max([move.device_block for move in moves], default=-1)
         if beyond >= num_blocks:
             raise ContradictionError(f"device block {beyond} of {num_blocks} was named")
         return moves
@@ -363,6 +363,10 @@ class KvCore:
     def _answer_released(self, requests: tuple[int, ...]) -> None:
         if requests:
             self._out.append(SendToCoordinator(Released(epoch=self.epoch, requests=requests)))
+
+
+_new_move = tuple.__new__
+"""Hundreds of blocks per prefetch: the constructor of a named tuple is Python and takes longer."""
 
 
 def _places(move: Move) -> tuple[int, int]:

@@ -99,7 +99,7 @@ class ModelledDaemon:
     def _obey(self, command: Command) -> None:
         match command:
             case StartCopy(stage, direction, runs):
-                num_blocks = sum(run.length for run in runs)
+                num_blocks = sum([run.length for run in runs])
                 num_bytes = num_blocks * self._spec.block_bytes[stage]
                 self._links[stage].copy(
                     direction,
