@@ -5,6 +5,7 @@ import select
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -115,6 +116,35 @@ def test_an_imitated_link_takes_its_time_into_the_totals() -> None:
         assert load.load_seconds >= 10 * 4096 / 1e6 * (1 - 1e-9)
     finally:
         rig.close()
+
+
+def test_modelled_blocks_are_small_here_and_large_on_the_link() -> None:
+    """What a stage really holds is copied; what the link carries takes time and is counted."""
+    held, on_link, rate = 64, 10**9, 1e11
+    engine = CpuEngine(2, rate, held_block_bytes=held)
+    pool = HostPool(NUM_HOST * 2 * held)
+    host = pool.regions(NUM_HOST, engine.held_bytes((on_link, 2 * on_link)))
+    engine.lay_out(host)
+    memory = SharedMemory.create("test-device", NUM_DEVICE * held)
+    device = np.frombuffer(memory.buffer, np.uint8).reshape(NUM_DEVICE, held)
+    given = offer(1, memory.handle)
+    engine.map_pool(msgspec.structs.replace(given, block_bytes=2 * on_link))
+    try:
+        device[:] = np.arange(NUM_DEVICE)[:, None]
+        engine.start(1, "store", (Run(3, 2, 4),))
+        select.select([engine.fileno()], [], [])
+        assert engine.completed() == [(1, "store")]
+        assert (host[1][3:7] == device[2:6]).all()
+        totals = engine.totals()[1]
+        assert totals.store_bytes == 4 * 2 * on_link
+        assert totals.store_seconds >= 4 * 2 * on_link / rate * (1 - 1e-9)
+        with pytest.raises(PipemaxSystemError, match="of 64 bytes in a segment of 512"):
+            engine.map_pool(msgspec.structs.replace(given, num_blocks=NUM_DEVICE + 1))
+    finally:
+        engine.close()
+        del host, device
+        pool.close()
+        memory.close()
 
 
 def test_closing_does_not_wait_for_a_slow_link() -> None:
