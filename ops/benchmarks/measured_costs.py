@@ -17,6 +17,7 @@ from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.ingest import Status
 from pipemax.services.simulator import workload
 from pipemax.services.simulator.measured import MeasuredStage, load_measured
+from pipemax.services.simulator.records import Result
 from pipemax.services.simulator.spec import measured_spec
 from pipemax.services.simulator.world import simulate
 from pipemax.services.tiny_model import ModelShape
@@ -218,11 +219,11 @@ def _link(own: Sequence[Recording]) -> dict[str, float]:
     return {"load_bytes_s": load, "store_bytes_s": store} if load and store else {}
 
 
-def simulated_s(
+def simulated(
     measured: Path, work: Sequence[Lengths], config: EngineConfig, compute_jitter: float
-) -> float:
-    """Virtual seconds from the submission of all requests to the last result, of a system as
-    configured with the costs of the file `measured`."""
+) -> Result:
+    """The run of a system as configured with the costs of the file `measured`: `simulated_s` are
+    virtual seconds from the submission of all requests to the last result."""
     requests = tuple(
         workload.Lengths(one.prompt_tokens, one.output_tokens, max_tokens=one.output_tokens)
         for one in work
@@ -235,4 +236,4 @@ def simulated_s(
         max_num_batched_tokens=config.max_num_batched_tokens,
         policy=config.policy,
     )
-    return simulate(spec).simulated_s
+    return simulate(spec)

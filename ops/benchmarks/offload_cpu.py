@@ -19,10 +19,10 @@ into the simulator, which runs the same requests with the same scheduler in virt
 are printed beside the measured ones.
 
 With two stages offloading can hardly make batches larger: of two batches in flight one is computed
-on and the other is loaded, so the pool holds both, as it does without offloading (the closed form's
-gain is 1 + (N − m)·B_p·t/M' with N = 2 batches and m = 2 buffers). What is left is what admission
-keeps free for growth, and what is computed again. With `--stages 4` half of the batches in flight
-can lie on the host.
+on and the other is loaded, so the pool holds both, as it does without offloading (N = 2 batches and
+m = 2 buffers in the closed form of `pipemax plan`). What is left to gain is what admission keeps
+free for growth, and what is computed again. With `--stages 4` half of the batches in flight can lie
+on the host.
 
 What differs from GPUs: a copy is a paced `memcpy` by a thread, so copies, attention and the
 processes themselves share cores and memory bandwidth with the steps; steps that ran beside copies
@@ -41,7 +41,7 @@ from typing import Any
 
 import msgspec
 from live_system import Lengths, Live, lognormal_lengths, running, versions
-from measured_costs import Recording, jitter, latencies, measured_system, simulated_s
+from measured_costs import Recording, jitter, latencies, measured_system, simulated
 
 from pipemax.proto.geometry import BlockGeometry, blocks_for, split_layers
 from pipemax.proto.sizes import parse_size
@@ -60,6 +60,7 @@ SHAPE = ModelShape(
 """About 127 million parameters. The small vocabulary keeps the stages even, one KV head keeps the
 copies small beside the weights."""
 BLOCK_SIZE = 16
+WORK_FILE = "work.json"
 POOL_SHARE = 4
 CONTENDERS = {"recompute": "pipemax", "fcfs": "fcfs", "pipemax": "pipemax"}
 """Name to policy; `recompute` has no host pool."""
@@ -165,7 +166,7 @@ def compare(runs: dict[str, Runs], work: list[Lengths], folder: Path) -> dict[st
     """Ratios of pipemax's throughput to the others': measured, round by round, and simulated."""
     everything = [recording for own in runs.values() for recording in own.recordings]
     figures: dict[str, Any] = {}
-    simulated: dict[str, dict[str, float]] = {"own costs": {}, "common costs": {}}
+    predicted: dict[str, dict[str, float]] = {"own costs": {}, "common costs": {}}
     for name, own in runs.items():
         for costs, recordings in (("own costs", own.recordings), ("common costs", everything)):
             system = measured_system(f"{name}, {costs}", own.recordings, recordings, SHAPE)
@@ -173,12 +174,11 @@ def compare(runs: dict[str, Runs], work: list[Lengths], folder: Path) -> dict[st
             path.write_text(json.dumps(system, indent=2) + "\n")
             config = own.recordings[0].config
             noise = jitter(system, recordings)
-            simulated[costs][name] = simulated_s(path, work, config, noise)
-    for costs, seconds in simulated.items():
-        absolute = ", ".join(
-            f"{name} {s:.1f} s ({s / runs[name].median_s - 1:+.0%})" for name, s in seconds.items()
-        )
-        print(f"simulated with {costs}: {absolute}")
+            run = simulated(path, work, config, noise)
+            took_s = predicted[costs][name] = run.simulated_s
+            print(f"simulated {name:<10} with {costs:<12} {took_s:7.2f} s "
+                  f"({took_s / own.median_s - 1:+.0%}), {run.steps} steps, jitter {noise:.0%}, "
+                  f"{run.preemptions} preemptions")  # fmt: skip
     for name in runs:
         if name == "pipemax":
             continue
@@ -191,12 +191,12 @@ def compare(runs: dict[str, Runs], work: list[Lengths], folder: Path) -> dict[st
             f"pipemax : {name}  measured ×{measured:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
         )
         figures[name] = {"measured": rounds}
-        for costs, seconds in simulated.items():
+        for costs, seconds in predicted.items():
             ratio = seconds[name] / seconds["pipemax"]
             figures[name][costs] = ratio
             line += f", simulated with {costs} ×{ratio:.2f} ({ratio / measured - 1:+.0%})"
         print(line)
-    return {"ratios": figures, "simulated_s": simulated}
+    return {"ratios": figures, "simulated_s": predicted}
 
 
 def run_all(
@@ -204,17 +204,24 @@ def run_all(
 ) -> None:
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
+        (options.keep / WORK_FILE).write_bytes(msgspec.json.encode(work))
+    blocks = working_set_blocks(work)
+    print(f"working set {blocks} blocks of {BLOCK_SIZE} tokens, device pool "
+          f"{blocks // POOL_SHARE}, link {parse_size(options.link) / 1e6:.0f} MB/s",
+          flush=True)  # fmt: skip
     make_demo_model(model, shape=SHAPE)
     for _ in range(1 if options.quick else options.rounds):
         for own in runs.values():
             take_turn(own, model, work, options)
 
 
-def replay(folder: Path, runs: dict[str, Runs]) -> None:
+def replay(folder: Path, runs: dict[str, Runs]) -> list[Lengths]:
+    """Takes up what was kept; returns the requests."""
     for name, own in runs.items():
         for path in sorted(folder.glob(f"run-{name}-*.json")):
             own.recordings.append(msgspec.json.decode(path.read_bytes(), type=Recording))
             print(f"{name:<10} {own.seconds[-1]:7.2f} s  {own.recordings[-1].describe()}")
+    return msgspec.json.decode((folder / WORK_FILE).read_bytes(), type=list[Lengths])
 
 
 def main() -> None:
@@ -227,18 +234,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="recordings and measured costs")
     parser.add_argument("--replay", type=Path, metavar="DIR", help="of --keep: run nothing, only "
-                        "simulate; the other arguments as then")  # fmt: skip
+                        "simulate")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small requests, one round")
     options = parser.parse_args()
+    if "pipemax" not in options.contenders:
+        parser.error("--contenders: pipemax is what the others are compared with")
     work = work_of(options)
     runs = {name: Runs(name) for name in options.contenders}
-    blocks = working_set_blocks(work)
-    print(f"working set {blocks} blocks of {BLOCK_SIZE} tokens, device pool "
-          f"{blocks // POOL_SHARE}, link {parse_size(options.link) / 1e6:.0f} MB/s",
-          flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="pipemax-bench-") as folder:
         if options.replay:
-            replay(options.replay, runs)
+            work = replay(options.replay, runs)
         else:
             run_all(runs, Path(folder), work, options)
         figures = report(runs, work)
