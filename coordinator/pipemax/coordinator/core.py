@@ -78,7 +78,7 @@ class Scheduler:
         return []
 
     def _submit(self, event: Submitted, now: float) -> None:
-        prompt = list(event.prompt_token_ids)
+        prompt = event.prompt_token_ids
         request = Request(event.key, prompt, event.sampling, event.seed, now, event.job)
         self.state.waiting[request.key] = request
 

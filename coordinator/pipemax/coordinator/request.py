@@ -7,6 +7,7 @@ after a preemption or a crash: there is no difference).
 """
 
 from array import array
+from collections.abc import Sequence
 from enum import IntEnum
 
 from pipemax.proto.geometry import blocks_for
@@ -57,7 +58,7 @@ class Request:
     def __init__(
         self,
         key: int,
-        prompt: list[int],
+        prompt: Sequence[int],
         sampling: SamplingParams,
         seed: int,
         now: float,
@@ -65,7 +66,8 @@ class Request:
     ) -> None:
         assert sampling.max_tokens is not None
         self.key = key
-        self.tokens = prompt
+        self.tokens = array("i", prompt)
+        """Flat: the garbage collector walks through lists, of thousands of requests each time."""
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.max_tokens = sampling.max_tokens
@@ -93,7 +95,7 @@ class Request:
         self.table = array("i")
         """Device block by index; NO_BLOCK where only the host holds it."""
         self.host = bytearray()
-        """HostState by index. Flat, like the table: the garbage collector walks through lists."""
+        """HostState by index. Flat, like the table."""
         self.num_missing = 0
         self.next_store = 0
         """First index not yet ordered to be stored."""
