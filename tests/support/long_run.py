@@ -42,7 +42,7 @@ class LongRun(TwoCores):
         self.cancelled: set[int] = set()
         self.held: dict[tuple[str, str], int] = {}
         """Event at which messages between these two are read again."""
-        self.said: deque[tuple[str, str, Message]] = deque(maxlen=200)
+        self.said: deque[tuple[str, str, Message]] = deque(maxlen=400)
         self.longest_wait = 0.0
         """Rotations that a running request waited for its turn, beyond MIN_OVERDUE_TURNS and not
         counting what a recovery cost it."""
@@ -117,10 +117,10 @@ class LongRun(TwoCores):
             self.cancel(key)
         if draw.random() < rates.hold and self.queues:
             self.held[draw.choice(list(self.queues))] = self.events + draw.randint(1, 200)
-        if draw.random() < rates.again and self.said:
-            sender, receiver, message = draw.choice(self.said)
-            if self._may_come_again(sender, receiver, message):
-                super().send(sender, receiver, message)
+        if draw.random() < rates.again:
+            again = [one for one in self.said if self._may_come_again(*one)]
+            if again:
+                super().send(*draw.choice(again))
 
     def _may_come_again(self, sender: str, receiver: str, message: Message) -> bool:
         """Hello comes with every beat; a Release that was said again is answered again; and what
