@@ -113,3 +113,18 @@ def test_seeds_depend_on_the_request_alone(sessions: Sessions) -> None:
     again = sessions.accept(b"b", submit("x"), 0.0)
     assert first.seed == again.seed == derived_seed(0, "x")
     assert sessions.accept(b"b", submit("z", seed=-1), 0.0).seed == 2**64 - 1
+
+
+def test_requests_of_one_connection_are_one_job(sessions: Sessions) -> None:
+    first = sessions.accept(b"a", submit("x"), 0.0)
+    second = sessions.accept(b"a", submit("y"), 0.0)
+    other = sessions.accept(b"b", submit("x"), 0.0)
+    assert first.job == second.job != other.job
+
+
+def test_a_client_that_waits_for_each_result_stays_one_job(sessions: Sessions) -> None:
+    first = sessions.accept(b"a", submit("x"), 0.0)
+    sessions.finish(done(first.key), 1.0)
+    sessions.deliver()
+    assert sessions.is_idle
+    assert sessions.accept(b"a", submit("y"), 2.0).job == first.job

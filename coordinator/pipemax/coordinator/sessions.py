@@ -98,7 +98,7 @@ class Sessions:
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
-        return Submitted(key, prompt, sampling, seed & _SEED_MASK)
+        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job_of(client))
 
     def key_of(self, client: ClientId, request_id: str) -> int | None:
         """Our number of a client's unfinished request."""
@@ -151,6 +151,13 @@ class Sessions:
             if not session.keys:
                 del self._sessions[client]
         return orphans
+
+
+def job_of(client: ClientId) -> int:
+    """The job of a client's requests: one connection is one job, as a batch file is one. Depends on
+    the connection's identity alone, so that a client which waits for each result before it sends
+    the next request stays one job."""
+    return int.from_bytes(client, "little")
 
 
 def derived_seed(seed: int, request_id: str) -> int:
