@@ -9,6 +9,7 @@ from pipemax.proto.errors import ConfigError
 from pipemax.services.cli import app
 from pipemax.services.simulator.command import SimulateFlags, build_spec
 from pipemax.services.simulator.planning import Plan, advice, make_plan
+from pipemax.services.simulator.short_run import OUTPUT_TOKENS, short_run, shortened
 
 
 def plan_of(gpu: str, **changes: object) -> Plan:
@@ -56,14 +57,45 @@ def test_unequal_layers_are_planned_by_the_fullest_stage() -> None:
     assert plan.stage.num_layers == 12
 
 
+def test_a_short_simulation_stands_beside_the_closed_form() -> None:
+    plan = plan_of("rtx-3090", workload="1000,40", requests=50, block_size=64)
+    short = shortened(plan)
+    in_flight = plan.with_offload.batch * 8  # type: ignore[union-attr]
+    assert len(short.workload.requests) == round(1.5 * in_flight)
+    assert short.workload.requests[50] == plan.spec.workload.requests[0], "they repeat"
+    simulated = short_run(plan)
+    assert simulated.fills_devices
+    ends = plan.end_to_end_tokens_s(plan.without)
+    assert 0.5 * ends < simulated.without < 1.1 * ends
+    assert simulated.with_offload == pytest.approx(simulated.gain * simulated.without)
+    assert simulated == short_run(plan)
+
+
+def test_a_short_simulation_stays_short() -> None:
+    many = plan_of("rtx-5090", model="mixtral-8x7b", workload="20,500")
+    assert len(shortened(many).workload.requests) == OUTPUT_TOKENS // 500
+    few = plan_of("rtx-3090", workload="5000,9000")
+    assert len(shortened(few).workload.requests) == 16
+    off = plan_of("rtx-3090", workload="3000,6", kv_offloading_size="0", block_size=64)
+    alone = short_run(off)
+    assert alone.with_offload is None
+    assert alone.gain == 1
+
+
 def test_the_command_prints_and_speaks_json() -> None:
-    text = run("--gpu", "a10")
+    text = run("--gpu", "a10", "--workload", "1000,10", "--block-size", "64")
     assert "llama-2-70b on 8 × a10" in text
     assert "10, 10, 10, 10, 10, 10, 10, 10" in text
     assert "Offloading pays" in text
-    data = json.loads(run("--gpu", "l20", "--json"))
+    assert "Simulated: the real scheduler with the first" in text
+    quick = run("--gpu", "a10", "--no-simulate")
+    assert "imulated" not in quick
+    data = json.loads(run("--gpu", "l20", "--json", "--no-simulate"))
     assert sum(data["layer_split"]) == 80
     assert data["with_offloading"]["decode_tokens_per_second"] > 0
+    assert data["simulated"] is None
     assert data["advice"].startswith("Offloading gains")
+    by_hand = ("--layer-split", "12,12,12,11,11,11,11", "--count", "7", "--json", "--no-simulate")
+    assert json.loads(run("--gpu", "l20", *by_hand))["layer_split"][0] == 12
     with pytest.raises(ConfigError, match="use more GPUs"):
         run("--gpu", "rtx-3090", "--count", "4")

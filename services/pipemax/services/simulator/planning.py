@@ -1,4 +1,5 @@
-"""What to expect of a model on some GPUs, in closed form, with advice in words. Runs nothing."""
+"""What to expect of a model on some GPUs: closed form, rates of a short simulation beside it if one
+was run, and advice in words. Runs nothing itself."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,22 @@ class Plan:
         return tokens * sum(stage.kv_token_bytes for stage in self.spec.stages)
 
 
+@dataclass(frozen=True, slots=True)
+class ShortRun:
+    """Rates of two short simulations, prompt and output tokens per second; see `short_run`."""
+
+    num_requests: int
+    fills_devices: bool
+    """The requests are enough to fill the devices' KV room."""
+    without: float
+    with_offload: float | None
+    """None with host memory of 0."""
+
+    @property
+    def gain(self) -> float:
+        return (self.with_offload or self.without) / self.without
+
+
 def make_plan(spec: SimulationSpec) -> Plan:
     """Raises ConfigError when the weights do not fit."""
     stage = max(spec.stages, key=lambda model: model.num_layers)
@@ -107,7 +124,7 @@ def advice(plan: Plan) -> str:
     return text
 
 
-def plan_data(plan: Plan) -> dict[str, Any]:
+def plan_data(plan: Plan, simulated: ShortRun | None = None) -> dict[str, Any]:
     """The plan as plain data."""
     spec = plan.spec
     both = {"without_offloading": plan.without, "with_offloading": plan.with_offload}
@@ -135,14 +152,39 @@ def plan_data(plan: Plan) -> dict[str, Any]:
             if forecast is not None
         },
         "decode_gain": plan.decode_gain,
+        "simulated": simulated
+        and {
+            "num_requests": simulated.num_requests,
+            "fills_devices": simulated.fills_devices,
+            "tokens_per_second_without_offloading": simulated.without,
+            "tokens_per_second_with_offloading": simulated.with_offload,
+            "gain": simulated.gain,
+        },
         "host_bytes_needed": plan.host_bytes_needed,
         "advice": advice(plan),
     }
 
 
-def plan_view(plan: Plan) -> RenderableType:
+def plan_view(plan: Plan, simulated: ShortRun | None = None) -> RenderableType:
     """Two tables and the advice."""
-    return Group(_placement(plan), "", _rates(plan), "", advice(plan))
+    parts: list[RenderableType] = [_placement(plan), "", _rates(plan, simulated), "", advice(plan)]
+    if simulated:
+        parts += ["", _remark(simulated)]
+    return Group(*parts)
+
+
+def _remark(simulated: ShortRun) -> str:
+    """What to think of the short simulation."""
+    text = (
+        f"Simulated: the real scheduler with the first {simulated.num_requests} requests, their "
+        "start and end included, which the closed form knows nothing of."
+    )
+    if not simulated.fills_devices:
+        text += (
+            " So few do not fill the devices, so there is nothing to offload; `pipemax simulate "
+            "--compare --requests N` runs more, and takes longer."
+        )
+    return text
 
 
 def _placement(plan: Plan) -> Table:
@@ -178,19 +220,28 @@ def _placement(plan: Plan) -> Table:
     return table
 
 
-def _rates(plan: Plan) -> Table:
+def _rates(plan: Plan, simulated: ShortRun | None) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("", "requests per batch", "step", "decode tokens/s", "all tokens/s"):
+    headings = ["", "requests per batch", "step", "decode tokens/s", "all tokens/s"]
+    headings += ["all tokens/s, simulated"] if simulated else []
+    for heading in headings:
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
-    rows = [("without offloading", plan.without)]
+    rows = [("without offloading", plan.without, simulated and simulated.without)]
     if plan.with_offload is not None:
-        rows.append(("with offloading", plan.with_offload))
-    for name, forecast in rows:
+        found = simulated and simulated.with_offload
+        rows.append(("with offloading", plan.with_offload, found))
+    for name, forecast, rate in rows:
         table.add_row(
             name,
             f"{forecast.batch:.1f}",
             f"{forecast.step_s * 1e3:.1f} ms",
             f"{forecast.tokens_s:,.0f}",
             f"{plan.end_to_end_tokens_s(forecast):,.0f}",
+            *([f"{rate:,.0f}"] if rate is not None else []),
         )
+    if plan.with_offload is not None:
+        gains = [f"×{plan.decode_gain:.2f}"]
+        ends = plan.end_to_end_tokens_s(plan.with_offload) / plan.end_to_end_tokens_s(plan.without)
+        gains += [f"×{ends:.2f}", *([f"×{simulated.gain:.2f}"] if simulated else [])]
+        table.add_row("gain", "", "", *gains, style="bold")
     return table
