@@ -66,7 +66,8 @@ def test_a_short_simulation_stands_beside_the_closed_form() -> None:
     simulated = short_run(plan)
     assert simulated.fills_devices
     ends = plan.end_to_end_tokens_s(plan.without)
-    assert 0.5 * ends < simulated.without < 1.1 * ends
+    # Prompts that ride along with decode cost less than the closed form, which takes turns, says.
+    assert 0.5 * ends < simulated.without < 1.3 * ends
     assert simulated.with_offload == pytest.approx(simulated.gain * simulated.without)
     assert simulated == short_run(plan)
 
