@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.cost_model import (
     TILE_ROWS,
     PipelineCost,
@@ -14,6 +15,8 @@ from pipemax.coordinator.cost_model import (
     TileTable,
     solve_symmetric,
 )
+from pipemax.coordinator.events import Resumed
+from pipemax.coordinator.state import SchedulerLimits
 from pipemax.proto.messages.control import SweepSample
 
 L20_MS = {
@@ -224,3 +227,18 @@ def test_a_sweep_is_for_stages_that_know_nothing_yet() -> None:
     assert pipeline.linear(step) is not None
     pipeline.warm_up([[], []])  # sweeps that are off
     assert pipeline.stages[0].predict(step) == pytest.approx(0.024, rel=0.05)
+
+
+def test_the_scheduler_predicts_before_the_first_step_and_keeps_what_steps_taught() -> None:
+    scheduler = Scheduler(SchedulerLimits(16, 2, 8, 64, 64, frozenset()))
+    step = StepFeatures(4, 400)
+
+    def resume(epoch: int, step_s: float) -> float | None:
+        swept = [SweepSample(b, 100 * b, 0, 0, step_s) for b in (1, 2, 4, 8)]
+        sweeps = [swept, swept]
+        kept = {"device_kept": False, "host_kept": False}
+        scheduler.handle(Resumed(epoch, 100, 0, [64, 64], sweeps=sweeps, **kept), 0.0)
+        return scheduler.state.costs.stages[1].predict(step)
+
+    assert resume(1, 0.02) == pytest.approx(0.02, rel=0.01)
+    assert resume(2, 0.5) == pytest.approx(0.02, rel=0.01)  # a stage was started again
