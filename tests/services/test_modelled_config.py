@@ -13,9 +13,10 @@ from pipemax.proto.errors import ConfigError, ModelError
 from pipemax.proto.messages.ingest import Submit
 from pipemax.proto.rundir import create_run_dir, run_dir_of
 from pipemax.services.cli.options import EngineOptions
+from pipemax.services.cli.simulation_flags import SimulateFlags
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import clean, fill
-from pipemax.services.simulator.command import SimulateFlags, build_spec
+from pipemax.services.simulator.command import build_spec
 
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 8,

@@ -85,10 +85,12 @@ def _next_allowed(token: int, banned: set[int], vocab_size: int) -> int:
 
 def continuation(prompt: Sequence[int], count: int, vocab_size: int) -> list[int]:
     """The greedy output after `prompt`: what every correct run gives. Reference for tests."""
-    tokens = list(prompt)
     greedy = (SampleRow(0, 0, 0, 0.0, 0, 1.0, 0.0),)
-    for _ in range(count):
-        ids = np.array(tokens, np.int32)
-        marks = scramble(words(ids, np.arange(len(tokens))))
-        tokens += made_up_tokens(marks.sum(keepdims=True, dtype=np.uint64), greedy, vocab_size)
-    return tokens[len(prompt) :]
+    ids, positions = np.array(prompt, np.int32), np.arange(len(prompt))
+    context_hash = scramble(words(ids, positions)).sum(keepdims=True, dtype=np.uint64)
+    outputs: list[int] = []
+    for position in range(len(prompt), len(prompt) + count):
+        outputs += made_up_tokens(context_hash, greedy, vocab_size)
+        newest = words(np.array(outputs[-1:], np.int32), np.array([position]))
+        context_hash = context_hash + scramble(newest)
+    return outputs
