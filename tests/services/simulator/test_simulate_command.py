@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pipemax.proto.errors import ConfigError
 from pipemax.services.cli import app
 from pipemax.services.simulator.command import SimulateFlags, build_spec
-from pipemax.services.simulator.gantt import COLOURS
+from pipemax.services.simulator.gantt import COLOURS, MEANINGS
 from pipemax.services.simulator.records import STAGE_STATES
 
 QUICK = (
@@ -52,12 +52,12 @@ def test_the_picture_holds_every_stage_and_only_states_that_were(tmp_path: Path)
     root = ET.parse(path).getroot()
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
     assert [f"stage {index}" in texts for index in range(4)] == [True] * 4
-    assert "compute" in texts
-    assert "wait_activation" in texts
-    assert "down" not in texts
+    assert MEANINGS["compute"] in texts
+    assert MEANINGS["wait_activation"] in texts
+    assert MEANINGS["down"] not in texts
     drawn = {element.get("fill") for element in root.iter() if element.tag.endswith("rect")}
     assert {COLOURS["compute"], COLOURS["wait_activation"]} <= drawn
-    assert set(COLOURS) == set(STAGE_STATES)
+    assert set(COLOURS) == set(MEANINGS) == set(STAGE_STATES)
 
 
 @pytest.mark.parametrize(

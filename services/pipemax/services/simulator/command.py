@@ -194,8 +194,9 @@ def _draw(
     """Runs it again, now that we know when most requests ran, and keeps what happens then."""
     if window is None:
         width = _ROUNDS_SHOWN * spec.num_gpus * result.simulated_s / max(result.steps, 1)
-        busiest = max(result.timeline, key=lambda sample: sample.running, default=None)
-        middle = busiest.at_s if busiest else 0.0
+        most = max((sample.running for sample in result.timeline), default=0)
+        busy = [sample.at_s for sample in result.timeline if sample.running >= 0.8 * most]
+        middle = busy[len(busy) // 2] if busy else 0.0
         window = (max(0.0, middle - width / 2), max(middle, width / 2) + width / 2)
     again = replace(spec, gantt_s=window, horizon_s=min(spec.horizon_s, window[1]))
     result.intervals = run_watched(again, "for the picture", update).intervals

@@ -20,7 +20,16 @@ COLOURS = {
     "send": "#56B4E9",
     "down": "#000000",
 }
-_DEVICE, _HOST = "#009E73", "#F0E442"
+MEANINGS = {
+    "compute": "compute",
+    "wait_plan": "wait_plan: nothing to do",
+    "wait_activation": "wait_activation: the stage before is not done",
+    "wait_kv": "wait_kv: the prefetch is late",
+    "prepare": "prepare",
+    "send": "send",
+    "down": "down: crashed or starting again",
+}
+_DEVICE, _HOST = "#009E73", "#CC79A7"
 _WIDTH, _LEFT, _PLOT, _GAP, _BAR = 1200, 90, 760, 40, 250
 _ROW, _TOP = 26, 92
 _KV_HEIGHT = 170
@@ -38,6 +47,7 @@ def draw_svg(spec: SimulationSpec, result: Result, title: str) -> str:
         f'fill="{_INK}">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         _text(24, 30, title, size=17, weight="bold"),
+        _text(_WIDTH - 24, 30, _figures(result), anchor="end"),
         *_legend(result),
         *_gantt(spec, result),
         *_shares(spec, result),
@@ -47,12 +57,19 @@ def draw_svg(spec: SimulationSpec, result: Result, title: str) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _figures(result: Result) -> str:
+    return (
+        f"{result.output_tokens_per_s:,.0f} output tokens/s, "
+        f"{1 - result.bubble_share:.0%} of the time computing"
+    )
+
+
 def _legend(result: Result) -> Iterator[str]:
     x = 24.0
     for state in _seen_states(result):
         yield f'<rect x="{x:.0f}" y="44" width="13" height="13" fill="{COLOURS[state]}"/>'
-        yield _text(x + 18, 55, state)
-        x += 44 + 7.6 * len(state)
+        yield _text(x + 18, 55, MEANINGS[state])
+        x += 40 + 7.2 * len(MEANINGS[state])
 
 
 def _gantt(spec: SimulationSpec, result: Result) -> Iterator[str]:
@@ -103,14 +120,11 @@ def _residency(result: Result, top: int) -> Iterator[str]:
     width = _PLOT + _GAP + _BAR
     yield _text(_LEFT, top - 12, "Where KV lived, tokens of context", weight="bold")
     x = _LEFT + 290.0
-    for name, colour in (("on the devices", _DEVICE), ("in host memory", _HOST)):
-        yield (
-            f'<rect x="{x:.0f}" y="{top - 23}" width="13" height="13" fill="{colour}" '
-            'fill-opacity="0.6"/>'
-        )
-        yield _text(x + 18, top - 12, name)
-        x += 140
-    yield _text(x, top - 12, "- - -  room on the devices")
+    yield _box(x, top - 23, 13, 13, _DEVICE, 0.45)
+    yield _text(x + 18, top - 12, "on the devices")
+    yield _box(x + 140, top - 18, 18, 3, _HOST)
+    yield _text(x + 164, top - 12, "in host memory, copies of the devices' included")
+    yield _text(x + 500, top - 12, "- - -  room on the devices")
     ceiling, step = _nice(most)
     for index in range(round(ceiling / step) + 1):
         y = bottom - _KV_HEIGHT * index * step / ceiling
@@ -122,19 +136,18 @@ def _residency(result: Result, top: int) -> Iterator[str]:
         x = _LEFT + width * sample.at_s / end_s
         return f"{x:.1f},{bottom - _KV_HEIGHT * tokens / ceiling:.1f}"
 
-    series = (
-        (_HOST, "#8F8600", [place(s, s.host_tokens) for s in samples]),
-        (_DEVICE, _DEVICE, [place(s, s.device_tokens) for s in samples]),
-    )
-    for colour, edge, points in series:
-        if points:
-            last = points[-1].split(",")[0]
-            area = " ".join([f"{_LEFT},{bottom}", *points, f"{last},{bottom}"])
-            yield f'<polygon points="{area}" fill="{colour}" fill-opacity="0.35"/>'
-            yield (
-                f'<polyline points="{" ".join(points)}" fill="none" stroke="{edge}" '
-                'stroke-width="1.6"/>'
-            )
+    start_width = width * result.start_s / end_s
+    if start_width > 0:
+        yield _box(_LEFT, top, start_width, _KV_HEIGHT, _FAINT, 0.5)
+        if start_width > 40:
+            yield _text(_LEFT + start_width / 2, top + 22, "start", anchor="middle")
+    if samples:
+        points = [place(sample, sample.device_tokens) for sample in samples]
+        last = points[-1].split(",")[0]
+        area = " ".join([f"{_LEFT},{bottom}", *points, f"{last},{bottom}"])
+        yield f'<polygon points="{area}" fill="{_DEVICE}" fill-opacity="0.45"/>'
+        line = " ".join(place(sample, sample.host_tokens) for sample in samples)
+        yield f'<polyline points="{line}" fill="none" stroke="{_HOST}" stroke-width="2.5"/>'
     y = bottom - _KV_HEIGHT * capacity / ceiling
     yield _line(_LEFT, y, _LEFT + width, y, _INK, dash="6 4")
     yield from _time_axis(0.0, result.simulated_s, _LEFT, width, top, bottom)
@@ -196,9 +209,11 @@ def _text(
     )
 
 
-def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
+def _box(x: float, y: float, width: float, height: float, colour: str, opacity: float = 1.0) -> str:
+    faded = "" if opacity == 1.0 else f' fill-opacity="{opacity:g}"'
     return (
-        f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" fill="{colour}"/>'
+        f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" '
+        f'fill="{colour}"{faded}/>'
     )
 
 
