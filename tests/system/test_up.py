@@ -20,7 +20,8 @@ from support.model_zoo import reference_tokens
 from support.promtool import check_metrics
 
 MINIMAL_CLIENT = Path(__file__).parents[2] / "ops" / "examples" / "minimal_client.py"
-SMALL = ("-pp", 2, "--kv-cache-memory-bytes", "1MiB", "--kv-offloading-size", "32MiB")
+SMALL = ("-pp", 2, "--kv-cache-memory-bytes", "1MiB", "--kv-offloading-size", "32MiB",
+         "--warm-up-s", 0.1)  # fmt: skip
 GONE_WITHIN_S = 5.0
 """What we promise when the launcher is killed."""
 
