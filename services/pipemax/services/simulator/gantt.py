@@ -85,7 +85,7 @@ def _gantt(spec: SimulationSpec, result: Result) -> Iterator[str]:
         width = (interval.end_s - interval.start_s) * scale
         y = _TOP + interval.stage * _ROW + 2
         # A hair between neighbours shows where one step ends and the next begins.
-        drawn = max(width - 0.8, 0.25) if interval.state == "compute" else width
+        drawn = width - min(0.8, 0.15 * width) if interval.state == "compute" else width
         yield _box(x, y, drawn, _ROW - 4, COLOURS[interval.state])
     bottom = _TOP + spec.num_gpus * _ROW
     yield from _time_axis(start_s, end_s, _LEFT, _PLOT, _TOP, bottom)
