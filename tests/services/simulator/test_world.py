@@ -159,23 +159,20 @@ def test_intervals_tile_the_window() -> None:
 
 
 def test_steady_decode_without_offloading_is_the_closed_form() -> None:
-    """One batch that fills the pool from start to end, one slot, nothing but compute takes time:
-    the rate follows from the roofline alone."""
-    workload = lognormal("test", 200, 100, 10, seed=0, sigma=0)
+    """One request from its first token to its last, one slot, nothing but compute takes time: the
+    rate follows from the roofline alone."""
     spec = small(
         num_gpus=1,
-        workload=workload,
+        workload=lognormal("test", 1, 100, 1, seed=0, sigma=0),
         host_bytes=0,
         device_blocks=200,
         timing=IDEAL,
-        free_prefill=True,
-        max_num_batched_tokens=4096,
         weight_element_bytes=0.25,
     )
     result = simulate(spec)
     stage = spec.stages[0]
-    seconds = sum(stage.decode_s(10, 10 * (200 + n)) for n in range(1, 100)) + stage.decode_s(0, 0)
-    assert result.simulated_s == pytest.approx(seconds, rel=0.01)
+    seconds = sum(stage.decode_s(1, n) for n in range(1, 101))
+    assert result.simulated_s == pytest.approx(seconds, rel=1e-6)
     forecast = decode_forecast(stage, 1, 250, offload=False)
     assert forecast.tokens_s == pytest.approx(
         forecast.batch / stage.decode_s(forecast.batch, 250 * forecast.batch)
