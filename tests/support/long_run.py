@@ -43,6 +43,8 @@ class LongRun(TwoCores):
         self.held: dict[tuple[str, str], int] = {}
         """Event at which messages between these two are read again."""
         self.said: deque[tuple[str, str, Message]] = deque(maxlen=400)
+        self.hellos: dict[str, Message] = {}
+        """The last of each process."""
         self.longest_wait = 0.0
         """Rotations that a running request waited for its turn, beyond MIN_OVERDUE_TURNS and not
         counting what a recovery cost it."""
@@ -81,6 +83,8 @@ class LongRun(TwoCores):
     def send(self, sender: str, receiver: str, *messages: Message) -> None:
         super().send(sender, receiver, *messages)
         self.said.extend((sender, receiver, message) for message in messages)
+        if isinstance(messages[0], control.Hello):
+            self.hellos[sender] = messages[0]
 
     # Load and troubles
 
@@ -118,15 +122,22 @@ class LongRun(TwoCores):
         if draw.random() < rates.hold and self.queues:
             self.held[draw.choice(list(self.queues))] = self.events + draw.randint(1, 200)
         if draw.random() < rates.again:
-            again = [one for one in self.said if self._may_come_again(*one)]
-            if again:
-                super().send(*draw.choice(again))
+            self._say_again()
+
+    def _say_again(self) -> None:
+        """One of what may come again; every kind of message as often, however rare it is."""
+        kinds: dict[str, list[tuple[str, str, Message]]] = {}
+        for one in self.said:
+            if self._may_come_again(*one):
+                kinds.setdefault(type(one[2]).__name__, []).append(one)
+        if kinds:
+            super().send(*self.random.choice(kinds[self.random.choice(sorted(kinds))]))
 
     def _may_come_again(self, sender: str, receiver: str, message: Message) -> bool:
         """Hello comes with every beat; a Release that was said again is answered again; and what
         belongs to an epoch that the receiver has left may be arbitrarily late."""
         if isinstance(message, control.Hello):
-            return self.assembly.peers[sender].incarnation == message.incarnation
+            return self.is_alive(sender) and message is self.hellos[sender]
         if isinstance(message, control.Released):
             return True
         epoch = getattr(message, "epoch", None)
