@@ -45,6 +45,8 @@ def main() -> None:
     options.add_argument("--block-size", type=int, default=32)
     options.add_argument("--host-gb", type=float, default=400)
     options.add_argument("--staircase", action="store_true")
+    options.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    options.add_argument("--prefill", choices=["mixed", "phases"], default="mixed")
     options.add_argument("--processes", type=int, default=1)
     options.add_argument("--json")
     asked = options.parse_args()
@@ -88,6 +90,7 @@ def measure(question: tuple[str, str, argparse.Namespace]) -> dict[str, object]:
     return {
         "pair": pair,
         "policy": policy,
+        "prefill": spec.prefill,
         "tokens_per_s": run.tokens_per_s,
         "tokens_per_s90": done / run.simulated_s,
         "bubbles": run.bubble_share,
@@ -118,6 +121,8 @@ def make_spec(pair: str, asked: argparse.Namespace) -> SimulationSpec:
         timing=Timing(load_s=LOAD_S),
         host_bytes=round(asked.host_gb * 1e9),
         block_size=asked.block_size,
+        prefill=asked.prefill,
+        max_num_batched_tokens=asked.max_num_batched_tokens,
         stop_when_finished=FINISHED,
     )
 

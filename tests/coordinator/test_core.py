@@ -110,6 +110,7 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     batched_tokens=st.sampled_from([1, 5, 64]),
     link_blocks=st.sampled_from([None, None, 0.3, 4]),
     policy=st.sampled_from(POLICIES),
+    prefill=st.sampled_from(["mixed", "phases"]),
     count=st.integers(1, 20),
     losses=st.integers(0, 5),
     cancels=st.integers(0, 5),
@@ -124,6 +125,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
     batched_tokens: int,
     link_blocks: float | None,
     policy: str,
+    prefill: str,
     count: int,
     losses: int,
     cancels: int,
@@ -138,6 +140,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
         max_num_batched_tokens=batched_tokens,
         link_blocks=link_blocks,
         policy=policy,
+        prefill=prefill,
     )
     half = world.max_model_len // 2
     requests = list(make_requests(world, count, max(1, min(60, half)), max(1, min(30, half))))

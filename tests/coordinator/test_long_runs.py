@@ -33,6 +33,7 @@ is until somebody finishes; 0.44 was the most of 200 runs."""
     max_num_batched_tokens=st.sampled_from([4, 32]),
     link_blocks=st.sampled_from([None, 0.5, 4.0]),
     policy=st.sampled_from(POLICIES),
+    prefill=st.sampled_from(["mixed", "phases"]),
     most_unfinished=st.sampled_from([3, 12, 24]),
     rates=st.builds(
         Rates,

@@ -100,6 +100,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         max_num_seqs=9,
         max_num_batched_tokens=77,
         policy="static-prefetch:0.1",
+        prefill="phases",
         metrics_host="0.0.0.0",
         metrics_port=9001,
     )
@@ -121,6 +122,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         max_num_seqs=9,
         max_num_batched_tokens=77,
         policy="static-prefetch:0.1",
+        prefill="phases",
         metrics_host="0.0.0.0",
         metrics_port=9001,
     )
@@ -140,6 +142,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         ({"threads_per_stage": 0}, "--threads-per-stage 0: expected int >= 1"),
         ({"max_num_seqs": 0}, "--max-num-seqs 0"),
         ({"max_num_batched_tokens": -3}, "--max-num-batched-tokens -3"),
+        ({"prefill": "both"}, "--prefill both: choose mixed, phases"),
         ({"policy": "newest"}, "--policy newest: choose oldest-first, pipemax, fcfs"),
         ({"policy": "static-prefetch:2"}, "--policy static-prefetch: '2' is not a fraction"),
         ({"metrics_port": 70000}, "--metrics-port 70000: expected int <= 65535"),

@@ -29,6 +29,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.phases import DEFAULT_PREFILL, make_prefill
 from pipemax.coordinator.policy import DEFAULT_POLICY, make_policy
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.state import SchedulerLimits
@@ -122,6 +123,7 @@ class World:
         max_num_batched_tokens: int = 64,
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
+        prefill: str = DEFAULT_PREFILL,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
@@ -137,7 +139,8 @@ class World:
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
         )
-        self.scheduler = Scheduler(limits, make_policy(policy))
+        self.prefill = make_prefill(prefill, stages)
+        self.scheduler = Scheduler(limits, make_policy(policy), self.prefill)
         self.stages = [Stage([[-1] * block_size for _ in range(blocks)]) for _ in range(stages)]
         self.host: dict[tuple[int, int], list[Block | None]] = {}
         self.inbox: dict[str, deque[Event]] = {"stages": deque(), "daemon": deque()}
@@ -223,6 +226,9 @@ class World:
     def _could_run(self, request: Request) -> bool:
         if not request.remaining or not request.is_device_complete:
             return False
+        part = self.prefill.part
+        if not (part.decodes if request.remaining == 1 else part.prompts):
+            return False  # its phase comes
         if request.staged_for != NO_STEP or (request.in_flight and request.remaining == 1):
             return False
         return request.blocks_short(1, self.size) <= self.scheduler.state.blocks.num_free

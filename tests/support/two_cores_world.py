@@ -28,6 +28,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.phases import DEFAULT_PREFILL, make_prefill
 from pipemax.coordinator.policy import DEFAULT_POLICY, make_policy
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.kv_daemon import events as kv_events
@@ -83,6 +84,7 @@ class TwoCores:
         max_num_batched_tokens: int = 32,
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
+        prefill: str = DEFAULT_PREFILL,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
@@ -99,7 +101,8 @@ class TwoCores:
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
         )
-        self.scheduler = Scheduler(limits, make_policy(policy))
+        rule = make_prefill(prefill, limits.num_slots)
+        self.scheduler = Scheduler(limits, make_policy(policy), rule)
         self.assembly = Assembly(stages)
         self.stages = [Stage([]) for _ in range(stages)]
         self.daemon: KvCore | None = None

@@ -11,9 +11,13 @@ TAIL_SHARE = 0.25
 
 
 class Admission:
-    def __init__(self, state: SchedulerState, policy: SelectionPolicy) -> None:
+    def __init__(
+        self, state: SchedulerState, policy: SelectionPolicy, peak_share: float = 1.0
+    ) -> None:
+        """`peak_share`: of the blocks, what the expected peak may take."""
         self._state = state
         self._policy = policy
+        self._peak_share = peak_share
 
     def admit(self, now: float) -> None:
         """Start requests from the head of the queue, each with device blocks for its prompt."""
@@ -38,15 +42,35 @@ class Admission:
 
     def is_expected_to_fit(self, request: Request) -> bool:
         """Whether device and host hold what is expected of all at their worst moment."""
+        peak = self._state.forecast.peak_blocks(request)
+        return (
+            peak <= self._peak_share * self._state.blocks.num_blocks
+            or peak <= self._peak_share * self._worthwhile_blocks()
+        )
+
+    def expected_tokens(self) -> int:
+        """Prompt tokens of those who wait and are expected to fit, by their prompts and half the
+        outputs that such prompts had of late."""
         state = self._state
-        peak = state.forecast.peak_blocks(request)
+        room = self._peak_share * self._worthwhile_blocks() - state.forecast.peak_blocks()
+        per_output = state.forecast.prefill_per_output
+        grown = 1.0 + (0.5 / per_output if per_output else 0.0)
+        tokens = 0
+        for request in state.waiting.values():
+            room -= grown * len(request.tokens) / state.limits.block_size
+            if room < 0:
+                break
+            tokens += len(request.tokens)
+        return tokens
+
+    def _worthwhile_blocks(self) -> int:
+        """The device's blocks, and as many of the host's as the policy finds worth using."""
+        state = self._state
         on_device = state.blocks.num_blocks
-        if peak <= on_device:
-            return True
         if not state.num_host_blocks or len(state.running) >= TAIL_SHARE * on_device:
-            return False
-        worth = min(state.num_host_blocks, self._policy.worth_offloading(self._outlook()))
-        return peak <= on_device + worth
+            return on_device
+        worth = self._policy.worth_offloading(self._outlook())
+        return on_device + min(state.num_host_blocks, worth)
 
     def _has_room(self, request: Request) -> bool:
         """Room on the device for the prompt now. Newcomers must neither take the blocks that those

@@ -20,6 +20,7 @@ from pipemax.coordinator.events import (
     Submitted,
     ToDaemon,
 )
+from pipemax.coordinator.phases import MixedPrefill, Prefill
 from pipemax.coordinator.planner import Planner
 from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
 from pipemax.coordinator.recovery import restart_from
@@ -31,9 +32,15 @@ from pipemax.proto.messages.ingest import FinishReason
 class Scheduler:
     """The only brain: decides what runs, where KV lives, and when a request is done."""
 
-    def __init__(self, limits: SchedulerLimits, policy: SelectionPolicy | None = None) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        policy: SelectionPolicy | None = None,
+        prefill: Prefill | None = None,
+    ) -> None:
+        """Without a `prefill`, prompts are mixed into decode steps."""
         self.state = SchedulerState(limits)
-        self._planner = Planner(self.state, policy or OldestFirst())
+        self._planner = Planner(self.state, policy or OldestFirst(), prefill or MixedPrefill())
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Apply one event; `now` is any monotonic clock in seconds."""

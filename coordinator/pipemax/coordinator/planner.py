@@ -12,9 +12,11 @@ from operator import attrgetter
 from pipemax.coordinator.admission import Admission
 from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToDaemon, ToStages
+from pipemax.coordinator.phases import MIXED, Prefill, Prospect
 from pipemax.coordinator.plan_message import build_step_plan
 from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
 from pipemax.coordinator.prefill_pacing import EvenChunk
+from pipemax.coordinator.prospect import prospect_of
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import candidate_of
 from pipemax.coordinator.state import Item, SchedulerState, StepInFlight, features_of
@@ -30,10 +32,11 @@ _LOAD_BLOCKS = attrgetter("load_blocks")
 
 
 class Planner:
-    def __init__(self, state: SchedulerState, policy: SelectionPolicy) -> None:
+    def __init__(self, state: SchedulerState, policy: SelectionPolicy, prefill: Prefill) -> None:
         self._state = state
         self._policy = policy
-        self._admission = Admission(state, policy)
+        self._prefill = prefill
+        self._admission = Admission(state, policy, self._prefill.peak_share)
         self._even_chunk = EvenChunk(state.limits.num_slots)
         self._commands: list[Command] = []
         self._declined: tuple[int, int, int, int] | None = None
@@ -57,12 +60,12 @@ class Planner:
     def _plan_step(self, now: float) -> bool:
         state = self._state
         self._skip_orphaned_staging()
-        self._admission.admit(now)
-        items = self._compose()
-        if not items and state.staged_step == NO_STEP:
-            # Nothing on the device can run: order a prefetch although this step will wait for it.
-            self._plan_prefetch(latest=state.next_step - 1, urgent=True)
-            items = self._compose()
+        self._prefill.begin(state.next_step, self._prospect)
+        items = self._find_items(now)
+        for _ in range(2):  # who was just admitted may already lack one token only
+            if items or not self._prefill.turn(is_idle=not state.in_flight):
+                break
+            items = self._find_items(now)
         if not items:
             return False
         step = state.next_step
@@ -79,7 +82,8 @@ class Planner:
             eos_token_ids=state.limits.eos_token_ids,
         )
         self._commands.append(ToStages(plan))
-        state.in_flight[step] = StepInFlight(slot, items)
+        flight = state.in_flight[step] = StepInFlight(slot, items)
+        self._prefill.planned(flight.features.prefill_tokens, state.held_tokens)
         state.next_step += 1
         state.counters.steps += 1
         state.budget.advance()
@@ -89,10 +93,24 @@ class Planner:
         self._make_room(items)
         return True
 
+    def _find_items(self, now: float) -> list[Item]:
+        """Of those who may take part now; none when none of them can."""
+        state = self._state
+        if self._prefill.part.prompts:
+            self._admission.admit(now)
+            while not self._prefill.part.decodes and self._displace():
+                self._admission.admit(now)
+        items = self._compose()
+        if not items and state.staged_step == NO_STEP:
+            # Nothing on the device can run: order a prefetch although this step will wait for it.
+            self._plan_prefetch(latest=state.next_step - 1, urgent=True)
+            items = self._compose()
+        return items
+
     def _compose(self) -> list[Item]:
         """The items of the next step; allocates the blocks they fill."""
         state = self._state
-        staged = list(state.rosters.staged.values())
+        staged = [r for r in state.rosters.staged.values() if self._may_take_part(r)]
         target = self._slot_target()
         keys = self._policy.choose_residents(
             self._residents(), [candidate_of(r) for r in staged], target
@@ -113,6 +131,8 @@ class Planner:
     def _residents(self) -> list[Candidate]:
         """Device-resident requests that can take their turn: each finds a block if it needs one."""
         state = self._state
+        if not self._prefill.part.decodes:
+            return []
         residents = list(state.rosters.resident.values())
         free = state.blocks.num_free
         if free:
@@ -208,8 +228,10 @@ class Planner:
         left = sum(r.remaining for r in rosters.prefilling.values())
         left += sum(r.remaining for r in rosters.staged.values() if r.remaining > 1)
         first = next(iter(rosters.prefilling.values()), None)
-        if first is None or most_tokens <= 0:
+        if first is None or most_tokens <= 0 or not self._prefill.part.prompts:
             return 0
+        if not self._prefill.part.decodes:
+            return most_tokens
         expected = 0.0
         if self._state.waiting:
             expected = target.requests * self._state.forecast.prefill_per_output
@@ -222,6 +244,13 @@ class Planner:
             StepFeatures(target.requests, target.context_tokens, even, pairs),
             most_tokens,
         )
+
+    def _may_take_part(self, request: Request) -> bool:
+        part = self._prefill.part
+        return part.decodes if request.remaining == 1 else part.prompts
+
+    def _prospect(self) -> Prospect:
+        return prospect_of(self._state, self._admission.expected_tokens(), self._slot_target())
 
     def _free_slot(self) -> int:
         used = {step.slot for step in self._state.in_flight.values()}
@@ -269,7 +298,9 @@ class Planner:
         if state.staged_step != NO_STEP or not rosters.on_host:
             return
         candidates = list(rosters.on_host.values())
-        largest = max(map(_LOAD_BLOCKS, candidates))
+        if self._prefill.part != MIXED:
+            candidates = [c for c in candidates if self._may_take_part(state.running[c.key])]
+        largest = max(map(_LOAD_BLOCKS, candidates), default=0)
         free = min(
             state.blocks.num_ready(latest) - state.growth_reserve,
             max(int(STAGING_SHARE * state.blocks.num_blocks), largest),
@@ -278,7 +309,7 @@ class Planner:
         if urgent:
             granted = max(granted, largest)
         question = (state.next_step, rosters.version, granted, free)
-        if free <= 0 or question == self._declined:
+        if not candidates or free <= 0 or question == self._declined:
             return
         outlook = Outlook(self._slot_target(), list(rosters.resident.values()))
         keys = self._policy.choose_prefetch(candidates, granted, free, outlook)
@@ -312,11 +343,12 @@ class Planner:
         longest way to their next turn."""
         state = self._state
         rosters = state.rosters
-        wanted = rosters.missing_blocks
+        part = self._prefill.part
+        wanted = rosters.missing_blocks if part.decodes else 0
         staging = min(int(STAGING_SHARE * state.blocks.num_blocks), int(state.budget.per_step))
         if wanted > staging:
             wanted = min(wanted, max(staging, *map(_LOAD_BLOCKS, rosters.on_host.values())))
-        wanted += self._admission.wanted_blocks()
+        wanted += self._admission.wanted_blocks() if part.prompts else 0
         if wanted:
             wanted += state.growth_reserve
         for item in items:
@@ -324,6 +356,15 @@ class Planner:
                 return
             if item.samples:
                 state.evict(item.request)
+
+    def _displace(self) -> bool:
+        """In a prefill phase, who decodes makes room on the device for a prompt that is expected to
+        fit: the one with the longest way to its next turn, of those whose KV the host holds."""
+        state = self._state
+        if not state.num_host_blocks or not self._admission.wanted_blocks():
+            return False
+        idle = sorted(state.rosters.resident.values(), key=lambda c: (-c.last_turn, -c.key))
+        return any(state.evict(state.running[c.key]) for c in idle)
 
     # When nothing moves
 

@@ -32,6 +32,7 @@ from pipemax.coordinator.events import (
     ToStages,
 )
 from pipemax.coordinator.metrics import Metrics
+from pipemax.coordinator.phases import make_prefill
 from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.sessions import ClientId, Sessions
 from pipemax.coordinator.state import SchedulerLimits
@@ -78,6 +79,7 @@ class CoordinatorShell:
                 eos_token_ids=text.eos_token_ids,
             ),
             make_policy(config.policy),
+            make_prefill(config.prefill, config.num_slots),
         )
         self._assembly = Assembly(config.pipeline_parallel_size)
         self._sessions = Sessions(config, text, self._send_client)

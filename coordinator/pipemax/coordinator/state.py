@@ -238,6 +238,11 @@ class SchedulerState:
         return indices
 
     @property
+    def held_tokens(self) -> int:
+        """Tokens that all blocks hold, the host's included."""
+        return (self.blocks.num_blocks + self.num_host_blocks) * self.limits.block_size
+
+    @property
     def growth_reserve(self) -> int:
         """Blocks kept free for requests whose KV is on the device, in their next rounds: one in
         `block_size` of them needs one each round, if they are at different places."""

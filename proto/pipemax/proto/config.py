@@ -60,6 +60,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     policy: str = "oldest-first"
     """Which requests take part in a step: `oldest-first`, `pipemax`, `fcfs`, `count-balanced` or
     `static-prefetch:<fraction>`; see the coordinator's policy.py."""
+    prefill: Literal["mixed", "phases"] = "mixed"
+    """When prompts are computed: `mixed` cuts them into chunks that ride on decode steps, `phases`
+    alternates between steps of prompts only and steps that only decode."""
     seed: NotNegative = 0
     """Seeds the sampling of requests that bring no seed of their own."""
     activation_transport: Literal["shm", "tcp"] = "shm"

@@ -81,6 +81,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "policy": options.policy,
+        "prefill": options.prefill,
         "seed": options.seed,
         "activation_transport": options.activation_transport,
         "warm_up_s": options.warm_up_s,

@@ -113,3 +113,15 @@ def test_peers_stand_beside_the_run_and_are_called_models() -> None:
 def test_layers_may_be_split_by_hand() -> None:
     [figures] = json.loads(run("--layer-split", "18,16,16,14", "--json"))
     assert [stage["layers"] for stage in figures["stages"]] == [18, 16, 16, 14]
+
+
+def test_prompts_can_be_computed_in_phases_of_their_own() -> None:
+    [mixed], [phased] = (json.loads(run("--json", "--prefill", how)) for how in ("mixed", "phases"))
+    assert (mixed["prefill"], phased["prefill"]) == ("mixed", "phases")
+    assert mixed["num_requests"] == phased["num_requests"] == 30
+    assert mixed["elapsed_time"] != phased["elapsed_time"]
+
+
+def test_an_unknown_way_to_prefill_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--prefill both: choose mixed or phases"):
+        run("--prefill", "both")

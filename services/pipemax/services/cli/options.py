@@ -192,6 +192,14 @@ class EngineOptions:
             rich_help_panel=_BATCH,
         ),
     ] = _CONFIG.policy
+    prefill: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="When prompts are computed: mixed into decode steps, or in phases of their own.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = _CONFIG.prefill
 
     metrics_host: Annotated[
         str, typer.Option(metavar="HOST", help="Address of /metrics.", rich_help_panel=_LAUNCH)

@@ -180,6 +180,15 @@ class SimulateFlags(PlanFlags):
         ),
     ] = None
 
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="When prompts are computed: mixed into decode steps, or in phases of their own.",
+            show_default="the scheduler's",
+            rich_help_panel=_SCHEDULE,
+        ),
+    ] = None
     horizon_s: Annotated[
         float | None,
         typer.Option(

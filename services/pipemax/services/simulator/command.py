@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from pipemax.coordinator.phases import DEFAULT_PREFILL
 from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.sizes import parse_size
@@ -63,6 +64,7 @@ def build_spec(flags: PlanFlags) -> SimulationSpec:
         timing=replace(
             spec.timing, link_jitter=flags.link_jitter, compute_jitter=flags.compute_jitter
         ),
+        prefill=flags.prefill or DEFAULT_PREFILL,
         horizon_s=flags.horizon_s or spec.horizon_s,
         warm_up_s=flags.warm_up_s,
         faults=tuple(parse_fault(text, spec.num_gpus) for text in flags.faults or ()),

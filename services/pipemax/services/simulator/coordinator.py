@@ -19,6 +19,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.phases import make_prefill
 from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.proto.errors import InvariantError
@@ -69,6 +70,7 @@ class ModelledCoordinator:
                 eos_token_ids=frozenset({END_OF_SEQUENCE}),
             ),
             make_policy(spec.policy),
+            make_prefill(spec.prefill, spec.num_gpus),
         )
         self.assembly = Assembly(spec.num_gpus)
         self.outputs: dict[int, int] = {}

@@ -67,6 +67,7 @@ def result_data(run: Run) -> dict[str, Any]:
         "num_gpus": spec.num_gpus,
         "workload": spec.workload.name,
         "policy": None if run.peer else spec.policy,
+        "prefill": None if run.peer else spec.prefill,
         "seed": spec.seed,
         "host_bytes": spec.host_bytes,
         "requests_unfinished": result.num_requests - result.finished,

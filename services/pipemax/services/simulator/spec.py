@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from pipemax.coordinator.phases import DEFAULT_PREFILL
 from pipemax.coordinator.policy import DEFAULT_POLICY
 from pipemax.kv_daemon.core import PIECE_BYTES
 from pipemax.proto.errors import ConfigError
@@ -86,6 +87,8 @@ class SimulationSpec:
     free_prefill: bool = False
     policy: str = DEFAULT_POLICY
     """By name, see `pipemax.coordinator.policy`."""
+    prefill: str = DEFAULT_PREFILL
+    """`mixed` or `phases`, see `pipemax.coordinator.phases`."""
     seed: int = 0
     horizon_s: float = 1e9
     stop_when_finished: float = 1.0
