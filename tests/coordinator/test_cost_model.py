@@ -242,3 +242,29 @@ def test_the_scheduler_predicts_before_the_first_step_and_keeps_what_steps_taugh
 
     assert resume(1, 0.02) == pytest.approx(0.02, rel=0.01)
     assert resume(2, 0.5) == pytest.approx(0.02, rel=0.01)  # a stage was started again
+
+
+def test_predictions_anywhere_stay_with_the_sweep() -> None:
+    """Steps of late are like one another; far from them, what was swept is the better guide."""
+    model = StageCost()
+    truth = {b: StepFeatures(b, 100 * b) for b in (1, 32, 64, 96, 128)}
+    sweep = [(features, 0.01 + 1e-4 * b) for b, features in truth.items()]
+    model.fit(sweep)
+    far = StepFeatures(120, 12_000)
+    before = model.predict_anywhere(far)
+    assert before == pytest.approx(0.022, rel=0.02)
+    assert before == pytest.approx(model.predict(far))
+    for _ in range(200):
+        model.observe(StepFeatures(16, 1600), 0.03)
+    assert model.predict_anywhere(far) == before
+    assert model.predict(StepFeatures(16, 1600)) == pytest.approx(0.03, rel=0.05)
+
+
+def test_without_a_sweep_predictions_anywhere_are_the_usual_ones() -> None:
+    model = StageCost()
+    assert model.predict_anywhere(StepFeatures(4, 400)) is None
+    for b in range(1, 30):
+        model.observe(StepFeatures(b, 100 * b), 0.01 + 1e-4 * b)
+    here = StepFeatures(20, 2000)
+    assert model.predict(here) is not None
+    assert model.predict_anywhere(here) == model.predict(here)
