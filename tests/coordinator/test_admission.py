@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from pipemax.coordinator.admission import Admission
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.forecast import Forecast
-from pipemax.coordinator.policy import OldestFirst, make_policy
+from pipemax.coordinator.phases import PEAK_SHARE, make_prefill
+from pipemax.coordinator.policy import OffloadOutlook, OldestFirst, make_policy
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import SchedulerLimits, SchedulerState
 from pipemax.proto.messages.ingest import SamplingParams
@@ -83,13 +84,13 @@ def test_requests_of_different_ages_leave_each_other_room() -> None:
 
 def test_less_is_admitted_where_the_peak_may_take_a_share_only() -> None:
     running = []
-    for share in (1.0, 0.5):
-        state = state_with(105)
+    for name in ("mixed", "phases"):
+        state = state_with(800)
         taught(state, 32)
-        queue_up(state, *[(8, 32)] * 40)
-        Admission(state, OldestFirst(), share).admit(0.0)
+        queue_up(state, *[(8, 32)] * 200)
+        Admission(state, OldestFirst(), make_prefill(name, 2)).admit(0.0)
         running.append(len(state.running))
-    assert running[1] == pytest.approx(running[0] / 2, abs=1)
+    assert running[1] == pytest.approx(PEAK_SHARE * running[0], abs=2)
 
 
 def test_who_is_alone_starts_whatever_is_expected_of_it() -> None:
@@ -195,3 +196,25 @@ def test_known_lengths_are_admitted_almost_without_preemption() -> None:
     assert len(world.finished) == 120
     assert world.scheduler.state.counters.preemptions <= preempted + 2
     assert sum(used) / len(used) > 0.65 * world.num_blocks, "room is wasted"
+
+
+class Spy(OldestFirst):
+    """Keeps what it was asked."""
+
+    asked: OffloadOutlook
+
+    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+        self.asked = outlook
+        return 10
+
+
+def test_prompts_count_for_offloading_where_they_ride_on_decode_steps() -> None:
+    seen = {}
+    for name in ("mixed", "phases"):
+        state, spy = state_with(20, host=100), Spy()
+        queue_up(state, (40, 10), (60, 10))
+        Admission(state, spy, make_prefill(name, 2)).admit(0.0)
+        assert list(state.running) == [0]
+        seen[name] = spy.asked.prefill_per_output
+    assert seen["mixed"] > 1
+    assert seen["phases"] == 0

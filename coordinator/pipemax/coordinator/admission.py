@@ -1,5 +1,6 @@
 """Which waiting requests start to run: those whose growth has room, in order of service."""
 
+from pipemax.coordinator.phases import MixedPrefill, Prefill
 from pipemax.coordinator.policy import OffloadOutlook, SelectionPolicy
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import SchedulerState
@@ -12,12 +13,14 @@ TAIL_SHARE = 0.25
 
 class Admission:
     def __init__(
-        self, state: SchedulerState, policy: SelectionPolicy, peak_share: float = 1.0
+        self, state: SchedulerState, policy: SelectionPolicy, prefill: Prefill | None = None
     ) -> None:
-        """`peak_share`: of the blocks, what the expected peak may take."""
+        """Without a `prefill`, prompts are mixed into decode steps."""
+        prefill = prefill or MixedPrefill()
         self._state = state
         self._policy = policy
-        self._peak_share = peak_share
+        self._peak_share = prefill.peak_share
+        self._prompts_ride = prefill.prompts_ride
 
     def admit(self, now: float) -> None:
         """Start requests from the head of the queue, each with device blocks for its prompt."""
@@ -90,7 +93,7 @@ class Admission:
             num_slots=state.limits.num_slots,
             block_size=state.limits.block_size,
             request_blocks=state.total_blocks / max(1, len(state.running)),
-            prefill_per_output=state.forecast.prefill_per_output,
+            prefill_per_output=state.forecast.prefill_per_output if self._prompts_ride else 0.0,
             blocks_per_s=state.budget.blocks_per_s,
             costs=state.costs,
         )

@@ -33,7 +33,7 @@ class OffloadOutlook:
     request_blocks: float
     """Mean blocks of a running request."""
     prefill_per_output: float
-    """Prompt tokens to compute for each output token, in the long run."""
+    """Prompt tokens that steps which decode compute for each output token, in the long run."""
     blocks_per_s: float | None
     """What the slowest link carries; None until it was measured."""
     costs: PipelineCost

@@ -81,6 +81,11 @@ class Prefill(Protocol):
         ...
 
     @property
+    def prompts_ride(self) -> bool:
+        """Whether steps that decode compute prompts as well."""
+        ...
+
+    @property
     def part(self) -> Part:
         """Who may take part now."""
         ...
@@ -103,6 +108,7 @@ class MixedPrefill:
     """Prompts ride on decode steps."""
 
     peak_share = 1.0
+    prompts_ride = True
     part = MIXED
 
     def begin(self, step: int, prospect: Callable[[], Prospect]) -> None:
@@ -119,6 +125,7 @@ class PhasedPrefill:
     """Prefill phases and decode phases in turns."""
 
     peak_share = PEAK_SHARE
+    prompts_ride = False
 
     def __init__(self, num_slots: int) -> None:
         """`num_slots` steps are a round; once in each it is asked whether decoding still pays."""

@@ -36,7 +36,7 @@ class Planner:
         self._state = state
         self._policy = policy
         self._prefill = prefill
-        self._admission = Admission(state, policy, self._prefill.peak_share)
+        self._admission = Admission(state, policy, prefill)
         self._even_chunk = EvenChunk(state.limits.num_slots)
         self._commands: list[Command] = []
         self._declined: tuple[int, int, int, int] | None = None
