@@ -212,7 +212,7 @@ def test_prompts_count_for_offloading_where_they_ride_on_decode_steps() -> None:
     seen = {}
     for name in ("mixed", "phases"):
         state, spy = state_with(20, host=100), Spy()
-        queue_up(state, (40, 10), (60, 10))
+        queue_up(state, (40, 10), (8, 200))
         Admission(state, spy, make_prefill(name, 2)).admit(0.0)
         assert list(state.running) == [0]
         seen[name] = spy.asked.prefill_per_output
