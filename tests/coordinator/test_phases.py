@@ -117,6 +117,15 @@ def test_an_empty_prefill_phase_does_not_make_a_worn_out_batch_the_standard() ->
     assert phases.part == PREFILL
 
 
+def test_a_decode_phase_is_measured_by_its_own_best_rate() -> None:
+    phases = in_decode(100)
+    phases.begin(SLOTS, lambda: prospect(10, 1000))
+    phases.planned(512, 10**6)
+    phases.turn(is_idle=False)
+    phases.begin(2 * SLOTS, lambda: prospect(10, 1000))
+    assert phases.part == DECODE
+
+
 def test_a_prefill_phase_ends_when_it_has_filled_all_blocks_once() -> None:
     phases = PhasedPrefill(SLOTS)
     phases.planned(600, 1000)
@@ -235,6 +244,14 @@ def test_requests_that_end_with_their_first_token_do_not_keep_out_who_decodes() 
         world.submit(key, list(range(8)), SamplingParams(max_tokens=1, ignore_eos=True))
         world.step()
     assert 0 in world.finished
+
+
+def test_prompts_of_one_token_start_though_they_have_nothing_to_prefill() -> None:
+    world = Watched(0, stages=2, blocks=20, host=0, block_size=4, prefill="phases")
+    for key in range(3):
+        world.submit(key, [key], SamplingParams(max_tokens=3, ignore_eos=True))
+        run_to_end(world)
+    assert len(world.finished) == 3
 
 
 def test_a_recomputed_prompt_waits_for_a_prefill_phase_and_gets_it() -> None:
