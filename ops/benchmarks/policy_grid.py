@@ -60,10 +60,11 @@ def main() -> None:
             for row in rows:
                 row["of_best"] = row["tokens_per_s90"] / best
                 print(
-                    f"{row['policy']:22} {row['tokens_per_s90']:8.0f} {row['of_best']:7.2%} bubbles {row['bubbles']:5.1%} "
+                    f"{row['policy']:22} {row['tokens_per_s90']:8.0f} {row['of_best']:7.2%} "
+                    f"bubbles {row['bubbles']:5.1%} "
                     f"steady {row['steady_bubbles']:5.1%} batch {row['batch']:6.1f} "
                     f"prefetched {row['prefetched']:5.1%} recomputed {row['recomputed']:8d} "
-                    f"preempt {row['preemptions']:5d} "
+                    f"preempt {row['preemptions']:5d} late {row['late']:5d} "
                     f"sim {row['simulated_s']:7.0f} s wall {row['wall_s']:4.0f} s {row['states']}",
                     flush=True,
                 )
@@ -76,7 +77,10 @@ def main() -> None:
 def measure(question: tuple[str, str, argparse.Namespace]) -> dict[str, object]:
     pair, policy, asked = question
     spec = make_spec(pair, asked)
-    spec = replace(spec, host_bytes=0, policy="pipemax") if policy == "off" else replace(spec, policy=policy)
+    if policy == "off":
+        spec = replace(spec, host_bytes=0, policy="pipemax")
+    else:
+        spec = replace(spec, policy=policy)
     started = time.perf_counter()
     run: Result = World(spec).run()
     total = sum(sum(stage.state_s.values()) for stage in run.stages)
@@ -99,6 +103,7 @@ def measure(question: tuple[str, str, argparse.Namespace]) -> dict[str, object]:
         "prefetched": run.prefetched_tokens / max(1, run.context_tokens),
         "recomputed": run.recomputed_tokens,
         "preemptions": run.preemptions,
+        "late": run.late_prefetches,
         "simulated_s": run.simulated_s,
         "wall_s": time.perf_counter() - started,
         "states": states,

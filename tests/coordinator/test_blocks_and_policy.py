@@ -80,24 +80,50 @@ def test_residents_even_out_the_count() -> None:
 
 def test_budget_is_the_slowest_links_share_of_a_step() -> None:
     budget = LinkBudget([100, 200])
-    assert budget.grant(10) == UNLIMITED or budget.grant(10) > 10**6
+    assert budget.grant(10) >= UNLIMITED
     for stage, (rate, step_s) in enumerate([(1e6, 0.01), (1e6, 0.02)]):
         budget.link_measured(stage, int(rate), 1.0)
-        budget.step_measured(stage, step_s)
+        budget.step_measured(stage, 0, step_s)
     assert budget.per_step == LINK_EFFICIENCY * 1e6 * 0.01 / 100
+    assert budget.grant(10) == LINK_EFFICIENCY * 1e6 * 0.01 / 100
+
+
+def test_the_window_is_the_predicted_time_of_the_steps_before_less_what_is_queued() -> None:
+    budget = LinkBudget([100, 100])
+    for stage in range(2):
+        budget.link_measured(stage, 1000, 1.0)  # 9 blocks a second
+        budget.step_measured(stage, 0, 1.0)
+    budget.step_planned(1, [2.0, 3.0])
+    assert budget.grant(0) == 18  # stage 0 computes step 1 meanwhile
+    budget.prefetch_ordered(2, 18)
+    budget.step_planned(2, [4.0, 5.0])
+    assert budget.grant(0) == 36  # stage 0: 6 s, less the 18; stage 1: 8 s, less the 18
+    budget.step_measured(0, 1, 2.0)
+    assert budget.grant(0) == 36  # stage 0 computes step 2, whose KV is there
+    budget.step_measured(0, 2, 4.0)
+    budget.step_measured(1, 1, 3.0)
+    assert budget.grant(0) == int(9 * budget_usual(1.0, 2.0, 4.0))  # stage 0 has nothing planned
+
+
+def budget_usual(first: float, *others: float) -> float:
+    mean = first
+    for value in others:
+        mean += 0.2 * (value - mean)
+    return mean
 
 
 def test_unused_budget_adds_up_to_one_large_request_and_no_further() -> None:
     budget = LinkBudget([100])
     budget.link_measured(0, 1000, 1.0)
-    budget.step_measured(0, 0.5)  # 4.5 blocks a step
-    budget.grant(20)
-    budget.spend(20)
+    budget.step_measured(0, 0, 0.5)  # 4.5 blocks a step
     grants = []
-    for _ in range(8):
-        budget.advance()
+    for step in range(1, 9):
         grants.append(budget.grant(20))
+        budget.step_planned(step, [0.5])
+        budget.step_measured(0, step, 0.5)
     assert grants == [4, 9, 13, 18, 20, 20, 20, 20]
-    budget.spend(20)
-    budget.advance()
-    assert budget.grant(20) == 4
+    budget.grant(20)
+    budget.prefetch_ordered(9, 20)
+    budget.step_planned(9, [0.5])
+    budget.step_measured(0, 9, 0.5)
+    assert budget.grant(20) <= 9

@@ -138,7 +138,18 @@ def test_the_table_jumps_between_tiles_and_bends_within() -> None:
     assert table.factor(128) == pytest.approx(1.1)
     assert table.factor(129) == pytest.approx(1.5)
     assert 1.0 < table.factor(32) < 1.2
+
+
+def test_between_tiles_the_table_is_a_straight_line_and_beyond_them_level() -> None:
+    table = TileTable()
     assert table.factor(5000) == 1.0
+    for _ in range(200):
+        for rows, factor in ((256, 1.2), (641, 1.8), (768, 1.6)):  # tiles 1 and 5
+            table.learn(rows, factor, 1.0)
+    assert table.factor(1) == pytest.approx(1.2)
+    assert table.factor(300) == pytest.approx(1.35)
+    assert table.factor(600) == pytest.approx(1.65)
+    assert table.factor(100_000) == pytest.approx(1.6)
 
 
 def test_one_disturbed_step_changes_little() -> None:

@@ -99,9 +99,9 @@ def test_lengths_that_are_all_the_same_are_known_to_a_bucket() -> None:
         assert expected_outputs(forecast, 512) == pytest.approx(length, abs=BLOCK)
 
 
-def test_before_anything_is_known_half_of_what_is_allowed_is_expected_at_most() -> None:
+def test_before_anything_is_known_most_of_what_is_allowed_is_expected() -> None:
     forecast = Forecast(BLOCK)
-    assert 100 < expected_outputs(forecast, 512) <= 256
+    assert expected_outputs(forecast, 512) == pytest.approx(512 * (1 - 1 / math.e), rel=0.03)
 
 
 def test_what_is_cancelled_or_preempted_teaches_no_length() -> None:

@@ -9,13 +9,17 @@ from hypothesis import strategies as st
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.prefill_pacing import (
     MIN_CHUNK_TOKENS,
-    SPREAD_ROUNDS,
+    MOST_ROUNDS,
+    NO_ARRIVALS,
+    Arrivals,
     EvenChunk,
     balanced_chunk,
 )
 from pipemax.proto.messages.control import SweepSample
 
 SLOTS = 8
+MANY = Arrivals(10.0, 150.0)
+"""Enough to spread prompts over the most rounds."""
 
 
 def time_s(features: StepFeatures) -> float:
@@ -46,7 +50,7 @@ def fitted_costs(stages: int = 3) -> PipelineCost:
 def test_the_chunk_is_the_same_for_all_steps_of_a_round() -> None:
     pace = EvenChunk(SLOTS)
     draw = random.Random(1)
-    chunks = [pace.tokens(draw.randint(20_000, 60_000), 150.0, step) for step in range(10 * SLOTS)]
+    chunks = [pace.tokens(draw.randint(20_000, 60_000), MANY, step) for step in range(10 * SLOTS)]
     rounds = [chunks[i : i + SLOTS] for i in range(0, len(chunks), SLOTS)]
     assert all(len(set(one)) == 1 for one in rounds)
     assert len(set(chunks)) > 5
@@ -62,17 +66,26 @@ def test_a_chunk_is_never_empty_nor_more_than_there_is(
 ) -> None:
     pace = EvenChunk(SLOTS)
     for step in sorted(steps):
-        assert min(left, MIN_CHUNK_TOKENS) <= pace.tokens(left, expected, step) <= left
+        assert (
+            min(left, MIN_CHUNK_TOKENS) <= pace.tokens(left, Arrivals(1.0, expected), step) <= left
+        )
 
 
 def test_a_stock_without_newcomers_is_worked_off() -> None:
     """To half in the rounds it is spread over, less the rounding up; and in the end to nothing."""
     pace, left, step = EvenChunk(SLOTS), 100_000, 0
-    while left > 0 and step < 100 * SPREAD_ROUNDS * SLOTS:
-        if step == SPREAD_ROUNDS * SLOTS:
+    while left > 0 and step < 100 * MOST_ROUNDS * SLOTS:
+        if step == MOST_ROUNDS * SLOTS:
             assert 0.3 * 100_000 < left < 0.42 * 100_000  # 1/e
-        left -= pace.tokens(left, 0.0, step)
+        left -= pace.tokens(left, Arrivals(10.0, 0.0), step)
         step += 1
+    assert left == 0
+
+
+def test_where_nobody_follows_prompts_take_one_round() -> None:
+    pace, left = EvenChunk(SLOTS), 1000
+    for step in range(SLOTS):
+        left -= pace.tokens(left, NO_ARRIVALS, step)
     assert left == 0
 
 
@@ -83,15 +96,15 @@ def test_the_stock_settles_where_lumps_arrive_at_the_expected_rate(start: int) -
     pace, left, rate = EvenChunk(SLOTS), start, 100.0
     stocks: list[int] = []
     chunks: list[int] = []
-    for step in range(20 * SPREAD_ROUNDS * SLOTS):
+    for step in range(20 * MOST_ROUNDS * SLOTS):
         if draw.random() < rate / 2000:
             left += 2000
-        chunk = pace.tokens(left, rate, step) if left else 0
+        chunk = pace.tokens(left, Arrivals(10.0, rate), step) if left else 0
         left -= chunk
-        if step > 10 * SPREAD_ROUNDS * SLOTS:
+        if step > 10 * MOST_ROUNDS * SLOTS:
             stocks.append(left)
             chunks.append(chunk)
-    settled = 0.25 * rate * SPREAD_ROUNDS * SLOTS
+    settled = 0.25 * rate * MOST_ROUNDS * SLOTS
     assert sum(stocks) / len(stocks) == pytest.approx(settled, rel=0.5)
     assert sum(chunks) / len(chunks) == pytest.approx(rate, rel=0.1)
     assert max(chunks) < 4 * rate

@@ -81,6 +81,7 @@ EXAMPLES: tuple[Message, ...] = (
         decode_prefetched_tokens=10,
         prefetch_budget_blocks=19,
         prefetch_blocks=18,
+        late_prefetches=2,
         device_blocks_total=11,
         device_blocks_used=12,
         host_blocks_total=13,

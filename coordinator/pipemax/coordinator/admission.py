@@ -44,18 +44,31 @@ class Admission:
         return self._prompt_blocks(request)
 
     def is_expected_to_fit(self, request: Request) -> bool:
-        """Whether device and host hold what is expected of all at their worst moment."""
-        peak = self._state.forecast.peak_blocks(request)
-        return (
-            peak <= self._peak_share * self._state.blocks.num_blocks
-            or peak <= self._peak_share * self._worthwhile_blocks()
-        )
+        """Whether the device holds what is expected of all at their worst moment; or, where the
+        host takes what grows beyond it, whether both do, and what runs now is worth holding."""
+        state = self._state
+        peak = state.forecast.peak_blocks(request)
+        on_device = state.blocks.num_blocks
+        if peak <= self._peak_share * on_device:
+            return True
+        worth = self._worth_offloading()
+        if worth is None or peak > self._peak_share * (on_device + state.num_host_blocks):
+            return False
+        # In the mean over their lives they hold about half of what they will grow by.
+        held = (state.total_blocks + self._prompt_blocks(request) + peak) / 2
+        return held <= self._peak_share * (on_device + worth)
+
+    def offloads(self) -> bool:
+        """Whether requests are admitted beyond what the device holds."""
+        return self._worth_offloading() is not None
 
     def expected_tokens(self) -> int:
         """Prompt tokens of those who wait and are expected to fit, by their prompts and half the
         outputs that such prompts had of late."""
         state = self._state
-        room = self._peak_share * self._worthwhile_blocks() - state.forecast.peak_blocks()
+        worth = self._worth_offloading()
+        room = self._peak_share * (state.blocks.num_blocks + (worth or 0))
+        room -= state.forecast.peak_blocks()
         per_output = state.forecast.prefill_per_output
         grown = 1.0 + (0.5 / per_output if per_output else 0.0)
         tokens = 0
@@ -66,14 +79,14 @@ class Admission:
             tokens += len(request.tokens)
         return tokens
 
-    def _worthwhile_blocks(self) -> int:
-        """The device's blocks, and as many of the host's as the policy finds worth using."""
+    def _worth_offloading(self) -> int | None:
+        """Blocks to hold beyond the device pool; None: requests should fit into it."""
         state = self._state
-        on_device = state.blocks.num_blocks
-        if not state.num_host_blocks or len(state.running) >= TAIL_SHARE * on_device:
-            return on_device
+        full_of_tails = len(state.running) >= TAIL_SHARE * state.blocks.num_blocks
+        if not state.num_host_blocks or full_of_tails:
+            return None
         worth = self._policy.worth_offloading(self._outlook())
-        return on_device + min(state.num_host_blocks, worth)
+        return None if worth is None else min(state.num_host_blocks, worth)
 
     def _has_room(self, request: Request) -> bool:
         """Room on the device for the prompt now. Newcomers must neither take the blocks that those
@@ -88,12 +101,17 @@ class Admission:
 
     def _outlook(self) -> OffloadOutlook:
         state = self._state
+        prefill_per_output = 0.0
+        if self._prompts_ride:
+            prefill_per_output = state.forecast.prefill_per_output_so_far
         return OffloadOutlook(
             device_blocks=state.blocks.num_blocks,
             num_slots=state.limits.num_slots,
             block_size=state.limits.block_size,
+            max_num_batched_tokens=state.limits.max_num_batched_tokens,
+            share_in_use=min(1.0, state.total_blocks / max(1.0, state.forecast.peak_blocks())),
             request_blocks=state.total_blocks / max(1, len(state.running)),
-            prefill_per_output=state.forecast.prefill_per_output if self._prompts_ride else 0.0,
+            prefill_per_output=prefill_per_output,
             blocks_per_s=state.budget.blocks_per_s,
             costs=state.costs,
         )

@@ -67,8 +67,8 @@ class Scheduler:
                 return self._cancel(key)
             case StepReturned():
                 return self._step_returned(event, now)
-            case StageComputed(stage, step, compute_s):
-                self.state.stage_computed(stage, step, compute_s)
+            case StageComputed():
+                self.state.stage_computed(event)
             case BlocksStored(kv_keys, indices):
                 for kv_key, index in zip(kv_keys, indices, strict=True):
                     self.state.block_stored(kv_key, index)

@@ -15,6 +15,7 @@ say nothing about stays as the sweep had it. Errors are relative, so a long pref
 much as a short decode step.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -86,15 +87,26 @@ class TileTable:
 
     def __init__(self) -> None:
         self._factors: dict[int, list[float]] = {}
+        self._seen: list[int] = []
+        """Tiles that have factors, in order."""
         self._visits: dict[int, list[float]] = {}
 
     def factor(self, rows: int) -> float:
-        """1 for tiles never seen."""
+        """Between tiles that were seen, on the line from the one to the other; beyond them, as the
+        nearest; 1 while none was."""
         tile, knot, right = _place(rows)
         factors = self._factors.get(tile)
         if factors is None:
-            return 1.0
+            return self._between(tile)
         return factors[knot] + right * (factors[knot + 1] - factors[knot])
+
+    def _between(self, tile: int) -> float:
+        above = bisect_left(self._seen, tile)
+        low, high = self._seen[max(0, above - 1) : above], self._seen[above : above + 1]
+        if not low or not high:
+            return self._factors[low[0]][-1] if low else self._factors[high[0]][0] if high else 1.0
+        first, last = self._factors[low[0]][-1], self._factors[high[0]][0]
+        return first + (last - first) * (tile - low[0]) / (high[0] - low[0])
 
     def learn(self, rows: int, observed: float, weight: float) -> None:
         """Moves the two values beside `rows` towards the `observed` factor; `weight`, 0 to 1, is
@@ -103,6 +115,7 @@ class TileTable:
         observed = min(high, max(low, observed))
         tile, knot, right = _place(rows)
         if tile not in self._factors:
+            insort(self._seen, tile)
             self._factors[tile] = [observed] * len(_KNOT_OFFSETS)
             self._visits[tile] = [0.0] * len(_KNOT_OFFSETS)
         factors, visits = self._factors[tile], self._visits[tile]
@@ -272,6 +285,10 @@ class PipelineCost:
         model = self.stages[stage]
         error, model.relative_error = model.relative_error, None
         return error
+
+    def predict(self, features: StepFeatures) -> list[float | None]:
+        """Seconds by stage; None where nothing is known."""
+        return [stage.predict(features) for stage in self.stages]
 
     def slowest(self, near: StepFeatures) -> StageCost | None:
         """The stage that is slowest for `near`; None until every stage has a model."""

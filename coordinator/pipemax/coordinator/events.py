@@ -56,6 +56,8 @@ class StageComputed:
     stage: int
     step: int
     compute_s: float
+    wait_kv_s: float = 0.0
+    """How long the stage waited for the step's prefetch, with nothing else to do."""
 
 
 @dataclass(frozen=True, slots=True)

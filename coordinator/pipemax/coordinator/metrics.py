@@ -47,6 +47,8 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
      lambda s: s.prefetch_budget_blocks),
     ("prefetch_blocks", "KV blocks that prefetches were ordered for.",
      lambda s: s.prefetch_blocks),
+    ("late_prefetches", "Times that a stage waited for a step's prefetch.",
+     lambda s: s.late_prefetches),
     ("kv_offload_load_bytes", "KV bytes moved from host to device.", lambda s: s.load_bytes),
     ("kv_offload_store_bytes", "KV bytes moved from device to host.", lambda s: s.store_bytes),
     ("kv_offload_load_seconds", "Time with a host-to-device copy under way, all links.",

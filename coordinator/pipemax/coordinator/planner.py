@@ -15,7 +15,7 @@ from pipemax.coordinator.events import Command, ToDaemon, ToStages
 from pipemax.coordinator.phases import MIXED, Prefill, Prospect
 from pipemax.coordinator.plan_message import build_step_plan
 from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
-from pipemax.coordinator.prefill_pacing import EvenChunk
+from pipemax.coordinator.prefill_pacing import NO_ARRIVALS, Arrivals, EvenChunk
 from pipemax.coordinator.prospect import prospect_of
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import candidate_of
@@ -52,7 +52,7 @@ class Planner:
             while len(state.in_flight) < state.limits.num_slots and self._plan_step(now):
                 pass
             self._plan_prefetch(latest=state.next_step - 2)
-            if not self._is_stuck() or not self._preempt():
+            if not (self._is_stuck() and self._preempt()) and not self._relieve():
                 return self._commands
 
     # One step
@@ -86,7 +86,7 @@ class Planner:
         self._prefill.planned(flight.features.prefill_tokens, state.held_tokens)
         state.next_step += 1
         state.counters.steps += 1
-        state.budget.advance()
+        state.budget.step_planned(step, state.costs.predict(flight.features))
         self._close_staging()
         self._store(items, step)
         self._plan_prefetch(latest=step - 1)
@@ -232,10 +232,13 @@ class Planner:
             return 0
         if not self._prefill.part.decodes:
             return most_tokens
-        expected = 0.0
+        arrivals = NO_ARRIVALS
         if self._state.waiting:
-            expected = target.requests * self._state.forecast.prefill_per_output
-        even = self._even_chunk.tokens(left, expected, self._state.next_step)
+            forecast = self._state.forecast
+            arrivals = Arrivals(
+                forecast.finishing_per_round, target.requests * forecast.prefill_per_output
+            )
+        even = self._even_chunk.tokens(left, arrivals, self._state.next_step)
         even = min(even, most_tokens)
         pairs = even * first.planned + even * (even + 1) // 2
         return self._policy.prefill_tokens(
@@ -285,7 +288,11 @@ class Planner:
         state = self._state
         if not state.num_host_blocks:
             return False
-        if state.waiting or state.host_used:
+        if state.rosters.num_incomplete:
+            return True
+        if state.waiting:
+            return self._admission.offloads()
+        if state.host_used:
             return True
         peak = max(state.total_blocks, state.forecast.peak_blocks())
         return peak > OFFLOAD_PRESSURE * state.blocks.num_blocks
@@ -327,8 +334,8 @@ class Planner:
             indices = state.load_into(request, blocks, step, ready_after)
             kv_key = request.kv_key
             moves += [BlockMove(kv_key, *pair) for pair in zip(indices, blocks, strict=True)]
-        state.budget.spend(len(moves))
         if moves:
+            state.budget.prefetch_ordered(step, len(moves))
             allowed = min(granted, sum(c.load_blocks for c in candidates))
             state.counters.prefetch_budget_blocks += allowed
             state.counters.prefetch_blocks += len(moves)
@@ -374,19 +381,52 @@ class Planner:
         coming = state.in_flight or state.releasing or state.num_storing
         return not coming and bool(state.running or state.waiting)
 
+    def _relieve(self) -> bool:
+        """When a slot stands empty only because nobody finds a block, take those of the newest
+        idle request: waiting for somebody to finish would cost the slot's share of all throughput.
+        Returns whether anything was freed."""
+        state = self._state
+        coming = state.releasing or state.num_storing or state.staged_step != NO_STEP
+        if coming or state.blocks.num_free or not state.rosters.resident:
+            return False
+        if len(state.in_flight) == state.limits.num_slots:
+            return False
+        idle = [r for r in state.running.values() if not r.in_flight]
+        newest = max(idle, key=lambda r: r.key)
+        if newest.key == min(state.running):
+            return False
+        if self._cheaper_to_recompute(newest) or not state.evict(newest):
+            self._recompute_later(newest)
+        return True
+
     def _preempt(self) -> bool:
-        """Make room: evict an idle request if that frees anything, else recompute the newest one
-        later. The oldest is never preempted, so it finishes, and with it everybody."""
+        """Make room: park an idle request on the host if that frees anything, or recompute the
+        newest one later, whichever costs less. The oldest is never preempted, so it finishes, and
+        with it everybody."""
         state = self._state
         requests = sorted(state.running.values(), key=lambda r: r.key)
-        for request in reversed(requests[1:]):
-            if request.staged_for == NO_STEP and state.evict(request):
-                return True
         if len(requests) < 2:
             raise InvariantError("the only request left cannot run although nothing else does")
-        victim = requests[-1]
-        if release := state.forget_kv(victim):
-            self._commands.append(ToDaemon(release))
-        state.counters.preemptions += 1
-        state.put_first(victim)
+        if not self._cheaper_to_recompute(requests[-1]):
+            for request in reversed(requests[1:]):
+                if request.staged_for == NO_STEP and state.evict(request):
+                    return True
+        self._recompute_later(requests[-1])
         return True
+
+    def _recompute_later(self, request: Request) -> None:
+        if release := self._state.forget_kv(request):
+            self._commands.append(ToDaemon(release))
+        self._state.counters.preemptions += 1
+        self._state.put_first(request)
+
+    def _cheaper_to_recompute(self, request: Request) -> bool:
+        """Than to bring its blocks back. False while either is unknown: what is stored is kept."""
+        state = self._state
+        tokens, rate = request.planned, state.budget.blocks_per_s
+        prefill = StepFeatures(0, 0, tokens, tokens * (tokens + 1) // 2)
+        slowest = state.costs.slowest(prefill)
+        seconds = slowest.predict_anywhere(prefill) if slowest else None
+        if seconds is None or not rate or request.staged_for != NO_STEP:
+            return False
+        return seconds < len(request.table) / rate

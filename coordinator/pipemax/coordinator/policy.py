@@ -92,8 +92,9 @@ class SelectionPolicy(Protocol):
         mean step with an even chunk."""
         ...
 
-    def worth_offloading(self, outlook: OffloadOutlook) -> int:
-        """Most KV that running requests should hold beyond the device pool, in blocks."""
+    def worth_offloading(self, outlook: OffloadOutlook) -> int | None:
+        """Most KV that running requests should hold beyond the device pool, in blocks; None: they
+        should fit on the device with all that they are expected to grow."""
         ...
 
 
@@ -105,7 +106,7 @@ class _Plain:
     ) -> int:
         return min(share.prefill_tokens, most_tokens)
 
-    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+    def worth_offloading(self, outlook: OffloadOutlook) -> int | None:
         return _NO_LIMIT
 
 
@@ -263,7 +264,7 @@ class PipemaxPolicy:
     ) -> int:
         return balanced_chunk(costs, decode, share, most_tokens)
 
-    def worth_offloading(self, outlook: OffloadOutlook) -> int:
+    def worth_offloading(self, outlook: OffloadOutlook) -> int | None:
         return worth_offloading(outlook)
 
 

@@ -8,12 +8,16 @@ than its share takes more of them.
 """
 
 import math
+from dataclasses import dataclass
 
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 
-SPREAD_ROUNDS = 32
-"""Rounds in which the stock is worked off when nothing more arrives. More are more even, but its
-prompts hold their blocks while they wait."""
+MOST_ROUNDS = 32
+"""Rounds in which the stock is worked off, at most. More are more even, but prompts hold their
+blocks while they wait."""
+_ROUNDS_PER_ARRIVAL = 16
+"""The same, for each request that arrives in a round: there must be several to average over. Where
+few arrive, waiting would only keep them from decoding."""
 _OF_RATE = 0.75
 """Share of the forecast rate that is computed whatever the stock: the rest comes from the stock,
 which so settles at a quarter of what arrives in those rounds."""
@@ -22,6 +26,17 @@ MIN_CHUNK_TOKENS = 16
 _MOST_OF_SHARE = 3
 """Largest chunk that evening out may ask for, in even shares."""
 _PRECISION_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What is expected to be admitted in the long run, as others finish."""
+
+    per_round: float
+    prompt_tokens_per_step: float
+
+
+NO_ARRIVALS = Arrivals(0.0, 0.0)
 
 
 class EvenChunk:
@@ -33,12 +48,12 @@ class EvenChunk:
         self._tokens = 0
         self._until_step = -1
 
-    def tokens(self, left_tokens: int, expected_per_step: float, step: int) -> int:
-        """For `step`, when `left_tokens` of admitted prompts are left and in the long run so many
-        are expected for each step."""
+    def tokens(self, left_tokens: int, arrivals: Arrivals, step: int) -> int:
+        """For `step`, when `left_tokens` of admitted prompts are left."""
         if step >= self._until_step or not self._tokens:
-            stock = left_tokens / (SPREAD_ROUNDS * self._num_slots)
-            self._tokens = math.ceil(_OF_RATE * expected_per_step + stock)
+            rounds = min(MOST_ROUNDS, max(1.0, _ROUNDS_PER_ARRIVAL * arrivals.per_round))
+            stock = left_tokens / (rounds * self._num_slots)
+            self._tokens = math.ceil(_OF_RATE * arrivals.prompt_tokens_per_step + stock)
             self._until_step = step + self._num_slots
         return min(left_tokens, max(MIN_CHUNK_TOKENS, self._tokens))
 

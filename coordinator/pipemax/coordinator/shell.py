@@ -186,10 +186,10 @@ class CoordinatorShell:
         self._act(self._assembly.hello(self._names[identity], message))
 
     def _on_step_done(self, message: control.StepDone) -> None:
-        self._view.stage_step(message.stage, message.state_seconds)
+        wait_kv_s = self._view.stage_step(message.stage, message.state_seconds)
         if not self._is_current(message.epoch):
             return
-        self._tell(StageComputed(message.stage, message.step, message.compute_s))
+        self._tell(StageComputed(message.stage, message.step, message.compute_s, wait_kv_s))
         error = self._scheduler.state.costs.take_error(message.stage)
         if error is not None:
             self.metrics.step_predicted(message.stage, error)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.device_blocks import DeviceBlocks
+from pipemax.coordinator.events import StageComputed
 from pipemax.coordinator.forecast import Forecast
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
@@ -18,6 +19,9 @@ from pipemax.coordinator.rosters import Rosters
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import Release
+
+LATE_SHARE = 0.01
+"""Of a step's compute time: a prefetch that a stage waits for longer is counted as late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,8 @@ class Counters:
     """Allowed to the prefetches ordered: the link's budget, or all there was to load if less."""
     prefetch_blocks: int = 0
     """Of those, ordered."""
+    late_prefetches: int = 0
+    """Times that a stage waited for a step's prefetch."""
 
 
 @dataclass(slots=True)
@@ -132,9 +138,12 @@ class SchedulerState:
     def __post_init__(self) -> None:
         self.forecast = Forecast(self.limits.block_size)
 
-    def stage_computed(self, stage: int, step: int, compute_s: float) -> None:
+    def stage_computed(self, event: StageComputed) -> None:
         """Learn from a stage's time for a step in flight."""
-        self.budget.step_measured(stage, compute_s)
+        stage, step, compute_s = event.stage, event.step, event.compute_s
+        self.budget.step_measured(stage, step, compute_s)
+        if event.wait_kv_s > LATE_SHARE * compute_s:
+            self.counters.late_prefetches += 1
         flight = self.in_flight.get(step)
         if flight is not None:
             self.costs.observe(stage, flight.features, compute_s)

@@ -11,6 +11,9 @@ from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
 from pipemax.proto.messages.ingest import StageStatus, Status
 
+_WAIT_KV = "wait_kv"
+"""The stages' state for it."""
+
 
 class StatusView:
     """Collects what the other processes report and reads the scheduler's own books.
@@ -34,10 +37,13 @@ class StatusView:
         self.draining = False
         self.latest: Status | None = None
 
-    def stage_step(self, stage: int, seconds: dict[str, float]) -> None:
-        """A stage finished a step; `seconds` by state are cumulative since its start."""
+    def stage_step(self, stage: int, seconds: dict[str, float]) -> float:
+        """A stage finished a step; `seconds` by state are cumulative since its start. Returns the
+        seconds in which it waited for KV since the last report."""
         self._steps[stage] += 1
+        before = self._seconds.get(stage_name(stage), {}).get(_WAIT_KV, 0.0)
         self.stage_seconds(stage_name(stage), seconds)
+        return max(0.0, seconds.get(_WAIT_KV, 0.0) - before)
 
     def stage_seconds(self, name: str, seconds: dict[str, float]) -> None:
         if not seconds:
@@ -85,6 +91,7 @@ class StatusView:
             decode_prefetched_tokens=counters.decode_prefetched_tokens,
             prefetch_budget_blocks=counters.prefetch_budget_blocks,
             prefetch_blocks=counters.prefetch_blocks,
+            late_prefetches=counters.late_prefetches,
             device_blocks_total=blocks.num_blocks,
             device_blocks_used=blocks.num_blocks - blocks.num_free,
             host_blocks_total=state.num_host_blocks,

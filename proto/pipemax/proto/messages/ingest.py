@@ -147,6 +147,8 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     there was to bring, if less."""
     prefetch_blocks: Count = 0
     """Blocks they did bring."""
+    late_prefetches: Count = 0
+    """Times that a stage waited for a step's prefetch, by more than 1 % of the step's time."""
     device_blocks_total: Count
     device_blocks_used: Count
     host_blocks_total: Count

@@ -108,12 +108,18 @@ class ModelledCoordinator:
         self._act(self.assembly.reset_done(name, message.epoch, message.num_host_blocks))
 
     def step_done(
-        self, epoch: int, stage: int, step: int, compute_s: float, tokens: list[int] | None
+        self,
+        epoch: int,
+        stage: int,
+        step: int,
+        compute_s: float,
+        wait_kv_s: float,
+        tokens: list[int] | None,
     ) -> None:
         """A stage's StepDone arrives; `tokens` come from the last stage."""
         if not self._is_current(epoch):
             return
-        self.tell(StageComputed(stage, step, compute_s))
+        self.tell(StageComputed(stage, step, compute_s, wait_kv_s))
         if tokens is not None:
             self.tell(StepReturned(step, tokens))
 

@@ -99,6 +99,7 @@ class Result:
     preemptions: int
     prefetched_tokens: int
     context_tokens: int
+    late_prefetches: int
     num_device_blocks: int
     num_host_blocks: int
     block_size: int

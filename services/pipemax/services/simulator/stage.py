@@ -76,6 +76,13 @@ class ModelledStage:
         self._rows: set[int] = set()
         self._loaded: set[int] = set()
         self._computing = False
+        self._told_wait_kv_ns = 0
+
+    def take_wait_kv_ns(self) -> int:
+        """How long it has waited for KV since the last call."""
+        total = self.record.spent_ns["wait_kv"]
+        waited, self._told_wait_kv_ns = total - self._told_wait_kv_ns, total
+        return waited
 
     def crash(self) -> None:
         """Everything it held is gone."""

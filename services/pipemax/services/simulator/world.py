@@ -148,6 +148,7 @@ class World:
             stage.index,
             planned,
             compute_ns / NS,
+            stage.take_wait_kv_ns() / NS,
             tokens,
             self.daemon.incarnation,
         )
@@ -175,13 +176,14 @@ class World:
         stage: int,
         planned: PlannedStep,
         compute_s: float,
+        wait_kv_s: float,
         tokens: list[int] | None,
         daemon_incarnation: int,
     ) -> None:
         """Computed at the daemon, then StepDone at the coordinator."""
         epoch, step = planned.epoch, planned.step
         self.daemon.computed(stage, epoch, step, daemon_incarnation)
-        self.coordinator.step_done(epoch, stage, step, compute_s, tokens)
+        self.coordinator.step_done(epoch, stage, step, compute_s, wait_kv_s, tokens)
 
     def _rows_arrive(self, stage: ModelledStage, epoch: int, step: int, incarnation: int) -> None:
         if incarnation == stage.incarnation:
@@ -401,6 +403,7 @@ class World:
             preemptions=counters.preemptions,
             prefetched_tokens=counters.prefetched_tokens,
             context_tokens=counters.context_tokens,
+            late_prefetches=counters.late_prefetches,
             num_device_blocks=spec.num_device_blocks,
             num_host_blocks=spec.num_host_blocks,
             block_size=spec.block_size,

@@ -103,6 +103,7 @@ class Ledger:
             preemptions=self.preemptions,
             prefetched_tokens=0,
             context_tokens=self._context,
+            late_prefetches=0,
             num_device_blocks=self._blocks[0],
             num_host_blocks=self._blocks[1],
             block_size=spec.block_size,
