@@ -88,6 +88,12 @@ class Admission:
         worth = self._policy.worth_offloading(self._outlook())
         return None if worth is None else min(state.num_host_blocks, worth)
 
+    def _share_in_use(self) -> float:
+        """Of the room that is kept for those who run. In the mean over a life at least half of what
+        a request comes to: when all have just begun, less is no sign of what it will be."""
+        state = self._state
+        return min(1.0, max(0.5, state.total_blocks / max(1.0, state.forecast.peak_blocks())))
+
     def _has_room(self, request: Request) -> bool:
         """Room on the device for the prompt now. Newcomers must neither take the blocks that those
         who run need next nor keep out for ever who waits longest on the host."""
@@ -109,7 +115,7 @@ class Admission:
             num_slots=state.limits.num_slots,
             block_size=state.limits.block_size,
             max_num_batched_tokens=state.limits.max_num_batched_tokens,
-            share_in_use=min(1.0, state.total_blocks / max(1.0, state.forecast.peak_blocks())),
+            share_in_use=self._share_in_use(),
             request_blocks=state.total_blocks / max(1, len(state.running)),
             prefill_per_output=prefill_per_output,
             blocks_per_s=state.budget.blocks_per_s,
