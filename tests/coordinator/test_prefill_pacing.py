@@ -142,6 +142,8 @@ def test_predicted_times_are_equal_as_far_as_chunks_can_make_them(
 
     target_s = stage.predict(share)
     assert target_s is not None
+    if chunk == even and predicted(even) == pytest.approx(target_s, rel=0.006):
+        return  # even enough
     if chunk == 3 * even:
         assert predicted(chunk - 5) <= target_s
     elif chunk <= 4:
@@ -164,3 +166,13 @@ def test_it_never_takes_more_than_it_may() -> None:
     costs = fitted_costs()
     share = StepFeatures(50, 15_000, 100, 20_000)
     assert balanced_chunk(costs, StepFeatures(0, 0), share, 30) == 30
+
+
+def test_prompts_that_cost_nothing_are_not_held_back_by_a_longer_context() -> None:
+    """No chunk, however small, would make up for a context that is one token longer."""
+    costs = PipelineCost(1)
+    sweep = [SweepSample(b, 300 * b, 0, 0, 0.02 + 6e-5 * b) for b in (1, 64, 128)]
+    costs.warm_up([[*sweep, *(SweepSample(0, 0, p, p * p // 2, 0.02) for p in (64, 128, 512))]])
+    share = StepFeatures(10, 3000, 100, 20_000)
+    assert balanced_chunk(costs, StepFeatures(10, 3001), share, 2048) == 100
+    assert balanced_chunk(costs, StepFeatures(10, 2999), share, 2048) == 100

@@ -26,6 +26,9 @@ MIN_CHUNK_TOKENS = 16
 _MOST_OF_SHARE = 3
 """Largest chunk that evening out may ask for, in even shares."""
 _PRECISION_TOKENS = 4
+_EVEN_ENOUGH = 0.005
+"""Share of a step's time by which it may differ from the mean with an even chunk. Where prompts
+cost next to nothing, all the prompts there are would not make up for a context one token longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +72,18 @@ def balanced_chunk(
     if stage is None or target_s is None or not even:
         return even
     pairs_per_token = share.prefill_pairs / share.prefill_tokens
+
+    def time_s(tokens: int) -> float:
+        pairs = round(tokens * pairs_per_token)
+        with_chunk = StepFeatures(decode.decode_requests, decode.context_tokens, tokens, pairs)
+        return stage.predict(with_chunk) or 0.0
+
+    if abs(time_s(even) - target_s) <= _EVEN_ENOUGH * target_s:
+        return even
     low, high = 0, min(_MOST_OF_SHARE * share.prefill_tokens, most_tokens)
     while high - low > _PRECISION_TOKENS:
         middle = (low + high) // 2
-        seconds = stage.predict(
-            StepFeatures(
-                decode.decode_requests,
-                decode.context_tokens,
-                middle,
-                round(middle * pairs_per_token),
-            )
-        )
-        if seconds is not None and seconds > target_s:
+        if time_s(middle) > target_s:
             high = middle
         else:
             low = middle
