@@ -63,6 +63,15 @@ def test_every_request_finishes_within_the_pool(name: str, device_blocks: int | 
     assert run(name, spec) == result
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_a_run_ends_when_as_many_have_finished_as_asked_for(name: str) -> None:
+    whole, most = (run(name, make_spec(stop_when_finished=share)) for share in (1.0, 0.7))
+    num_requests = len(make_spec().workload.requests)
+    assert 0.7 * num_requests <= len(most.outputs) < num_requests
+    assert most.simulated_s < whole.simulated_s
+    assert most.outputs.items() <= whole.outputs.items()
+
+
 @pytest.mark.parametrize("name", ["vllm-pp", "vllm-tp"])
 def test_small_pools_are_preempted_from_by_recompute(name: str) -> None:
     tight = run(name, make_spec(device_blocks=240))

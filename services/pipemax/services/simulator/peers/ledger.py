@@ -1,5 +1,6 @@
 """What a run of a peer's model leaves behind, in the simulator's own terms."""
 
+import math
 from collections.abc import Sequence
 
 from pipemax.services.simulator.peers.jobs import Job, Part, Pool
@@ -38,9 +39,9 @@ class Ledger:
 
     @property
     def over(self) -> bool:
-        """The horizon is reached or every request has finished."""
-        done = len(self.outputs) == len(self._spec.workload.requests)
-        return done or self.now_s >= self._spec.horizon_s
+        """The horizon is reached or as many requests have finished as the spec asks for."""
+        total = math.ceil(self._spec.stop_when_finished * len(self._spec.workload.requests))
+        return len(self.outputs) >= total or self.now_s >= self._spec.horizon_s
 
     def spend(self, stage: int, state: str, seconds: float) -> None:
         self._busy_s[stage][state] += seconds
