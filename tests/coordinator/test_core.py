@@ -166,7 +166,7 @@ def test_nobody_waits_much_longer_than_a_fair_share(
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_most_context_is_prefetched_when_the_pool_is_small(stages: int) -> None:
-    world = World(1, stages=stages, blocks=48, host=4000, block_size=8)
+    world = World(1, stages=stages, blocks=48, host=4000, block_size=8, policy="oldest-first")
     for request in long_requests(world, 24, 150, 60):
         world.submit(*request)
     run_to_end(world)

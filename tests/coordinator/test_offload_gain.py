@@ -47,7 +47,7 @@ def test_where_rows_cost_nothing_is_worth_it() -> None:
 
 def test_a_slow_link_is_not_worth_its_copies() -> None:
     assert worth_offloading(outlook(WEIGHTS, 100.0)) is None
-    assert worth_offloading(outlook(WEIGHTS, 300.0))
+    assert worth_offloading(outlook(WEIGHTS, 600.0))
 
 
 def test_the_staging_buffers_take_at_most_the_device() -> None:

@@ -143,7 +143,7 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         ({"max_num_seqs": 0}, "--max-num-seqs 0"),
         ({"max_num_batched_tokens": -3}, "--max-num-batched-tokens -3"),
         ({"prefill": "both"}, "--prefill both: choose mixed, phases"),
-        ({"policy": "newest"}, "--policy newest: choose oldest-first, pipemax, fcfs"),
+        ({"policy": "newest"}, "--policy newest: choose pipemax, oldest-first, fcfs"),
         ({"policy": "static-prefetch:2"}, "--policy static-prefetch: '2' is not a fraction"),
         ({"metrics_port": 70000}, "--metrics-port 70000: expected int <= 65535"),
         ({"ready_timeout": 0.0}, "--ready-timeout 0: must be more than 0"),

@@ -48,6 +48,8 @@ def small_config(
         "block_size": block_size,
         "max_model_len": max_model_len,
         "warm_up_s": 0.0,
+        # Offloads wherever it can, also where the default finds that it does not pay.
+        "policy": "oldest-first",
         **settings,
     }
     layer = BlockGeometry(1, block_size, info.num_kv_heads, info.head_dim, info.dtype)

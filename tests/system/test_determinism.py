@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipemax.client import SamplingParams, Submit
+from pipemax.coordinator.policy import DEFAULT_POLICY
 from support.local_system import LocalSystem, small_config
 from support.model_zoo import build_model
 
@@ -56,7 +57,7 @@ def run(model_dir: Path, order: int | None, **settings: Any) -> dict[str, tuple[
     return found
 
 
-def test_stages_pools_order_and_transport_do_not_change_tokens(model_dir: Path) -> None:
+def test_stages_pools_order_policy_and_transport_do_not_change_tokens(model_dir: Path) -> None:
     plain = run(model_dir, None, stages=1, device_blocks=400, host_blocks=0)
     assert len({len(tokens) for tokens in plain.values()}) > 4
     variants: tuple[dict[str, Any], ...] = (
@@ -65,6 +66,8 @@ def test_stages_pools_order_and_transport_do_not_change_tokens(model_dir: Path) 
         {"stages": 2, "device_blocks": 24, "host_blocks": 0},
         {"stages": 2, "device_blocks": 48, "block_size": 8, "activation_transport": "tcp"},
         {"stages": 1, "device_blocks": 24, "max_num_seqs": 3},
+        {"stages": 2, "device_blocks": 24, "policy": DEFAULT_POLICY, "warm_up_s": 0.1},
+        {"stages": 2, "device_blocks": 24, "policy": "fcfs", "prefill": "phases"},
     )
     for order, settings in enumerate(variants):
         assert run(model_dir, order, **settings) == plain, settings

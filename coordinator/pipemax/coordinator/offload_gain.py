@@ -13,8 +13,12 @@ from dataclasses import dataclass
 
 from pipemax.coordinator.cost_model import PipelineCost, StageCost, StepFeatures
 
-LEAST_GAIN = 1.02
-"""A smaller gain is not worth the copies."""
+LEAST_GAIN = 1.05
+"""A smaller gain is not worth the copies, nor surer than the cost model is exact."""
+_ENOUGH = 0.99
+"""Of the best rate: no more is offloaded than it takes to get there."""
+_SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
+"""Of what the link could carry, that are looked at for it."""
 ROUNDS_OF_LINK = 2.0
 """KV kept beyond the device pool, in what the link carries in one round: the selector needs some to
 choose from, but whoever waits for long only takes memory."""
@@ -59,9 +63,9 @@ def worth_offloading(outlook: OffloadOutlook) -> int | None:
 
 
 def forecast_gain(outlook: OffloadOutlook, blocks_per_s: float) -> tuple[float, float] | None:
-    """Output tokens per second with offloading over those without, and the blocks that are then
-    prefetched per step; None while nothing is known of step times. A longer step carries more and
-    what it carries makes it longer: the fixed point is found by iteration."""
+    """Output tokens per second with offloading over those without, and the blocks that it takes to
+    prefetch per step for that; None while nothing is known of step times. A longer step carries
+    more and what it carries makes it longer: the fixed point is found by iteration."""
     slots, blocks = outlook.num_slots, max(1.0, outlook.request_blocks)
     full = outlook.device_blocks / slots / blocks
     without = full * outlook.share_in_use
@@ -72,7 +76,11 @@ def forecast_gain(outlook: OffloadOutlook, blocks_per_s: float) -> tuple[float, 
     for _ in range(_ITERATIONS):
         carried = min(blocks_per_s * _seconds(outlook, stage, batch), outlook.device_blocks / 2)
         batch = full + max(0.0, carried * (1 - 2 / slots)) / blocks
-    return _rate(outlook, stage, batch) / _rate(outlook, stage, without), carried
+    best = _rate(outlook, stage, batch)
+    for share in _SHARES:
+        if _rate(outlook, stage, full + share * (batch - full)) >= _ENOUGH * best:
+            return best / _rate(outlook, stage, without), share * carried
+    return best / _rate(outlook, stage, without), carried
 
 
 def _rate(outlook: OffloadOutlook, stage: StageCost, batch: float) -> float:

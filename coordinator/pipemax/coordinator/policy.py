@@ -4,7 +4,8 @@ A policy is pure and deterministic. It is asked twice per step: one turn ahead, 
 requests to prefetch; and at planning, which device-resident ones to add.
 
 - `oldest-first`: fill the prefetch budget with who waited longest, then even out request counts.
-- `pipemax`: the two-stage greedy selector of `selector.py` over the same budget, even step times.
+- `pipemax`: the two-stage greedy selector of `selector.py` over the same budget, even step times,
+  prompts included; and no more KV on the host than makes the pipeline faster. The default.
 - `fcfs`: by order of arrival, even counts; who came first finishes first.
 - `count-balanced`: no slot gets more than an even count of requests, whatever their context. The
   rule of TD-Pipe, which has no prefetch, carried over to one.
@@ -24,7 +25,7 @@ from pipemax.coordinator.selector import Candidate as Candidate
 from pipemax.coordinator.selector import SelectionProblem, by_wait, select
 from pipemax.proto.errors import ConfigError
 
-DEFAULT_POLICY = "oldest-first"
+DEFAULT_POLICY = "pipemax"
 MIN_OVERDUE_TURNS = 32
 """Nobody is overdue before so many steps, however short the queue is."""
 OVERDUE_ROTATIONS = 2
@@ -269,8 +270,8 @@ class PipemaxPolicy:
 
 
 _POLICIES: dict[str, Callable[[], SelectionPolicy]] = {
-    "oldest-first": OldestFirst,
     "pipemax": PipemaxPolicy,
+    "oldest-first": OldestFirst,
     "fcfs": FirstComeFirstServed,
     "count-balanced": CountBalanced,
 }

@@ -15,7 +15,7 @@ from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 MOST_ROUNDS = 32
 """Rounds in which the stock is worked off, at most. More are more even, but prompts hold their
 blocks while they wait."""
-_ROUNDS_PER_ARRIVAL = 16
+_ROUNDS_PER_ARRIVAL = 64
 """The same, for each request that arrives in a round: there must be several to average over. Where
 few arrive, waiting would only keep them from decoding."""
 _OF_RATE = 0.75

@@ -57,8 +57,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
     """Most tokens in one micro-batch. Longer prompts are prefilled in chunks."""
-    policy: str = "oldest-first"
-    """Which requests take part in a step: `oldest-first`, `pipemax`, `fcfs`, `count-balanced` or
+    policy: str = "pipemax"
+    """Which requests take part in a step: `pipemax`, `oldest-first`, `fcfs`, `count-balanced` or
     `static-prefetch:<fraction>`; see the coordinator's policy.py."""
     prefill: Literal["mixed", "phases"] = "mixed"
     """When prompts are computed: `mixed` cuts them into chunks that ride on decode steps, `phases`

@@ -54,7 +54,10 @@ def test_the_gain_and_what_is_carried_are_about_the_closed_forms(gpu: str) -> No
     assert found is not None
     gain, carried = found
     assert gain == pytest.approx(with_it.tokens_s / without.tokens_s, rel=0.06)
-    assert BLOCK * carried == pytest.approx(with_it.prefetched_tokens, rel=0.2)
+    if gain > 1.05:
+        assert BLOCK * carried == pytest.approx(with_it.prefetched_tokens, rel=0.2)
+    else:
+        assert BLOCK * carried < 0.5 * with_it.prefetched_tokens  # more would gain nothing
 
 
 def test_what_is_worth_offloading_keeps_the_link_busy_for_a_round() -> None:

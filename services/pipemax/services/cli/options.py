@@ -187,7 +187,7 @@ class EngineOptions:
         str,
         typer.Option(
             metavar="NAME",
-            help="Which requests take part in a step: oldest-first, pipemax, fcfs, count-balanced "
+            help="Which requests take part in a step: pipemax, oldest-first, fcfs, count-balanced "
             "or static-prefetch:<fraction of the device pool>.",
             rich_help_panel=_BATCH,
         ),

@@ -128,7 +128,7 @@ class PlanFlags:
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Selection policy: oldest-first, pipemax, fcfs, count-balanced or "
+            help="Selection policy: pipemax, oldest-first, fcfs, count-balanced or "
             "static-prefetch:<fraction>.",
             show_default="the scheduler's",
             rich_help_panel=_SCHEDULE,
