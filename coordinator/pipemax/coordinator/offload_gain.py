@@ -59,7 +59,7 @@ def worth_offloading(outlook: OffloadOutlook) -> int | None:
     gain, carried = forecast
     if gain < LEAST_GAIN:
         return None
-    return int(ROUNDS_OF_LINK * max(1, outlook.num_slots - 2) * carried) + 1
+    return int(ROUNDS_OF_LINK * outlook.num_slots * carried) + 1
 
 
 def forecast_gain(outlook: OffloadOutlook, blocks_per_s: float) -> tuple[float, float] | None:
@@ -77,7 +77,7 @@ def forecast_gain(outlook: OffloadOutlook, blocks_per_s: float) -> tuple[float, 
         carried = min(blocks_per_s * _seconds(outlook, stage, batch), outlook.device_blocks / 2)
         batch = full + max(0.0, carried * (1 - 2 / slots)) / blocks
     best = _rate(outlook, stage, batch)
-    for share in _SHARES:
+    for share in _SHARES if slots > 2 else ():
         if _rate(outlook, stage, full + share * (batch - full)) >= _ENOUGH * best:
             return best / _rate(outlook, stage, without), share * carried
     return best / _rate(outlook, stage, without), carried

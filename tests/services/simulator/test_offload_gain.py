@@ -66,7 +66,7 @@ def test_what_is_worth_offloading_keeps_the_link_busy_for_a_round() -> None:
     round_blocks = SLOTS * with_it.prefetched_tokens / BLOCK
     worth = worth_offloading(outlook_of(stage))
     assert worth is not None
-    assert round_blocks < worth < 2 * round_blocks
+    assert round_blocks < worth < 2.5 * round_blocks
 
 
 @pytest.mark.parametrize("gpu", ["L20", "RTX 5090"])
