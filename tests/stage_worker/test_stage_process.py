@@ -241,7 +241,8 @@ def test_a_reset_ends_a_wait_and_voids_its_step(system: System) -> None:
     plan = generation.plan(wait_for_load=True)
     for stage in range(2):
         system.peers.tell(stage, plan)  # and no Loaded
-    system.peers.take(1, Beat)
+    while not system.peers.take(0, Beat).state_seconds.get("wait_kv"):
+        pass  # it has not come to the plan yet
     system.peers.reset(2, 2)
     again = Generation(system.peers, epoch=2)
     done = again.advance()
