@@ -24,11 +24,14 @@ and is not dropped again. If the first overdue host-resident request does not fi
 loaded, so that what the link and the pool gain is kept for it.
 """
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter
+from itertools import combinations
+from operator import attrgetter
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipemax.coordinator.cost_model import LinearCost
 
@@ -44,7 +47,21 @@ GOOD_ENOUGH = 0.002
 """Refinement ends when the objective is at most this share of the budget, or of what the link
 carries in T*: no link and no step is that even."""
 
-_by_turn, _by_key, _blocks_of = attrgetter("last_turn"), attrgetter("key"), itemgetter(0)
+_by_turn, _by_key = attrgetter("last_turn"), attrgetter("key")
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+_GROUPS = [
+    [group for size in range(MOVED_AT_ONCE + 1) for group in combinations(range(of), size)]
+    for of in range(WINDOW + 1)
+]
+"""By number of requests: every group of up to MOVED_AT_ONCE of them, nobody first."""
+_MEMBERS = [
+    np.array([[i in group for i in range(of)] for group in groups], np.int64).reshape(
+        len(groups), of
+    )
+    for of, groups in enumerate(_GROUPS)
+]
+"""The same as matrices, [group, request]: 1 for who is in it."""
 
 
 class Candidate(NamedTuple):
@@ -140,9 +157,8 @@ class _Pool:
         self.taken.extend(add)
 
 
-_Part = tuple[int, int, int, tuple[Candidate, ...]]
-"""Blocks, requests, context tokens, and whose sums they are."""
-_NOBODY: _Part = (0, 0, 0, ())
+_Move = tuple[Sequence[Candidate], Sequence[Candidate]]
+"""Whom to drop and whom to add, of one kind."""
 
 
 class _Slot:
@@ -234,124 +250,100 @@ class _Slot:
         found = self._best_move(window, best)
         if found is None:
             return False
-        for pool, drop, add in ((self.host, *found[:2]), (self.device, *found[2:])):
-            pool.swap(drop[3], add[3])
-            self.load_blocks += add[0] - drop[0] if pool is self.host else 0
-            self.requests += add[1] - drop[1]
-            self.context_tokens += add[2] - drop[2]
+        for pool, (drop, add) in zip((self.host, self.device), found, strict=True):
+            pool.swap(drop, add)
+            for candidates, sign in ((drop, -1), (add, 1)):
+                self.requests += sign * len(candidates)
+                self.context_tokens += sign * sum([c.context_tokens for c in candidates])
+                if pool is self.host:
+                    self.load_blocks += sign * sum([c.load_blocks for c in candidates])
         return True
 
-    def _best_move(self, window: int, best: float) -> tuple[_Part, _Part, _Part, _Part] | None:
+    def _best_move(self, window: int, best: float) -> tuple[_Move, _Move] | None:
         """What to drop and to add of the host-resident and of the device-resident requests; None
         when nothing in this window beats `best`.
 
         For each move of host-resident requests that stays within the room, the device move that
         fits best beside it; but only where what the first leaves of the budget, and the time that
-        no device move could make up for, are less than the best found so far.
+        no device move could make up for, are less than `best`. All moves at once, as arrays.
         """
         problem = self.problem
-        alpha, beta, rate = (
-            problem.cost.per_request_s,
-            problem.cost.per_token_s,
-            problem.blocks_per_s,
+        cost, rate = problem.cost, problem.blocks_per_s
+        all_missing_s = problem.target_s - cost.time_s(self.requests, self.context_tokens)
+        host, device = _Moves(self.host, window), _Moves(self.device, window)
+        loads = self.load_blocks + host.blocks
+        unused = np.maximum(problem.budget_blocks - loads, 0)
+        missing_s = all_missing_s - host.added_s(cost)
+        allowed = loads <= problem.room_blocks
+        allowed[0] = True  # to leave all as it is stays within the room
+        added_s = device.added_s(cost)
+        least_s = np.maximum(missing_s - added_s.max(), added_s.min() - missing_s)
+        least = unused + rate * np.maximum(least_s, 0.0)
+        tried = np.flatnonzero(allowed & (least < best))
+        if not len(tried):
+            return None
+        most = problem.max_requests - self.requests - host.requests[tried]
+        off_s, device_moves = _closest(missing_s[tried], most, added_s, device.requests)
+        values = unused[tried] + rate * off_s
+        first = int(values.argmin())
+        if values[first] >= best - 1e-9 * best:
+            return None
+        return host.move(int(tried[first])), device.move(int(device_moves[first]))
+
+
+class _Moves:
+    """Every way to drop up to MOVED_AT_ONCE of a window's taken requests and to add up to as many
+    of those left; the first is to do neither. One array element each."""
+
+    def __init__(self, pool: _Pool, window: int) -> None:
+        self._movable, self._left = pool.window(window)
+        numbers = np.array([(1, c.load_blocks, c.context_tokens) for c in self._left], np.int64)
+        added = _MEMBERS[len(self._left)] @ numbers.reshape(-1, 3)
+        numbers = np.array([(1, c.load_blocks, c.context_tokens) for c in self._movable], np.int64)
+        dropped = _MEMBERS[len(self._movable)] @ numbers.reshape(-1, 3)
+        sums = added[None, :, :] - dropped[:, None, :]
+        self._num_adds = len(added)
+        self.requests, self.blocks, self.tokens = sums.reshape(-1, 3).T
+
+    def added_s(self, cost: LinearCost) -> Floats:
+        """What each move adds to the step's time."""
+        added_s: Floats = cost.per_request_s * self.requests + cost.per_token_s * self.tokens
+        return added_s
+
+    def move(self, number: int) -> _Move:
+        drop, add = divmod(number, self._num_adds)
+        return (
+            [self._movable[i] for i in _GROUPS[len(self._movable)][drop]],
+            [self._left[i] for i in _GROUPS[len(self._left)][add]],
         )
-        budget, room = problem.budget_blocks, problem.room_blocks
-        most = problem.max_requests - self.requests
-        all_missing_s = problem.target_s - problem.cost.time_s(self.requests, self.context_tokens)
-        device = _DeviceMoves(self, window)
-        longest_s, shortest_s = device.longest_s, device.shortest_s
-        movable, left = self.host.window(window)
-        adds = _parts(left)
-        loads = [part[0] for part in adds]
-        found = None
-        best -= 1e-9 * best
-        for dropped in _parts(movable):
-            kept = self.load_blocks - dropped[0]
-            last = bisect_right(loads, room - kept)
-            if not dropped[1]:
-                last = max(last, 1)  # to leave all as it is stays within the room
-            for a in range(last - 1, -1, -1):
-                added = adds[a]
-                unused = budget - kept - added[0]
-                if unused < 0:
-                    unused = 0
-                elif unused >= best:
-                    break
-                count = added[1] - dropped[1]
-                missing_s = all_missing_s - alpha * count - beta * (added[2] - dropped[2])
-                if missing_s > longest_s:
-                    off_s = missing_s - longest_s
-                elif missing_s < shortest_s:
-                    off_s = shortest_s - missing_s
-                else:
-                    off_s = 0.0
-                if unused + rate * off_s >= best:
-                    continue
-                off_s, device_drop, device_add = device.closest(missing_s, most - count)
-                value = unused + rate * off_s
-                if value < best:
-                    found = (dropped, added, device_drop, device_add)
-                    best = value - 1e-9 * value
-        return found
 
 
-class _DeviceMoves:
-    """Moves of device-resident requests, by the time they add to the step."""
-
-    def __init__(self, slot: _Slot, window: int) -> None:
-        cost = slot.problem.cost
-        movable, left = slot.device.window(window)
-        adds = [(cost.share_s(part[1], part[2]), i, part) for i, part in enumerate(_parts(left))]
-        drops = [
-            (cost.share_s(part[1], part[2]), i, part) for i, part in enumerate(_parts(movable))
-        ]
-        adds.sort()
-        drops.sort()
-        self._drops = drops
-        self.longest_s = adds[-1][0] - drops[0][0]
-        self.shortest_s = adds[0][0] - drops[-1][0]
-        if slot.requests + 2 * MOVED_AT_ONCE > slot.problem.max_requests:
-            # Places are few: a move may have to add fewer requests than would fit best.
-            counts = range(MOVED_AT_ONCE + 1)
-            groups = [[add for add in adds if add[2][1] == count] for count in counts]
-        else:
-            groups = [adds]
-        self._groups = [
-            (count, [add[0] for add in group], group) for count, group in enumerate(groups) if group
-        ]
-
-    def closest(self, missing_s: float, most: int) -> tuple[float, _Part, _Part]:
-        """The move of at most `most` requests more whose time is closest to `missing_s`: by how
-        much it is off, in seconds, what it drops and what it adds."""
-        best_s, best_drop, best_add = float("inf"), _NOBODY, _NOBODY
-        for drop_s, _, drop in self._drops:
-            wanted_s = missing_s + drop_s
-            for count, times, adds in self._groups:
-                if count > most + drop[1]:
-                    break
-                after = bisect_left(times, wanted_s)
-                if after < len(times) and times[after] - wanted_s < best_s:
-                    best_s, best_drop, best_add = times[after] - wanted_s, drop, adds[after][2]
-                if after and wanted_s - times[after - 1] < best_s:
-                    best_s, best_drop, best_add = (
-                        wanted_s - times[after - 1],
-                        drop,
-                        adds[after - 1][2],
-                    )
-        return best_s, best_drop, best_add
-
-
-def _parts(candidates: Sequence[Candidate]) -> list[_Part]:
-    """None, and every group of up to MOVED_AT_ONCE of `candidates`, sorted by blocks."""
-    parts: list[_Part] = [_NOBODY]
-    for one in candidates:
-        parts += [
-            (blocks + one.load_blocks, count + 1, tokens + one.context_tokens, (*group, one))
-            for blocks, count, tokens, group in parts
-            if count < MOVED_AT_ONCE
-        ]
-    parts.sort(key=_blocks_of)
-    return parts
+def _closest(missing_s: Floats, most: Ints, added_s: Floats, requests: Ints) -> tuple[Floats, Ints]:
+    """For each of `missing_s`, the move of at most `most` requests more whose `added_s` is closest
+    to it: by how much it is off, in seconds (infinite where there is none), and its number."""
+    if len(added_s) == 1:
+        off_s = np.where(most >= 0, np.abs(missing_s), np.inf)
+        return off_s, np.zeros(len(missing_s), np.int64)
+    best_s = np.full(len(missing_s), np.inf)
+    best_move = np.zeros(len(missing_s), np.int64)
+    if most.min() >= MOVED_AT_ONCE:
+        groups = [(-MOVED_AT_ONCE, np.arange(len(added_s)))]
+    else:
+        # Places are few: a move may have to add fewer requests than would fit best.
+        counts = range(-MOVED_AT_ONCE, MOVED_AT_ONCE + 1)
+        groups = [(count, np.flatnonzero(requests == count)) for count in counts]
+    for count, unsorted in groups:
+        if not len(unsorted):
+            continue
+        members = unsorted[np.argsort(added_s[unsorted], kind="stable")]
+        times_s = added_s[members]
+        after = np.searchsorted(times_s, missing_s)
+        for near in (np.maximum(after - 1, 0), np.minimum(after, len(members) - 1)):
+            off_s = np.where(most >= count, np.abs(times_s[near] - missing_s), np.inf)
+            closer = off_s < best_s
+            best_s = np.where(closer, off_s, best_s)
+            best_move = np.where(closer, members[near], best_move)
+    return best_s, best_move
 
 
 def _turned(candidates: Sequence[Candidate], round_number: int) -> list[Candidate]:
