@@ -181,7 +181,7 @@ class StageCost:
         """Seconds; None before anything is known."""
         if self._theta is None:
             return None
-        return _dot(self._theta, self._inputs(features))
+        return _dot(self._theta, _inputs(features, self._table))
 
     def observe(self, features: StepFeatures, seconds: float) -> float | None:
         """Learn from a step that took `seconds`; returns `relative_error`. Steps of no measurable
@@ -253,13 +253,14 @@ class StageCost:
 
 
 def _inputs(features: StepFeatures, table: TileTable) -> list[float]:
-    c = table.factor(features.rows)
+    _, scale_b, scale_p, scale_l, scale_a = _SCALES
+    c = table.factor(features.decode_requests + features.prefill_tokens)
     return [
         c,
-        c * features.decode_requests / _SCALES[1],
-        c * features.prefill_tokens / _SCALES[2],
-        features.context_tokens / _SCALES[3],
-        features.prefill_pairs / _SCALES[4],
+        c * features.decode_requests / scale_b,
+        c * features.prefill_tokens / scale_p,
+        features.context_tokens / scale_l,
+        features.prefill_pairs / scale_a,
     ]
 
 
@@ -387,12 +388,15 @@ def solve_symmetric(matrix: Sequence[Sequence[float]], right: Sequence[float]) -
 
 
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum([x * y for x, y in zip(a, b, strict=True)])
+    a0, a1, a2, a3, a4 = a
+    b0, b1, b2, b3, b4 = b
+    return a0 * b0 + a1 * b1 + a2 * b2 + a3 * b3 + a4 * b4
 
 
 def _place(rows: int) -> tuple[int, int, float]:
     """The tile, the knot left of the row in it, and how far right of that knot it lies, 0 to 1."""
-    tile, offset = divmod(max(0, rows - 1), TILE_ROWS)
-    knot = 0 if offset < _KNOT_OFFSETS[1] else 1
-    left, right = _KNOT_OFFSETS[knot], _KNOT_OFFSETS[knot + 1]
-    return tile, knot, (offset - left) / (right - left)
+    tile, offset = divmod(rows - 1, TILE_ROWS) if rows > 0 else (0, 0)
+    first, middle, last = _KNOT_OFFSETS
+    if offset < middle:
+        return tile, 0, (offset - first) / (middle - first)
+    return tile, 1, (offset - middle) / (last - middle)

@@ -30,7 +30,7 @@ class DeviceBlocks:
 
     def num_ready(self, latest_step: int) -> int:
         """Free blocks that a copy may overwrite once `latest_step` is computed."""
-        pending = sum(len(b) for step, b in self._pending.items() if step <= latest_step)
+        pending = sum([len(b) for step, b in self._pending.items() if step <= latest_step])
         return len(self._clean) + pending
 
     @property

@@ -62,11 +62,18 @@ class _Lengths:
         """[age, later]: chance to be there so many buckets later."""
 
     def bucket(self, num_outputs: int) -> int:
-        return min(num_outputs // self.width, self.size - 1)
+        bucket = num_outputs // self.width
+        return bucket if bucket < self.size else self.size - 1
 
     @property
     def generated_tokens(self) -> int:
         return self._learned
+
+    @property
+    def drawn_at(self) -> float:
+        """Tokens generated when the curves were drawn that hold now: they change with it."""
+        self._curves()
+        return self._drawn_at
 
     def generated(self, bucket: int) -> None:
         """A request of that age went on by one token."""
@@ -138,6 +145,8 @@ class Forecast:
         self._entries: dict[int, _Entry] = {}
         self._version = 0
         self._curve: tuple[int, Floats, Floats] | None = None
+        self._peaks: dict[tuple[_Lengths, int, float] | None, float] = {}
+        """Peaks asked for since the last change, by the newcomer's kind, prompt and curves."""
 
     def add(self, request: Request) -> None:
         lengths = self._lengths(request)
@@ -154,8 +163,9 @@ class Forecast:
     def grown(self, request: Request) -> None:
         """The request has one more output token."""
         entry = self._entries[request.key]
-        entry.lengths.generated(entry.bucket)
-        bucket = entry.lengths.bucket(request.num_outputs)
+        lengths = entry.lengths
+        lengths.generated(entry.bucket)
+        bucket = lengths.bucket(len(request.tokens) - request.num_prompt)
         if bucket != entry.bucket:
             self._place(entry, request, -1)
             entry.bucket = bucket
@@ -194,9 +204,15 @@ class Forecast:
         worst moment, one standard deviation included."""
         # Its kind comes first: it may be new, and the coarsest.
         lengths = None if newcomer is None else self._lengths(newcomer)
+        prompt = 0 if newcomer is None else len(newcomer.tokens)
+        question = None if lengths is None else (lengths, prompt, lengths.drawn_at)
+        if question not in self._peaks:
+            self._peaks[question] = self._peak(lengths, prompt)
+        return self._peaks[question]
+
+    def _peak(self, lengths: _Lengths | None, prompt: int) -> float:
         mean, variance = self._running()
-        if newcomer is not None and lengths is not None:
-            prompt = len(newcomer.tokens)
+        if lengths is not None:
             mean, variance = _add(
                 (mean, variance),
                 self._stretched(lengths, *lengths.blocks(self._block_size, prompt)),
@@ -232,7 +248,11 @@ class Forecast:
     def _place(self, entry: _Entry, request: Request, count: int) -> None:
         entry.lengths.count[entry.bucket] += count
         entry.lengths.prompts[entry.bucket] += count * request.num_prompt
+        self._changed()
+
+    def _changed(self) -> None:
         self._version += 1
+        self._peaks.clear()
 
     def _lengths(self, request: Request) -> _Lengths:
         kind = (request.job, 1 << (request.max_tokens - 1).bit_length())
@@ -241,7 +261,7 @@ class Forecast:
             if len(self._kinds) >= MAX_KINDS:
                 self._drop_idle()
             found = self._kinds[kind] = _Lengths(kind[1], self._block_size)
-            self._version += 1  # its buckets may be coarser than those the curve was drawn for
+            self._changed()  # its buckets may be coarser than those the curve was drawn for
         return found
 
     def _drop_idle(self) -> None:

@@ -15,7 +15,7 @@ larger than one step's budget gets its turn as well (deficit round robin).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 LINK_EFFICIENCY = 0.9
 """η: share of the measured bandwidth that is planned with."""
@@ -33,6 +33,8 @@ class LinkBudget:
         """`block_bytes`: bytes of one block on each stage."""
         self._block_bytes = tuple(block_bytes)
         self._links = [_Bandwidth() for _ in block_bytes]
+        self._rates: list[tuple[int, float]] = []
+        """Stages whose link was measured, each with the blocks per second planned with."""
         self._step_s: list[float | None] = [None] * len(block_bytes)
         self._computed = [-1] * len(block_bytes)
         """Newest step each stage has computed."""
@@ -58,7 +60,9 @@ class LinkBudget:
     def step_measured(self, stage: int, step: int, compute_s: float) -> None:
         """`stage` has computed `step`."""
         self._step_s[stage] = _smooth(self._step_s[stage], compute_s)
-        self._computed[stage] = max(self._computed[stage], step)
+        if step <= self._computed[stage]:
+            return
+        self._computed[stage] = step
         everywhere = min(self._computed)
         for known in (self._planned, self._ordered):
             for done in [k for k in known if k <= everywhere]:
@@ -67,18 +71,25 @@ class LinkBudget:
     def link_measured(self, stage: int, load_bytes: int, load_seconds: float) -> None:
         if load_bytes > 0 and load_seconds > 0:
             self._links[stage].measured(load_bytes / load_seconds)
+            self._rates = [
+                (stage, LINK_EFFICIENCY * link.dependable / size)
+                for stage, (link, size) in enumerate(
+                    zip(self._links, self._block_bytes, strict=True)
+                )
+                if link.mean is not None
+            ]
 
     @property
     def blocks_per_s(self) -> float | None:
         """What the slowest link carries; None before one was measured."""
-        return min((rate for _, rate in self._rates()), default=None)
+        return min([rate for _, rate in self._rates], default=None)
 
     @property
     def per_step(self) -> float:
         """Blocks the slowest link carries in a step time of late."""
         per_stage = [
             rate * step_s
-            for stage, rate in self._rates()
+            for stage, rate in self._rates
             if (step_s := self._step_s[stage]) is not None
         ]
         return min(per_stage, default=float(UNLIMITED))
@@ -87,7 +98,7 @@ class LinkBudget:
     def window(self) -> float:
         """Blocks that all links can bring, beside what is queued, before the step after those
         planned."""
-        windows = [self._window_of(stage, rate) for stage, rate in self._rates()]
+        windows = [self._window_of(stage, rate) for stage, rate in self._rates]
         return max(0.0, min(windows, default=float(UNLIMITED)))
 
     def grant(self, largest_blocks: int) -> int:
@@ -96,12 +107,6 @@ class LinkBudget:
         self._granted = self.window
         self._carry = min(self._carry, float(largest_blocks))
         return int(min(self._granted + self._carry, max(self._granted, float(largest_blocks))))
-
-    def _rates(self) -> Iterator[tuple[int, float]]:
-        """Stages whose link was measured, each with the blocks per second planned with."""
-        for stage, (link, size) in enumerate(zip(self._links, self._block_bytes, strict=True)):
-            if link.mean is not None:
-                yield stage, LINK_EFFICIENCY * link.dependable / size
 
     def _window_of(self, stage: int, rate: float) -> float:
         computed, usual = self._computed[stage], self._step_s[stage]
@@ -114,7 +119,7 @@ class LinkBudget:
                 seconds += time_s
         if not seconds and usual is not None:
             seconds = usual
-        queued = sum(blocks for step, blocks in self._ordered.items() if step > computed + 1)
+        queued = sum([blocks for step, blocks in self._ordered.items() if step > computed + 1])
         return rate * seconds - queued
 
 

@@ -144,8 +144,13 @@ class Planner:
         """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
         how many."""
         blocks, size = self._state.blocks, self._state.limits.block_size
-        planned, remaining = request.planned, request.remaining
-        room = (len(request.table) + blocks.num_free) * size - planned
+        planned = request.planned
+        remaining = len(request.tokens) - planned
+        held = len(request.table) * size
+        if remaining == 1 and planned < held:
+            items.append(Item(request, planned, 1, samples=True))
+            return 1
+        room = held + blocks.num_free * size - planned
         count = min(remaining, most_tokens, room)
         if count <= 0:
             return 0
@@ -178,7 +183,8 @@ class Planner:
         request.last_step = max(request.last_step, step)
         request.last_turn = step
         request.evicting = False
-        self._state.rosters.place(request)
+        if request.staged_for == NO_STEP:  # else it is placed when its step's staging is closed
+            self._state.rosters.place(request)
 
     def _close_staging(self) -> None:
         """The staged step is planned: what was prefetched and did not get in is resident now."""
@@ -204,7 +210,7 @@ class Planner:
         """An even share of all requests that decode this round, in flight ones included."""
         state, slots = self._state, self._state.limits.num_slots
         staged = [r.planned for r in state.rosters.staged.values() if r.remaining == 1]
-        context = sum(staged) + sum(c.context_tokens for c in state.rosters.resident.values())
+        context = sum(staged) + state.rosters.resident_context
         count = len(staged) + len(state.rosters.resident)
         for step in state.in_flight.values():
             count += step.num_samples
@@ -225,13 +231,13 @@ class Planner:
     def _prefill_chunk(self, items: Sequence[Item], target: SlotTarget, most_tokens: int) -> int:
         """Prompt tokens for a step that already holds `items`."""
         rosters = self._state.rosters
-        left = sum(r.remaining for r in rosters.prefilling.values())
-        left += sum(r.remaining for r in rosters.staged.values() if r.remaining > 1)
         first = next(iter(rosters.prefilling.values()), None)
         if first is None or most_tokens <= 0 or not self._prefill.part.prompts:
             return 0
         if not self._prefill.part.decodes:
             return most_tokens
+        left = sum([r.remaining for r in rosters.prefilling.values()])
+        left += sum([r.remaining for r in rosters.staged.values() if r.remaining > 1])
         arrivals = NO_ARRIVALS
         if self._state.waiting:
             forecast = self._state.forecast
@@ -333,7 +339,10 @@ class Planner:
             after = max(after, ready_after)
             indices = state.load_into(request, blocks, step, ready_after)
             kv_key = request.kv_key
-            moves += [BlockMove(kv_key, *pair) for pair in zip(indices, blocks, strict=True)]
+            moves += [
+                BlockMove(kv_key, index, block)
+                for index, block in zip(indices, blocks, strict=True)
+            ]
         if moves:
             state.budget.prefetch_ordered(step, len(moves))
             allowed = min(granted, sum(c.load_blocks for c in candidates))

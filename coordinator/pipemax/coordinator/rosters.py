@@ -22,6 +22,8 @@ class Rosters:
         """On the device, and more than one token short; may have steps in flight."""
         self.staged: dict[int, Request] = {}
         """Being prefetched for a step that is not planned yet."""
+        self.resident_context = 0
+        """Context tokens of those in `resident`, together."""
         self.missing_blocks = 0
         """Blocks that those in `on_host` lack, together."""
         self.version = 0
@@ -50,10 +52,14 @@ class Rosters:
                 resident = remaining == 1 and not request.in_flight
         if on_host or key in self.on_host:
             self._place_on_host(request, on_host)
+        before = self.resident.get(key)
+        if before is not None:
+            self.resident_context -= before.context_tokens
         if resident:
             self.resident[key] = candidate_of(request)
-        else:
-            self.resident.pop(key, None)
+            self.resident_context += request.planned
+        elif before is not None:
+            del self.resident[key]
         if prefilling:
             self.prefilling[key] = request
         else:
@@ -67,7 +73,9 @@ class Rosters:
         key = request.key
         self._incomplete.discard(key)
         self._place_on_host(request, belongs=False)
-        self.resident.pop(key, None)
+        before = self.resident.pop(key, None)
+        if before is not None:
+            self.resident_context -= before.context_tokens
         self.prefilling.pop(key, None)
         self.staged.pop(key, None)
 
@@ -81,6 +89,8 @@ class Rosters:
                 raise InvariantError(f"the roster {name} is out of date")
         if fresh.missing_blocks != self.missing_blocks:
             raise InvariantError("blocks on the host are miscounted")
+        if fresh.resident_context != self.resident_context:
+            raise InvariantError("context tokens on the device are miscounted")
 
     def _place_on_host(self, request: Request, belongs: bool) -> None:
         before = self.on_host.get(request.key)
@@ -96,4 +106,10 @@ class Rosters:
 
 
 def candidate_of(request: Request) -> Candidate:
-    return Candidate(request.key, request.last_turn, request.num_missing, request.planned)
+    return _new_candidate(
+        Candidate, (request.key, request.last_turn, request.num_missing, request.planned)
+    )
+
+
+_new_candidate = tuple.__new__
+"""A few per request of every step: the constructor of a named tuple is Python and takes longer."""

@@ -215,7 +215,8 @@ class SchedulerState:
             for index, (block, state) in enumerate(zip(request.table, request.host, strict=True))
             if state == stored and block != NO_BLOCK
         ]
-        self._free_indices(request, freed)
+        if freed:
+            self._free_indices(request, freed)
         return len(freed)
 
     def block_stored(self, kv_key: int, index: int) -> None:

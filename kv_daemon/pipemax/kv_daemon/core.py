@@ -9,6 +9,7 @@ copy starts the next one and may complete a Store (Stored), a Prefetch (Loaded) 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, count, groupby
+from operator import attrgetter
 
 from pipemax.kv_daemon import invariants
 from pipemax.kv_daemon.events import (
@@ -266,8 +267,8 @@ class KvCore:
         self._place_waiting()
 
     def _checked(self, moves: Sequence[BlockMove]) -> Sequence[BlockMove]:
-        num_blocks = min(stage.num_blocks for stage in self.stages)
-        beyond = max([move.device_block for move in moves], default=-1)
+        num_blocks = min([stage.num_blocks for stage in self.stages])
+        beyond = max(map(_device_block, moves), default=-1)
         if beyond >= num_blocks:
             raise ContradictionError(f"device block {beyond} of {num_blocks} was named")
         return moves
@@ -369,8 +370,8 @@ _new_move = tuple.__new__
 """Hundreds of blocks per prefetch: the constructor of a named tuple is Python and takes longer."""
 
 
-def _places(move: Move) -> tuple[int, int]:
-    return move[0].host_id, move[1]
+_places = attrgetter("block.host_id", "device_block")
+_device_block = attrgetter("device_block")
 
 
 def _fields(move: BlockMove) -> tuple[int, int, int]:

@@ -80,13 +80,14 @@ class StageLink:
             return
         self.computed = step
         for direction, lane in self.lanes.items():
-            lane.open_gates(step)
-            self.pump(direction)
+            if lane.gated and lane.gated[0][0] <= step:
+                lane.open_gates(step)
+                self.pump(direction)
 
     def pump(self, direction: Direction) -> None:
         """Starts the most urgent pieces as long as another copy may be under way."""
         lane = self.lanes[direction]
-        if not self.attached:
+        if not lane.ready or not self.attached:
             return
         limit = max(1, self._piece_bytes // self.block_bytes)
         while len(lane.running) < self._depth and (job := lane.first()) is not None:
@@ -109,7 +110,7 @@ class StageLink:
         """Each block once per copy under way that touches it."""
         for lane in self.lanes.values():
             for copy in lane.running:
-                yield from (move.block for move in copy.moves)
+                yield from [move.block for move in copy.moves]
 
     def resume_loads(self, block: HostBlock) -> None:
         """`block` is stored on this stage: loads that waited for that may start."""
