@@ -39,7 +39,7 @@ WINDOW = 5
 """Requests on each side of the boundary that a round of refinement looks at."""
 MOVED_AT_ONCE = 3
 """Requests of a kind that one move drops at most, and that it adds at most."""
-MAX_ROUNDS = 8
+MAX_ROUNDS = 4
 """Rounds of refinement at most."""
 ROUNDS_IN_VAIN = 2
 """Windows without a move that helps, after which a further one is not looked at."""
@@ -56,12 +56,13 @@ _GROUPS = [
 ]
 """By number of requests: every group of up to MOVED_AT_ONCE of them, nobody first."""
 _MEMBERS = [
-    np.array([[i in group for i in range(of)] for group in groups], np.int64).reshape(
-        len(groups), of
+    np.array([[i in group for group in groups] for i in range(of)], np.int64).reshape(
+        of, len(groups)
     )
     for of, groups in enumerate(_GROUPS)
 ]
-"""The same as matrices, [group, request]: 1 for who is in it."""
+"""The same as matrices, [request, group]: 1 for who is in it."""
+_ZERO = np.zeros(1, np.int64)
 
 
 class Candidate(NamedTuple):
@@ -297,13 +298,12 @@ class _Moves:
 
     def __init__(self, pool: _Pool, window: int) -> None:
         self._movable, self._left = pool.window(window)
-        numbers = np.array([(1, c.load_blocks, c.context_tokens) for c in self._left], np.int64)
-        added = _MEMBERS[len(self._left)] @ numbers.reshape(-1, 3)
-        numbers = np.array([(1, c.load_blocks, c.context_tokens) for c in self._movable], np.int64)
-        dropped = _MEMBERS[len(self._movable)] @ numbers.reshape(-1, 3)
-        sums = added[None, :, :] - dropped[:, None, :]
-        self._num_adds = len(added)
-        self.requests, self.blocks, self.tokens = sums.reshape(-1, 3).T
+        self._num_adds = len(_GROUPS[len(self._left)])
+        if not self._movable and not self._left:
+            self.requests = self.blocks = self.tokens = _ZERO
+            return
+        sums = _group_sums(self._left)[:, None, :] - _group_sums(self._movable)[:, :, None]
+        self.requests, self.blocks, self.tokens = sums.reshape(3, -1)
 
     def added_s(self, cost: LinearCost) -> Floats:
         """What each move adds to the step's time."""
@@ -318,12 +318,25 @@ class _Moves:
         )
 
 
+def _group_sums(candidates: Sequence[Candidate]) -> Ints:
+    """Requests, blocks and tokens of every group of these, [3, group]."""
+    members = _MEMBERS[len(candidates)]
+    blocks = [c.load_blocks for c in candidates]
+    tokens = [c.context_tokens for c in candidates]
+    sums: Ints = np.array([[1] * len(candidates), blocks, tokens], np.int64) @ members
+    return sums
+
+
 def _closest(missing_s: Floats, most: Ints, added_s: Floats, requests: Ints) -> tuple[Floats, Ints]:
     """For each of `missing_s`, the move of at most `most` requests more whose `added_s` is closest
     to it: by how much it is off, in seconds (infinite where there is none), and its number."""
     if len(added_s) == 1:
         off_s = np.where(most >= 0, np.abs(missing_s), np.inf)
         return off_s, np.zeros(len(missing_s), np.int64)
+    if len(missing_s) == 1:
+        off_s = np.where(requests <= most[0], np.abs(added_s - missing_s[0]), np.inf)
+        found = np.array([off_s.argmin()])
+        return off_s[found], found
     best_s = np.full(len(missing_s), np.inf)
     best_move = np.zeros(len(missing_s), np.int64)
     if most.min() >= MOVED_AT_ONCE:
