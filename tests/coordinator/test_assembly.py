@@ -115,3 +115,16 @@ def test_a_second_loss_during_recovery_voids_the_first_reset(
     assert isinstance(resumed, Resumed)
     assert not resumed.device_kept
     assert not resumed.host_kept
+
+
+def test_an_answer_of_the_predecessor_is_not_taken_for_its_successors(
+    running: tuple[Assembly, list[str]],
+) -> None:
+    """The new process has said Hello and still loads."""
+    assembly, names = running
+    assembly.hello("stage-0", hello("stage-0", "2"))
+    assert assembly.reset_done("stage-0", assembly.epoch, 0) == []
+    assert not assembly.running
+    assembly.ready("stage-0", ready("stage-0"))
+    (resumed,) = answer_reset(assembly, names)
+    assert isinstance(resumed, Resumed)

@@ -91,8 +91,9 @@ class Assembly:
         return [*self._stop(), ResetAll(reset)]
 
     def reset_done(self, name: str, epoch: int, num_host_blocks: int) -> list[Action]:
-        """A process is ready for `epoch`; answers to an older Reset are ignored."""
-        if epoch != self.epoch:
+        """A process is ready for `epoch`; answers to an older Reset are ignored, and those of a
+        process that said Hello anew and is not ready yet: its predecessor gave them."""
+        if epoch != self.epoch or self.peers[name].ready is None:
             return []
         self.peers[name].reset_epoch = epoch
         if name == DAEMON:
