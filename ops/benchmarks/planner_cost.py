@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2000, help="running at a time")
     parser.add_argument("--stages", type=int, default=8)
-    parser.add_argument("--device-blocks", type=int, default=30_000)
+    parser.add_argument("--device-blocks", type=int, default=230_000)
     parser.add_argument("--host-blocks", type=int, default=200_000)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
