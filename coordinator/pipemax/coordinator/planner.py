@@ -236,7 +236,7 @@ class Planner:
             return 0
         if not self._prefill.part.decodes:
             return most_tokens
-        left = sum([r.remaining for r in rosters.prefilling.values()])
+        left = sum([len(r.tokens) - r.planned for r in rosters.prefilling.values()])
         left += sum([r.remaining for r in rosters.staged.values() if r.remaining > 1])
         arrivals = NO_ARRIVALS
         if self._state.waiting:
