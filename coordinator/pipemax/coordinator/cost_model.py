@@ -40,7 +40,7 @@ _OUTLIER = 0.1
 """A relative error beyond this pulls no harder than one of this size: something else ran too."""
 _SETTLED_STEPS = 8
 """Steps before errors are taken for outliers, and before not every step is solved for."""
-_SOLVE_EVERY = 2
+_SOLVE_EVERY = 4
 """Steps from one solution to the next: they differ little, and solving is most of the work."""
 _SCALES = (1.0, 64.0, 256.0, 2.0**14, 2.0**18)
 """Usual sizes of 1, b, P, L and A: keeps the numbers solved for alike in size."""
