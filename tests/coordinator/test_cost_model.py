@@ -140,6 +140,15 @@ def test_the_table_jumps_between_tiles_and_bends_within() -> None:
     assert 1.0 < table.factor(32) < 1.2
 
 
+def test_where_a_tile_was_seen_at_its_end_only_it_is_level() -> None:
+    """What the first visit left in the other values must not stay behind as the factor moves."""
+    table = TileTable()
+    for factor in (1.9, *[1.2] * 300):
+        table.learn(2048, factor, 1.0)
+    assert table.factor(2048) == pytest.approx(1.2, abs=0.01)
+    assert table.factor(1930) == pytest.approx(1.2, abs=0.01)
+
+
 def test_between_tiles_the_table_is_a_straight_line_and_beyond_them_level() -> None:
     table = TileTable()
     assert table.factor(5000) == 1.0

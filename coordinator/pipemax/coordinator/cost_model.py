@@ -127,6 +127,16 @@ class TileTable:
             gain = max(_KNOT_GAIN, 1.0 / (1.0 + visits[index])) * weight
             moved = factors[index] + gain * share / norm * error
             factors[index] = min(high, max(low, moved))
+        if 0.0 in visits:
+            _fill(factors, visits)
+
+
+def _fill(factors: list[float], visits: Sequence[float]) -> None:
+    """Values that were never visited are as the nearest that was, the one before first."""
+    visited = [index for index, visit in enumerate(visits) if visit]
+    for index, visit in enumerate(visits):
+        if not visit:
+            factors[index] = factors[min(visited, key=lambda i: (abs(i - index), i))]
 
 
 class StageCost:
