@@ -15,6 +15,7 @@ from pipemax.coordinator.events import Command, ToDaemon, ToStages
 from pipemax.coordinator.phases import MIXED, Prefill, Prospect
 from pipemax.coordinator.plan_message import build_step_plan
 from pipemax.coordinator.policy import Candidate, Outlook, SelectionPolicy, SlotTarget
+from pipemax.coordinator.preemption import Preemption
 from pipemax.coordinator.prefill_pacing import NO_ARRIVALS, Arrivals, EvenChunk
 from pipemax.coordinator.prospect import prospect_of
 from pipemax.coordinator.request import NO_STEP, HostState, Request
@@ -36,6 +37,7 @@ class Planner:
         self._state = state
         self._policy = policy
         self._prefill = prefill
+        self._preemption = Preemption(state)
         self._admission = Admission(state, policy, prefill)
         self._even_chunk = EvenChunk(state.limits.num_slots)
         self._commands: list[Command] = []
@@ -52,8 +54,10 @@ class Planner:
             while len(state.in_flight) < state.limits.num_slots and self._plan_step(now):
                 pass
             self._plan_prefetch(latest=state.next_step - 2)
-            if not (self._is_stuck() and self._preempt()) and not self._relieve():
+            released = self._preemption.free_blocks()
+            if released is None:
                 return self._commands
+            self._commands += released
 
     # One step
 
@@ -381,61 +385,3 @@ class Planner:
             return False
         idle = sorted(state.rosters.resident.values(), key=lambda c: (-c.last_turn, -c.key))
         return any(state.evict(state.running[c.key]) for c in idle)
-
-    # When nothing moves
-
-    def _is_stuck(self) -> bool:
-        """No event is on its way that could change anything, and there is work."""
-        state = self._state
-        coming = state.in_flight or state.releasing or state.num_storing
-        return not coming and bool(state.running or state.waiting)
-
-    def _relieve(self) -> bool:
-        """When a slot stands empty only because nobody finds a block, take those of the newest
-        idle request: waiting for somebody to finish would cost the slot's share of all throughput.
-        Returns whether anything was freed."""
-        state = self._state
-        coming = state.releasing or state.num_storing or state.staged_step != NO_STEP
-        if coming or state.blocks.num_free or not state.rosters.resident:
-            return False
-        if len(state.in_flight) == state.limits.num_slots:
-            return False
-        idle = [r for r in state.running.values() if not r.in_flight]
-        newest = max(idle, key=lambda r: r.key)
-        if newest.key == min(state.running):
-            return False
-        if self._cheaper_to_recompute(newest) or not state.evict(newest):
-            self._recompute_later(newest)
-        return True
-
-    def _preempt(self) -> bool:
-        """Make room: park an idle request on the host if that frees anything, or recompute the
-        newest one later, whichever costs less. The oldest is never preempted, so it finishes, and
-        with it everybody."""
-        state = self._state
-        requests = sorted(state.running.values(), key=lambda r: r.key)
-        if len(requests) < 2:
-            raise InvariantError("the only request left cannot run although nothing else does")
-        if not self._cheaper_to_recompute(requests[-1]):
-            for request in reversed(requests[1:]):
-                if request.staged_for == NO_STEP and state.evict(request):
-                    return True
-        self._recompute_later(requests[-1])
-        return True
-
-    def _recompute_later(self, request: Request) -> None:
-        if release := self._state.forget_kv(request):
-            self._commands.append(ToDaemon(release))
-        self._state.counters.preemptions += 1
-        self._state.put_first(request)
-
-    def _cheaper_to_recompute(self, request: Request) -> bool:
-        """Than to bring its blocks back. False while either is unknown: what is stored is kept."""
-        state = self._state
-        tokens, rate = request.planned, state.budget.blocks_per_s
-        prefill = StepFeatures(0, 0, tokens, tokens * (tokens + 1) // 2)
-        slowest = state.costs.slowest(prefill)
-        seconds = slowest.predict_anywhere(prefill) if slowest else None
-        if seconds is None or not rate or request.staged_for != NO_STEP:
-            return False
-        return seconds < len(request.table) / rate

@@ -20,6 +20,7 @@ CATALOGUE = load_catalogue()
 
 def make(*faults: str, **changes: object) -> SimulationSpec:
     spec = SimulationSpec(
+        policy="oldest-first",  # it always needs the daemon
         gpu=CATALOGUE.gpu("rtx-3090"),
         num_gpus=3,
         model=CATALOGUE.model("mixtral-8x7b"),
