@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=THREADS, help="of all stages together")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true", help="8 requests, one round")
     options = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
                     kv_cache_memory_bytes="512MiB",
                     kv_offloading_size="256MiB",
                     max_model_len=1024,
-                    threads_per_stage=max(1, THREADS // stages),
+                    threads_per_stage=max(1, options.threads // stages),
                 )
                 with running("bench-cost", engine) as live:
                     before, window = watch(live, stages, options.quick)
