@@ -15,12 +15,13 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format check clean
+.PHONY: help install demo test test-full lint format check clean
 
 help:
 	@echo "make demo    run a small model through two stages, with KV offloading"
 	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it)"
 	@echo "make lint    ruff and mypy"
+	@echo "make test-full  the whole of matrices that the suite runs a part of"
 	@echo "make check   lint, then test"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove .venv and everything generated"
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(STAMP)
+	@$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .
