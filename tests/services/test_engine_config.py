@@ -135,7 +135,10 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         ({"device": "cuda"}, "--device cuda is not implemented yet"),
         ({"device": "tpu"}, "--device tpu: choose cpu"),
         ({"dtype": "int8"}, "--dtype int8: choose auto, bfloat16, float16, float32"),
-        ({"activation_transport": "pigeon"}, "--activation-transport pigeon: choose shm, tcp"),
+        (
+            {"activation_transport": "pigeon"},
+            "--activation-transport pigeon: choose auto, ipc, shm, tcp",
+        ),
         ({"block_size": 0}, "--block-size 0: expected int >= 1"),
         ({"block_size": 257}, "--block-size 257: expected int <= 256"),
         ({"seed": -1}, "--seed -1: expected int >= 0"),

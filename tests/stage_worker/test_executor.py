@@ -29,6 +29,7 @@ class World:
         self.script: list[Callable[[], None]] = []
         self.log: list[str] = []
         self.reported: list[tuple[int, float, list[int] | None]] = []
+        self.computed_steps: list[tuple[int, int]] = []
         self.stopping = False
 
     def run(self, *script: Callable[[], None]) -> dict[str, float]:
@@ -52,9 +53,12 @@ class World:
     def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
         self.log.append(f"send {plan.step}")
 
-    def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
         self.log.append(f"report {plan.step}")
         self.reported.append((plan.step, compute_s, tokens))
+
+    def computed(self, plan: StepPlan, event: int = -1) -> None:
+        self.computed_steps.append((plan.step, event))
 
     # -- executor.StepWork
 
@@ -98,6 +102,7 @@ def test_first_stage_prepares_computes_sends_reports() -> None:
     seconds = world.run(world.plan(decode_plan(0)))
     assert world.log == ["prepare 0", "compute 0", "send 0", "report 0"]
     assert world.reported == [(0, COMPUTE_S, None)]
+    assert world.computed_steps == [(0, -1)], "the step is over when the daemon hears of it"
     assert seconds["wait_plan"] == 2 * WAIT_S
     assert seconds["prepare"] == PREPARE_S
     assert seconds["compute"] == COMPUTE_S

@@ -6,6 +6,8 @@ from pipemax.proto.messages import activations, control, ingest, kv
 from pipemax.proto.messages.types import Message, pack_i32
 
 _HANDLE = MemfdHandle(pid=4242, fd=7, inode=99, size_bytes=2**40)
+_EVENTS = (b"\1" * 64, b"\2" * 64)
+_REGION = kv.HostRegion(handle=_HANDLE, offset_bytes=2**20, num_blocks=100, block_bytes=4096)
 _MOVES = (
     control.BlockMove(request=3, index=0, device_block=17),
     control.BlockMove(request=2**40, index=300, device_block=0),
@@ -160,10 +162,21 @@ EXAMPLES: tuple[Message, ...] = (
     control.Drained(),
     control.SystemReady(epoch=2),
     control.Stop(),
-    kv.AttachPool(epoch=2, stage=1, handle=_HANDLE, num_blocks=100, block_bytes=4096),
-    kv.PoolAttached(epoch=2),
-    kv.Computed(epoch=2, step=11),
-    kv.Loaded(epoch=2, step=12),
+    kv.AttachPool(
+        epoch=2,
+        stage=1,
+        handle=_HANDLE,
+        cuda=kv.CudaPool(memory=b"\3" * 64, pci_bus_id="0000:65:00.0", computed=_EVENTS),
+        num_blocks=100,
+        block_bytes=4096,
+    ),
+    kv.PoolAttached(epoch=2, loaded=_EVENTS, region=_REGION),
+    kv.Computed(epoch=2, step=11, event=70),
+    kv.Loaded(epoch=2, step=12, copy=33),
+    kv.AskHostRegion(stage=1),
+    kv.HostRegionHere(region=_REGION),
+    kv.CopyOrder(number=33, direction="load", after=70, runs=pack_i32([5, 9, 2])),
+    kv.CopyEnded(number=33, direction="load", bytes=8192, copies=1, busy_s=0.25),
     activations.RingOffer(
         epoch=2,
         transport="shm",
@@ -172,7 +185,8 @@ EXAMPLES: tuple[Message, ...] = (
         hidden_size=4096,
         dtype="bfloat16",
         handle=_HANDLE,
+        cuda=activations.CudaRing(memory=b"\4" * 64, pci_bus_id="0000:65:00.0", written=_EVENTS),
     ),
     activations.RingAccepted(epoch=2),
-    activations.ActivationReady(epoch=2, step=11, slot=1, rows=4),
+    activations.ActivationReady(epoch=2, step=11, slot=1, rows=4, event=71),
 )

@@ -54,6 +54,8 @@ class CpuEngine:
         return self._event_fd
 
     def map_pool(self, offer: AttachPool) -> None:
+        if offer.handle is None:
+            raise PipemaxSystemError(f"stage {offer.stage} offers no pool in shared memory")
         (held_bytes,) = self.held_bytes((offer.block_bytes,))
         needed = offer.num_blocks * held_bytes
         if not 0 < needed <= offer.handle.size_bytes:

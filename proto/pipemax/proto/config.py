@@ -18,6 +18,25 @@ PortNumber = Annotated[int, Meta(ge=0, le=65535)]
 CONFIG_FILE = "config.json"
 
 
+class CudaDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How stages use GPUs."""
+
+    gpus: tuple[NotNegative, ...]
+    """Ordinal of each stage's GPU; stages may share one."""
+    block_bytes: tuple[Positive, ...]
+    """Of a KV block, by stage: the host pool is laid out, and pinned, before stages are loaded."""
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory that the stages on it may take, all together. What weights and the
+    largest step leave of it is the KV pool, unless `kv_cache_memory_bytes` is given."""
+    attention_backend: Literal["auto", "flashinfer", "triton", "reference"] = "auto"
+    """`reference` is plain torch. `auto` is FlashInfer where it is installed, else Triton."""
+    enforce_eager: bool = False
+    """True turns CUDA graphs off."""
+    kv_copies: Literal["stage", "daemon"] = "stage"
+    """Whose streams carry KV between host and device. The daemon's need a CUDA context of its own
+    on every GPU, which takes some hundred MiB of each; a stage has one anyway."""
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the processes of one system agree on.
 
@@ -34,8 +53,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Stages, one process each."""
     layer_split: tuple[Positive, ...]
     """Layers per stage, in order; its length is `pipeline_parallel_size`."""
-    device: Literal["cpu", "modelled"] = "cpu"
-    """Where stages compute. `cuda` is refused by the launcher until it is implemented."""
+    device: Literal["cpu", "cuda", "modelled"] = "cpu"
+    """Where stages compute."""
+    cuda: CudaDevice | None = None
+    """Given if, and only if, `device` is `cuda`."""
     modelled: ModelledDevice | None = None
     """Given if, and only if, `device` is `modelled`: which GPU the stages behave like. Sizes are
     then those of that GPU and its host, far beyond what this machine has."""
@@ -45,8 +66,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Longest prompt plus output of one request, tokens."""
     block_size: Annotated[int, Meta(ge=1, le=256)] = 16
     """Tokens per KV block. Larger blocks copy faster and waste more in the last one."""
-    kv_cache_memory_bytes: Positive = 256 * 2**20
-    """Device KV pool per stage."""
+    kv_cache_memory_bytes: Positive | None = 256 * 2**20
+    """Device KV pool per stage. None, on CUDA only: what `gpu_memory_utilization` leaves."""
     kv_offloading_bytes: NotNegative = 1024 * 2**20
     """Host KV pool for all stages together (`--kv-offloading-size`). 0 turns offloading off:
     requests that no longer fit are then recomputed."""
@@ -65,9 +86,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     alternates between steps of prompts only and steps that only decode."""
     seed: NotNegative = 0
     """Seeds the sampling of requests that bring no seed of their own."""
-    activation_transport: Literal["shm", "tcp"] = "shm"
-    """How activations travel between stages: a shared-memory ring, or TCP frames (CURVE-encrypted,
-    for stages on different hosts)."""
+    activation_transport: Literal["auto", "ipc", "shm", "tcp"] = "auto"
+    """How activations travel between stages: a ring on the GPU (`ipc`), one in shared memory, or
+    TCP frames (CURVE-encrypted, for stages on different hosts). `auto`, for each pair of stages:
+    `ipc` where both compute on one GPU or on two that read each other's memory, else `shm`."""
     activation_host: str = "127.0.0.1"
     """Address at which stages listen for activations over TCP."""
     warm_up_s: Annotated[float, Meta(ge=0, le=600)] = 1.0
@@ -96,6 +118,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return None if self.modelled is None else self.block_size * KV_TOKEN_BYTES
 
     @property
+    def pool_bytes(self) -> int:
+        """`kv_cache_memory_bytes` where it was given, as it is on every device but CUDA."""
+        assert self.kv_cache_memory_bytes is not None
+        return self.kv_cache_memory_bytes
+
+    @property
     def held_host_bytes(self) -> int:
         """The same for the whole host pool."""
         if self.modelled is None or self.held_block_bytes is None:
@@ -107,6 +135,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if (self.device == "modelled") != (self.modelled is not None):
             raise ValueError("`modelled` goes with device `modelled`, and only with that")
+        if (self.device == "cuda") != (self.cuda is not None):
+            raise ValueError("`cuda` goes with device `cuda`, and only with that")
+        if self.kv_cache_memory_bytes is None and self.cuda is None:
+            raise ValueError("`kv_cache_memory_bytes` may be left open on device `cuda` only")
+        if self.activation_transport == "ipc" and self.cuda is None:
+            raise ValueError("`activation_transport` `ipc` goes with device `cuda`")
+        if self.cuda is not None:
+            for name in ("gpus", "block_bytes"):
+                if len(getattr(self.cuda, name)) != self.pipeline_parallel_size:
+                    raise ValueError(f"`cuda.{name}` must have one entry for each stage")
 
 
 def save_config(config: EngineConfig, run_dir: Path) -> None:

@@ -47,14 +47,14 @@ def max_model_len(
     """
     if asked is not None and limit is not None and asked > limit:
         raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
-    blocks = config.kv_cache_memory_bytes // block_bytes
+    blocks = config.pool_bytes // block_bytes
     fitting = (blocks - SPARE_BLOCKS) * config.block_size
     wanted = asked if asked is not None else 1
     if wanted > fitting:
         needed = (blocks_for(wanted, config.block_size) + SPARE_BLOCKS) * block_bytes
         what = "" if asked is None else f"for --max-model-len {asked} "
         raise ConfigError(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} is too small: one request "
+            f"--kv-cache-memory-bytes {config.pool_bytes} is too small: one request "
             f"{what}needs {needed} bytes ({format_size(needed)}) on each stage"
         )
     if asked is not None:

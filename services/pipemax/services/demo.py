@@ -134,7 +134,7 @@ def _run(files: _Files, sizes: _Sizes) -> tuple[BatchReport, Status]:
     config = build_config(_options(files, sizes), own_name(_PURPOSE))
     typer.echo(
         f"working set {sizes.working_set_blocks} KV blocks, device pool a third of it: "
-        f"{format_size(config.kv_cache_memory_bytes)} on each of {_NUM_STAGES} stages, "
+        f"{format_size(config.pool_bytes)} on each of {_NUM_STAGES} stages, "
         f"host pool {format_size(config.kv_offloading_bytes)}"
     )
     with (

@@ -143,7 +143,7 @@ def largest_block_bytes(config: EngineConfig, split: tuple[int, ...], info: Mode
 
 def _check_memory(config: EngineConfig, info: ModelInfo) -> None:
     """Pools are filled with pages at once: what cannot fit would end in the kernel's killer."""
-    device = config.kv_cache_memory_bytes * config.pipeline_parallel_size
+    device = config.pool_bytes * config.pipeline_parallel_size
     needed = device + config.kv_offloading_bytes + info.weights_bytes
     there = memory_bytes()
     if needed > there:

@@ -90,12 +90,12 @@ def _device_bytes(
     left_bytes = int(min(StageModel(gpu, shape, layers).kv_bytes for layers in set(split)))
     if options.kv_cache_memory_bytes is None:
         return left_bytes
-    if config.kv_cache_memory_bytes > left_bytes:
+    if config.pool_bytes > left_bytes:
         raise ConfigError(
-            f"--kv-cache-memory-bytes {format_size(config.kv_cache_memory_bytes)}: beside the "
+            f"--kv-cache-memory-bytes {format_size(config.pool_bytes)}: beside the "
             f"weights {gpu.name} has {format_size(left_bytes)} left"
         )
-    return config.kv_cache_memory_bytes
+    return config.pool_bytes
 
 
 def _check_memory(config: EngineConfig) -> None:
@@ -104,7 +104,7 @@ def _check_memory(config: EngineConfig) -> None:
     needed = config.held_host_bytes
     for layers in config.layer_split:
         block_bytes = config.modelled.block_bytes(layers, config.block_size)
-        num_blocks = config.kv_cache_memory_bytes // block_bytes
+        num_blocks = config.pool_bytes // block_bytes
         needed += num_blocks * config.block_size * KV_TOKEN_BYTES
     there = memory_bytes()
     if needed > there:

@@ -4,21 +4,27 @@
 neither: a stage that only models its GPU starts without torch, fast and small.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, InvariantError
-from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import SweepSample
 from pipemax.proto.sizes import format_size
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
-from pipemax.stage_worker.executor import StepWork
+from pipemax.stage_worker.executor import Links
+from pipemax.stage_worker.kv_end import KvEnd
 from pipemax.stage_worker.state_clock import StateClock
+from pipemax.stage_worker.step_queue import StepQueue
 
 
 class WrongKvError(InvariantError):
     """A block that a step was to read holds something else, says an engine that can tell. Computing
     on would give wrong tokens, and a fresh start would hide who brought the block there."""
+
+
+class WorkLoop(Protocol):
+    def run(self) -> None:
+        """Runs steps until told to stop; whatever a step raises ends the loop."""
 
 
 class StageEngine(Protocol):
@@ -40,7 +46,7 @@ class StageEngine(Protocol):
         """What moving one block costs the stage's link."""
 
     @property
-    def pool_handle(self) -> MemfdHandle:
+    def kv(self) -> KvEnd:
         """The KV pool, for the daemon."""
 
     @property
@@ -53,8 +59,8 @@ class StageEngine(Protocol):
     def sweep(self, limit_s: float) -> tuple[SweepSample, ...]:
         """The warm-up sweep; 0 makes none. Only before the first step."""
 
-    def step_work(self, clock: StateClock) -> StepWork[Any]:
-        """What runs the steps. `clock` is the stage's."""
+    def work_loop(self, queue: StepQueue, links: Links, clock: StateClock) -> WorkLoop:
+        """What runs the steps of `queue`. `clock` is the stage's."""
 
     def close(self) -> None: ...
 

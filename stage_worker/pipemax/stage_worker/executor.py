@@ -56,8 +56,14 @@ class Links(Protocol):
     def send_rows(self, plan: StepPlan, rows: Rows) -> None:
         """To the next stage."""
 
-    def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
-        """To the daemon and the coordinator."""
+    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+        """To the coordinator: the step is over."""
+
+    def computed(self, plan: StepPlan, event: int = -1) -> None:
+        """To the daemon: see the message of this name."""
+
+    def listen(self, fd: int, handler: Callable[[], None]) -> None:
+        """From now on `pump` calls `handler` whenever `fd` is readable."""
 
 
 class _StepAbortedError(Exception):
@@ -121,10 +127,11 @@ class Executor(Generic[Batch]):
         return result, waited_s if result.compute_s is None else result.compute_s
 
     def _send(self, plan: StepPlan, result: StepResult, compute_s: float) -> None:
-        """Activations first: the next stage waits for them."""
+        """Activations first: the next stage waits for them. Then the tokens: the next plan does."""
         if result.rows is not None:
             self._links.send_rows(plan, result.rows)
-        self._links.report(plan, compute_s, result.tokens)
+        self._links.step_done(plan, compute_s, result.tokens)
+        self._links.computed(plan)
         self._queue.finish(plan)
 
     def _wait(self, state: State, waiting: Callable[[], bool], epoch: int) -> None:

@@ -22,7 +22,6 @@ from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
 from pipemax.stage_worker.channels.connect import Context, Neighbours, open_neighbours
 from pipemax.stage_worker.engine import StageEngine, WrongKvError, open_engine
-from pipemax.stage_worker.executor import Executor
 from pipemax.stage_worker.shell import Peer, StageShell
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
@@ -68,14 +67,14 @@ def body(run_dir: Path, index: int) -> None:
             Peer(context, run_dir, KV, index),
             hello=hello,
             ready=_ready(index, stage, samples),
-            pool=stage.engine.pool_handle,
+            pool=stage.engine.kv,
             neighbours=stage.neighbours,
             queue=queue,
             clock=clock,
         )
         on_stop_signals(shell.stop)
         gc.freeze()  # what was loaded stays; collections look at steps only
-        Executor(queue, stage.engine.step_work(clock), shell, clock).run()
+        stage.engine.work_loop(queue, shell, clock).run()
 
 
 def _hello(index: int) -> Hello:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import zmq
 
-from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import (
     Beat,
     Hello,
@@ -20,7 +19,7 @@ from pipemax.proto.messages.control import (
     Stop,
     Welcome,
 )
-from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+from pipemax.proto.messages.kv import AttachPool, Computed, CopyOrder, Loaded, PoolAttached
 from pipemax.proto.messages.registry import Channel
 from pipemax.proto.messages.types import Message, pack_i32
 from pipemax.proto.rundir import socket_endpoint
@@ -28,6 +27,7 @@ from pipemax.proto.sockets import connect_dealer, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 from pipemax.stage_worker.channels.connect import Context, Neighbours
 from pipemax.stage_worker.channels.ring import Rows
+from pipemax.stage_worker.kv_end import KvEnd
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
@@ -84,7 +84,7 @@ class StageShell:
         *,
         hello: Hello,
         ready: StageReady,
-        pool: MemfdHandle,
+        pool: KvEnd,
         neighbours: Neighbours,
         queue: StepQueue,
         clock: StateClock,
@@ -98,7 +98,6 @@ class StageShell:
         self._queue = queue
         self._clock = clock
         self._instance_id: str | None = None
-        self._pool_attached = False
         self._reset_done = True
         self._stopping = False
         self._next_tick_s = time.monotonic() + TICK_S
@@ -119,8 +118,11 @@ class StageShell:
         for source, handler in sources:
             self._poller.register(source, zmq.POLLIN)
             self._handlers[source] = handler
+        pool_fd = self._pool.fileno()
+        if pool_fd is not None:
+            self.listen(pool_fd, self._tell_ended_copies)
 
-    # -- what the executor sees
+    # -- what the executor sees (see `executor.Links`)
 
     @property
     def stopping(self) -> bool:
@@ -139,7 +141,11 @@ class StageShell:
         assert self._neighbours.next is not None
         self._neighbours.next.send(plan.epoch, plan.step, plan.slot, rows)
 
-    def report(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def listen(self, fd: int, handler: Callable[[], None]) -> None:
+        self._poller.register(fd, zmq.POLLIN)
+        self._handlers[fd] = handler
+
+    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
         done = StepDone(
             epoch=plan.epoch,
             step=plan.step,
@@ -148,8 +154,10 @@ class StageShell:
             state_seconds=self._clock.seconds(),
             tokens=None if tokens is None else pack_i32(tokens),
         )
-        self._control.send(done)  # first: with the tokens, the next plan waits for it
-        self._kv.send(Computed(epoch=plan.epoch, step=plan.step))
+        self._control.send(done)
+
+    def computed(self, plan: StepPlan, event: int = -1) -> None:
+        self._kv.send(Computed(epoch=plan.epoch, step=plan.step, event=event))
 
     # -- from outside the work loop
 
@@ -173,9 +181,15 @@ class StageShell:
     def _on_kv(self) -> None:
         while (message := self._kv.receive()) is not None:
             if isinstance(message, Loaded):
-                self._queue.add_loaded(message.epoch, message.step)
+                self._queue.add_loaded(message.epoch, message.step, message.copy)
+            elif isinstance(message, CopyOrder):
+                self._pool.order(message)
             elif isinstance(message, PoolAttached) and message.epoch == self._queue.epoch:
-                self._pool_attached = True
+                self._pool.attach(message)
+
+    def _tell_ended_copies(self) -> None:
+        for ended in self._pool.ended():
+            self._kv.send(ended)
 
     def _on_activations(self) -> None:
         assert self._neighbours.previous is not None
@@ -204,22 +218,24 @@ class StageShell:
 
     def _reset_to(self, epoch: int) -> None:
         self._queue.reset(epoch)
-        self._pool_attached = False
+        self._pool.detach()
         self._neighbours.reset(epoch)
 
     def _attach_pool(self) -> None:
+        offer = self._pool.offer()
         self._kv.send(
             AttachPool(
                 epoch=self._queue.epoch,
                 stage=self._ready.stage,
-                handle=self._pool,
+                handle=offer.handle,
+                cuda=offer.cuda,
                 num_blocks=self._ready.num_blocks,
                 block_bytes=self._ready.block_bytes,
             )
         )
 
     def _finish_reset(self) -> None:
-        if not self._reset_done and self._pool_attached and self._neighbours.agreed:
+        if not self._reset_done and self._pool.attached and self._neighbours.agreed:
             self._reset_done = True
             self._control.send(ResetDone(epoch=self._queue.epoch))
 
@@ -230,6 +246,6 @@ class StageShell:
         self._control.send(Beat(state_seconds=self._clock.seconds()))
         if self._reset_done:
             return
-        if not self._pool_attached:
+        if not self._pool.attached:
             self._attach_pool()
         self._neighbours.offer()

@@ -25,7 +25,7 @@ class StepQueue:
         self._plans: deque[StepPlan] = deque()
         self._last_step = -1
         self._rows: dict[int, Rows] = {}
-        self._loaded: set[int] = set()
+        self._loaded: dict[int, int] = {}
 
     def reset(self, epoch: int) -> None:
         """Forgets everything; from now on only messages of `epoch` count."""
@@ -49,9 +49,10 @@ class StepQueue:
         if epoch == self.epoch:
             self._rows[step] = rows
 
-    def add_loaded(self, epoch: int, step: int) -> None:
+    def add_loaded(self, epoch: int, step: int, copy: int = -1) -> None:
+        """`copy`: see Loaded."""
         if epoch == self.epoch:
-            self._loaded.add(step)
+            self._loaded[step] = copy
 
     @property
     def next_plan(self) -> StepPlan | None:
@@ -68,6 +69,11 @@ class StepQueue:
         if plan.wait_for_load and plan.step not in self._loaded:
             return "wait_kv"
         return None
+
+    def last_load(self, plan: StepPlan) -> int:
+        """Number of the copy behind which a plan that misses nothing may be computed; -1: at once.
+        See Loaded."""
+        return self._loaded[plan.step] if plan.wait_for_load else -1
 
     def rows(self, plan: StepPlan) -> Rows | None:
         """The activations of a plan that misses nothing, `[rows, hidden]`; None on stage 0.
@@ -87,4 +93,4 @@ class StepQueue:
         """Forgets the first plan, which was computed."""
         self._plans.popleft()
         self._rows.pop(plan.step, None)
-        self._loaded.discard(plan.step)
+        self._loaded.pop(plan.step, None)

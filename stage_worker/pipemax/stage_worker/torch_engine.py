@@ -6,15 +6,17 @@ from pathlib import Path
 import torch
 
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.devices.registry import open_device
 from pipemax.stage_worker.dtypes import dtype_name
-from pipemax.stage_worker.engine import pool_blocks
+from pipemax.stage_worker.engine import WorkLoop, pool_blocks
+from pipemax.stage_worker.executor import Executor, Links
+from pipemax.stage_worker.kv_end import KvEnd, MappedPool
 from pipemax.stage_worker.model.load import load_stage_model
 from pipemax.stage_worker.model_step import ModelStep
 from pipemax.stage_worker.state_clock import StateClock
+from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits, sweep
 
 
@@ -34,10 +36,11 @@ class TorchEngine:
         )
         geometry = self._model.geometry
         self.num_blocks = pool_blocks(
-            geometry.block_bytes, geometry.block_size, config.kv_cache_memory_bytes, stage
+            geometry.block_bytes, geometry.block_size, config.pool_bytes, stage
         )
         self._pool = self._device.allocate_pool(geometry, self.num_blocks)
         self._model.bind_pool(self._pool.tensor)
+        self._kv = MappedPool(self._pool.handle)
         self._model.warm_up()
         self._work = ModelStep(self._model, self._device, self.num_blocks)
 
@@ -54,8 +57,8 @@ class TorchEngine:
         return self._model.geometry.block_bytes
 
     @property
-    def pool_handle(self) -> MemfdHandle:
-        return self._pool.handle
+    def kv(self) -> KvEnd:
+        return self._kv
 
     @property
     def ring_shape(self) -> RingShape:
@@ -80,8 +83,8 @@ class TorchEngine:
 
         return sweep(self._work, limits, model.vocab_size, rows, limit_s, time.perf_counter)
 
-    def step_work(self, clock: StateClock) -> ModelStep:
-        return self._work
+    def work_loop(self, queue: StepQueue, links: Links, clock: StateClock) -> WorkLoop:
+        return Executor(queue, self._work, links, clock)
 
     def close(self) -> None:
         self._pool.close()

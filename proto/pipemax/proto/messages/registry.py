@@ -71,9 +71,9 @@ KV = Channel(
     name="kv",
     binder="KV daemon",
     peers="stage workers",
-    max_message_bytes=64 * 2**10,
-    to_binder=(kv.AttachPool, kv.Computed),
-    to_peer=(kv.PoolAttached, kv.Loaded),
+    max_message_bytes=256 * 2**10,  # a copy order names its runs
+    to_binder=(kv.AttachPool, kv.Computed, kv.AskHostRegion, kv.CopyEnded),
+    to_peer=(kv.PoolAttached, kv.Loaded, kv.HostRegionHere, kv.CopyOrder),
 )
 ACTIVATIONS = Channel(
     name="act",

@@ -4,10 +4,11 @@ from msgspec.structs import replace
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
-from pipemax.stage_worker.engine import pool_blocks
+from pipemax.stage_worker.engine import WorkLoop, pool_blocks
+from pipemax.stage_worker.executor import Executor, Links
+from pipemax.stage_worker.kv_end import KvEnd, MappedPool
 from pipemax.stage_worker.modelled.kv import ModelledPool
 from pipemax.stage_worker.modelled.loads import modelled_sweep
 from pipemax.stage_worker.modelled.pace import Pace
@@ -15,6 +16,7 @@ from pipemax.stage_worker.modelled.ring import ROW_NUMBERS, ModelledRingMemory
 from pipemax.stage_worker.modelled.roofline import StageModel
 from pipemax.stage_worker.modelled.step import ModelledStep
 from pipemax.stage_worker.state_clock import StateClock
+from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits
 
 
@@ -31,10 +33,9 @@ class ModelledEngine:
         self.layers = (first, first + config.layer_split[stage])
         self._model = StageModel(self._device.gpu, self._device.shape, config.layer_split[stage])
         self.block_bytes = self._device.block_bytes(config.layer_split[stage], config.block_size)
-        self.num_blocks = pool_blocks(
-            self.block_bytes, config.block_size, config.kv_cache_memory_bytes, stage
-        )
+        self.num_blocks = pool_blocks(self.block_bytes, config.block_size, config.pool_bytes, stage)
         self._pool = ModelledPool(self.num_blocks, config.block_size, self.layers)
+        self._kv = MappedPool(self._pool.memory.handle)
         self._ring_memory = ModelledRingMemory()
 
     @property
@@ -43,8 +44,8 @@ class ModelledEngine:
         return round(self._model.weights_bytes)
 
     @property
-    def pool_handle(self) -> MemfdHandle:
-        return self._pool.memory.handle
+    def kv(self) -> KvEnd:
+        return self._kv
 
     @property
     def ring_shape(self) -> RingShape:
@@ -70,8 +71,8 @@ class ModelledEngine:
             for sample in modelled_sweep(self._model, limits)
         )
 
-    def step_work(self, clock: StateClock) -> ModelledStep:
-        return ModelledStep(
+    def work_loop(self, queue: StepQueue, links: Links, clock: StateClock) -> WorkLoop:
+        work = ModelledStep(
             self._stage,
             self._model,
             self._pool,
@@ -80,6 +81,7 @@ class ModelledEngine:
             vocab_size=self._device.vocab_size,
             time_scale=self._device.time_scale,
         )
+        return Executor(queue, work, links, clock)
 
     def close(self) -> None:
         self._pool.close()
