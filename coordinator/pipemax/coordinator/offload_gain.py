@@ -26,6 +26,7 @@ _FIRST_SHARE = 0.25
 """Of the device pool, before the link was measured: enough to measure it."""
 
 _ITERATIONS = 4
+"""Rounds towards the fixed point, from the batch that fits without offloading."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,28 @@ class SelectionPolicy(Protocol):
         ...
 
 
-class _Plain:
-    """Even chunks of prompts, and all host memory in use."""
+class _InOrder:
+    """Takes requests in an order of its own: to prefetch, as long as there is room; beside those,
+    an even count. Even chunks of prompts, and all host memory in use."""
+
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """First come those to be served first."""
+        raise NotImplementedError
+
+    def choose_prefetch(
+        self,
+        candidates: Sequence[Candidate],
+        budget_blocks: int,
+        free_blocks: int,
+        outlook: Outlook = NO_OUTLOOK,
+    ) -> list[int]:
+        return _while_room(self.order(candidates), min(budget_blocks, free_blocks))
+
+    def choose_residents(
+        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
+    ) -> list[int]:
+        places = max(0, target.requests - len(chosen))
+        return [candidate.key for candidate in self.order(candidates)[:places]]
 
     def prefill_tokens(
         self, costs: PipelineCost, decode: StepFeatures, share: StepFeatures, most_tokens: int
@@ -111,45 +131,23 @@ class _Plain:
         return _NO_LIMIT
 
 
-class OldestFirst(_Plain):
+class OldestFirst(_InOrder):
     """Fills the prefetch budget with those who waited longest, then evens out request counts.
 
     Nobody starves: the one who waited longest is never passed over for a later one that happens to
     be smaller.
     """
 
-    def choose_prefetch(
-        self,
-        candidates: Sequence[Candidate],
-        budget_blocks: int,
-        free_blocks: int,
-        outlook: Outlook = NO_OUTLOOK,
-    ) -> list[int]:
-        return _while_room(by_wait(candidates), min(budget_blocks, free_blocks))
-
-    def choose_residents(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
-    ) -> list[int]:
-        return _even_count(by_wait(candidates), chosen, target)
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        return by_wait(candidates)
 
 
-class FirstComeFirstServed(_Plain):
+class FirstComeFirstServed(_InOrder):
     """In order of arrival, without looking at who waited. Nobody starves: the first to come is
     always served, so it finishes, and then the next one is first."""
 
-    def choose_prefetch(
-        self,
-        candidates: Sequence[Candidate],
-        budget_blocks: int,
-        free_blocks: int,
-        outlook: Outlook = NO_OUTLOOK,
-    ) -> list[int]:
-        return _while_room(_by_arrival(candidates), min(budget_blocks, free_blocks))
-
-    def choose_residents(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
-    ) -> list[int]:
-        return _even_count(_by_arrival(candidates), chosen, target)
+    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        return sorted(candidates, key=lambda c: c.key)
 
 
 class CountBalanced(OldestFirst):
@@ -303,10 +301,6 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _by_arrival(candidates: Iterable[Candidate]) -> list[Candidate]:
-    return sorted(candidates, key=lambda c: c.key)
-
-
 def _while_room(ordered: Iterable[Candidate], room: int) -> list[int]:
     """The first ones, up to the first that does not fit."""
     chosen: list[int] = []
@@ -316,13 +310,6 @@ def _while_room(ordered: Iterable[Candidate], room: int) -> list[int]:
         room -= candidate.load_blocks
         chosen.append(candidate.key)
     return chosen
-
-
-def _even_count(
-    ordered: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
-) -> list[int]:
-    places = max(0, target.requests - len(chosen))
-    return [candidate.key for candidate in ordered[:places]]
 
 
 def _cost_and_time(
