@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from live_system import Lengths
 
-from pipemax.coordinator.cost_model import TILE_ROWS, StageCost, StepFeatures
+from pipemax.coordinator.cost_model import StageCost, StepFeatures
+from pipemax.coordinator.tile_table import TILE_ROWS
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.ingest import Status

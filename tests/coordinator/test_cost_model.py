@@ -8,15 +8,14 @@ from hypothesis import strategies as st
 
 from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.cost_model import (
-    TILE_ROWS,
     PipelineCost,
     StageCost,
     StepFeatures,
-    TileTable,
     solve_symmetric,
 )
 from pipemax.coordinator.events import Resumed
 from pipemax.coordinator.state import SchedulerLimits
+from pipemax.coordinator.tile_table import TILE_ROWS, TileTable
 from pipemax.proto.messages.control import SweepSample
 
 L20_MS = {
