@@ -29,14 +29,8 @@ from pipemax.services.simulator.engine import NS, EventLoop, to_ns
 from pipemax.services.simulator.faults import DAEMON_INDEX
 from pipemax.services.simulator.injection import begin as begin_fault
 from pipemax.services.simulator.links import Lane, make_links
-from pipemax.services.simulator.records import (
-    Interval,
-    Result,
-    Sample,
-    StageFigures,
-    StateRecord,
-    Timeline,
-)
+from pipemax.services.simulator.recorder import Recorder
+from pipemax.services.simulator.records import Interval, Result, StateRecord
 from pipemax.services.simulator.spec import SimulationSpec
 from pipemax.services.simulator.stage import ModelledStage, PlannedStep
 from pipemax.stage_worker.modelled.loads import modelled_sweep
@@ -61,10 +55,9 @@ class World:
         and then."""
         self.spec = spec
         self.loop = EventLoop()
-        self.intervals: list[Interval] = []
+        intervals: list[Interval] = []
         self._draw = random.Random(f"jitter {spec.seed}")
         self._check_every = check_every
-        self._on_progress = on_progress
         self._coordinator_events = 0
         self._message_ns = to_ns(spec.timing.message_s)
         self._hop_ns = to_ns(spec.timing.hop_s)
@@ -90,16 +83,16 @@ class World:
         shared = SharedCores(self.loop, cores) if cores else None
         self.stages = [
             ModelledStage(
-                index, costs, self.loop, StateRecord(index, window, self.intervals), self, shared
+                index, costs, self.loop, StateRecord(index, window, intervals), self, shared
             )
             for index, costs in enumerate(spec.costs)
         ]
         self.muted: set[int] = set()
         self.repeating: set[int] = set()
         self._disk = Lane()
-        self._timeline = Timeline(0.25)
-        self._steady_from: tuple[int, int, list[dict[str, int]]] | None = None
-        self._steady_to: tuple[int, int, list[dict[str, int]]] | None = None
+        self._recorder = Recorder(
+            spec, self.loop, self.coordinator, self.stages, links, intervals, on_progress
+        )
 
     def run(self) -> Result:
         """Until all requests have finished or the horizon is reached. Raises InvariantError when
@@ -111,14 +104,13 @@ class World:
         self.start_daemon()
         for fault in spec.faults:
             self.loop.at(to_ns(fault.at_s), begin_fault, self, fault)
-        self.loop.at(to_ns(spec.warm_up_s), self._begin_steady)
-        self._sample()
+        self._recorder.start()
         total = math.ceil(spec.stop_when_finished * len(self._lengths))
         outputs = self.coordinator.outputs
         self.loop.run(to_ns(spec.horizon_s), lambda: len(outputs) >= total)
         if self.loop.now_ns < to_ns(spec.horizon_s) and len(outputs) < total:
             raise InvariantError(f"nothing happens, and {total - len(outputs)} requests wait")
-        return self._result()
+        return self._recorder.result()
 
     # What stages say
 
@@ -334,101 +326,12 @@ class World:
         )
         self.loop.after(self._message_ns, self.coordinator.hello, name, hello)
 
-    # Records
-
     def _after_event(self) -> None:
-        scheduler = self.coordinator.scheduler
         self._coordinator_events += 1
         if self._check_every and self._coordinator_events % self._check_every == 0:
-            scheduler.check_invariants()
+            self.coordinator.scheduler.check_invariants()
             self.daemon.core.check_invariants()
-        if self._steady_from and not self._steady_to and not scheduler.state.waiting:
-            self._steady_to = self._steady_mark()
-
-    def _begin_steady(self) -> None:
-        if self.coordinator.scheduler.state.waiting:
-            self._steady_from = self._steady_mark()
-
-    def _steady_mark(self) -> tuple[int, int, list[dict[str, int]]]:
-        now_ns = self.loop.now_ns
-        for stage in self.stages:
-            stage.record.switch(stage.record.state, now_ns)
-        states = [dict(stage.record.spent_ns) for stage in self.stages]
-        tokens = self.coordinator.scheduler.state.counters.generation_tokens
-        return now_ns, tokens, states
-
-    def _sample(self) -> None:
-        state = self.coordinator.scheduler.state
-        size = self.spec.block_size
-        held = state.blocks.num_blocks - state.blocks.num_free
-        self._timeline.add(
-            Sample(
-                self.loop.now,
-                held * size,
-                state.host_used * size,
-                len(state.running),
-                len(state.waiting),
-                state.counters.generation_tokens,
-                state.counters.prompt_tokens,
-            )
-        )
-        if self._on_progress is not None:
-            self._on_progress(self.loop.now, len(self.coordinator.outputs))
-        if not self.loop.is_idle:
-            self.loop.after(to_ns(self._timeline.every_s), self._sample)
-
-    def _result(self) -> Result:
-        spec = self.spec
-        counters = self.coordinator.scheduler.state.counters
-        end = self._steady_mark()
-        steady_s, steady_tokens = 0.0, 0
-        steady_states: list[dict[str, float]] = []
-        if self._steady_from:
-            since, until = self._steady_from, self._steady_to or end
-            steady_s = (until[0] - since[0]) / NS
-            steady_tokens = until[1] - since[1]
-            steady_states = [
-                {state: (after[state] - before[state]) / NS for state in after}
-                for before, after in zip(since[2], until[2], strict=True)
-            ]
-        return Result(
-            simulated_s=self.loop.now,
-            num_events=self.loop.num_events,
-            num_requests=len(self._lengths),
-            finished=len(self.coordinator.outputs),
-            steps=counters.steps,
-            prompt_tokens=counters.prompt_tokens,
-            generation_tokens=counters.generation_tokens,
-            recomputed_tokens=counters.recomputed_tokens,
-            preemptions=counters.preemptions,
-            prefetched_tokens=counters.prefetched_tokens,
-            context_tokens=counters.context_tokens,
-            late_prefetches=counters.late_prefetches,
-            num_device_blocks=spec.num_device_blocks,
-            num_host_blocks=spec.num_host_blocks,
-            block_size=spec.block_size,
-            stages=[self._figures(index) for index in range(spec.num_gpus)],
-            start_s=min(self.loop.now_ns, self.coordinator.first_ready_ns or self.loop.now_ns) / NS,
-            steady_s=steady_s,
-            steady_generation_tokens=steady_tokens,
-            steady_state_s=steady_states,
-            timeline=self._timeline.samples,
-            intervals=self.intervals,
-            outputs=dict(self.coordinator.outputs),
-            finished_at_s=self.coordinator.finished_at_s,
-        )
-
-    def _figures(self, index: int) -> StageFigures:
-        load_bytes, load_ns, _ = self.links[index].totals["load"]
-        store_bytes, store_ns, _ = self.links[index].totals["store"]
-        spent = self.stages[index].record.spent_ns
-        return StageFigures(
-            {state: ns / NS for state, ns in spent.items()},
-            load_bytes,
-            store_bytes,
-            load_ns / NS,
-            store_ns / NS,
-        )
+        self._recorder.after_event()
 
 
 def simulate(spec: SimulationSpec) -> Result:
