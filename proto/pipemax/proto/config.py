@@ -47,6 +47,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Names the run directory, so that several systems can live on one machine."""
     model: str
     """Model folder: config.json, *.safetensors, tokenizer.json."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """`dummy`: random weights in the shape that config.json gives, which is all the folder needs.
+    Without a tokenizer.json, prompts are token ids and answers too."""
     served_model_name: str
     """Model name in results and in metric labels."""
     pipeline_parallel_size: Positive = 1

@@ -33,6 +33,7 @@ class TorchEngine:
             layer_split=config.layer_split,
             dtype=config.dtype,
             block_size=config.block_size,
+            load_format=config.load_format,
         )
         geometry = self._model.geometry
         self.num_blocks = pool_blocks(

@@ -46,21 +46,24 @@ class Checkpoint:
         """Whether a tensor of this module name can be read as it is."""
         return name in self._files or self._renamed(name) in self._files
 
-    def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """The tensor a module calls `name`, in its own memory.
+    def read(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The tensor a module calls `name`, in memory of its own on `device`. The file is mapped:
+        what goes to a GPU never has a copy in host memory.
 
         Raises ModelError, naming tensor and file, when it is missing or of another shape.
         """
         if not self.has(name):
-            fused = self._fused_experts(name, shape, dtype)
+            fused = self._fused_experts(name, shape, dtype, device)
             if fused is not None:
                 return fused
         return self._read(name if name in self._files else self._renamed(name), shape).to(
-            dtype, copy=True
+            device, dtype, copy=True
         )
 
     def _fused_experts(
-        self, name: str, shape: torch.Size, dtype: torch.dtype
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor | None:
         """`[experts, ...]` from one tensor per expert, or None when `name` is no such tensor."""
         names = self._family.experts
@@ -68,7 +71,7 @@ class Checkpoint:
         if names is None or kind not in ("gate_up_proj", "down_proj"):
             return None
         parts = (names.gate, names.up) if kind == "gate_up_proj" else (names.down,)
-        out = torch.empty(shape, dtype=dtype)
+        out = torch.empty(shape, dtype=dtype, device=device)
         rows = shape[1] // len(parts)
         for expert in range(shape[0]):
             for index, part in enumerate(parts):

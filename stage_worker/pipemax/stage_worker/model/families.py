@@ -50,6 +50,8 @@ class Family:
     attention: str = "self_attn"
     embedding_multiplier: str | None = None
     """Attribute by which the base model scales its input: once, on the first stage."""
+    norm_identity: float = 1.0
+    """Weight at which a norm scales by one. Gemma's norms add one to theirs."""
 
 
 def _defaults(
@@ -88,9 +90,19 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family("mistral", "MistralForCausalLM", "mistral", _defaults(131072, 32000, 4096, 32, 32, 8)),
     Family("qwen2", "Qwen2ForCausalLM", "qwen2", _defaults(32768, 151936, 4096, 32, 32, 32)),
     Family("qwen3", "Qwen3ForCausalLM", "qwen3", _defaults(32768, 151936, 4096, 32, 32, 32, 128)),
-    Family("gemma2", "Gemma2ForCausalLM", "gemma2", _defaults(8192, 256000, 2304, 26, 8, 4, 256)),
     Family(
-        "gemma3", "Gemma3ForCausalLM", "gemma3_text", _defaults(131072, 262208, 2304, 26, 8, 4, 256)
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "gemma2",
+        _defaults(8192, 256000, 2304, 26, 8, 4, 256),
+        norm_identity=0.0,
+    ),
+    Family(
+        "gemma3",
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _defaults(131072, 262208, 2304, 26, 8, 4, 256),
+        norm_identity=0.0,
     ),
     Family(
         "phi3",

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 from pipemax.proto.errors import ModelError, UnsupportedModelError
-from pipemax.proto.geometry import Dtype
+from pipemax.proto.geometry import DTYPE_BYTES, Dtype
 from pipemax.stage_worker.model.families import Family, supported_family
 from pipemax.stage_worker.model.safetensors_header import TensorEntry, read_header
+from pipemax.stage_worker.modelled.catalogue import model_from_config
 
 CONFIG_FILE: Final = "config.json"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -36,18 +37,26 @@ class ModelInfo:
     dtype: Dtype
     """The checkpoint's own, which `--dtype auto` takes."""
     weights_bytes: int
-    """Of all tensors in the checkpoint's files, as stored."""
+    """Of all tensors in the checkpoint's files, as stored; of dummy weights, counted from the
+    shape, about."""
 
 
-def inspect_model(model_dir: Path) -> ModelInfo:
-    """Checks that the folder holds a model PipeMax can run.
+def inspect_model(model_dir: Path, load_format: Literal["auto", "dummy"] = "auto") -> ModelInfo:
+    """Checks that the folder holds a model PipeMax can run; with `load_format` `dummy`, its shape.
 
     Raises ModelError (a folder or file that is missing or damaged) or UnsupportedModelError.
     """
     config = read_config(model_dir)
     family = supported_family(config)
-    files = checkpoint_files(model_dir)
+    files = checkpoint_files(model_dir) if load_format == "auto" else ()
     headers = {path: read_header(path) for path in files}
+    dtype = checkpoint_dtype(config, headers)
+    if load_format == "dummy":
+        parameters = model_from_config(model_dir / CONFIG_FILE).parameters
+        weights_bytes = round(parameters * DTYPE_BYTES[dtype])
+    else:
+        entries = (entry for header in headers.values() for entry in header.values())
+        weights_bytes = sum(entry.num_bytes for entry in entries)
     hidden_size = config_int(family, config, "hidden_size")
     num_heads = config_int(family, config, "num_attention_heads")
     return ModelInfo(
@@ -58,10 +67,8 @@ def inspect_model(model_dir: Path) -> ModelInfo:
         hidden_size=hidden_size,
         num_kv_heads=config_int(family, config, "num_key_value_heads", num_heads),
         head_dim=_head_dim(family, config, hidden_size, num_heads),
-        dtype=checkpoint_dtype(config, headers),
-        weights_bytes=sum(
-            entry.num_bytes for header in headers.values() for entry in header.values()
-        ),
+        dtype=dtype,
+        weights_bytes=weights_bytes,
     )
 
 
@@ -161,6 +168,11 @@ def checkpoint_dtype(
     for dtype in get_args(Dtype):
         if named == dtype:
             return dtype  # type: ignore[no-any-return]
+    if named is None:
+        raise ModelError(
+            f'{CONFIG_FILE} names no `dtype`, and there is no tensor to take it from; add "dtype": '
+            '"bfloat16" to it, or whichever it should be'
+        )
     raise UnsupportedModelError(
         f"the checkpoint's dtype is {named!r}; supported are {', '.join(get_args(Dtype))}"
     )

@@ -5,8 +5,9 @@ by a module that passes its input on, rather than left out, because some models 
 type by its index. Embedding, final norm and head stay where they are used.
 """
 
+import contextlib
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import nn
@@ -18,13 +19,24 @@ from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.stage_worker.attention import paged
 from pipemax.stage_worker.dtypes import torch_dtype
 from pipemax.stage_worker.model.checkpoint import Checkpoint
+from pipemax.stage_worker.model.dummy import HEAD, DummyWeights
 from pipemax.stage_worker.model.families import Family, supported_family
 from pipemax.stage_worker.model.inspect import inspect_model, read_config
 from pipemax.stage_worker.model.stage_model import StageModel
 
 __all__ = ["StageModel", "load_stage_model"]
 
-_HEAD: Final = "lm_head.weight"
+CPU: Final = torch.device("cpu")
+
+
+class WeightSource(Protocol):
+    """A Checkpoint, or what stands for one."""
+
+    def has(self, name: str) -> bool: ...
+
+    def read(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor: ...
 
 
 class PassThrough(nn.Module):
@@ -42,13 +54,16 @@ def load_stage_model(
     dtype: Literal["auto", "float32", "bfloat16", "float16"],
     block_size: int,
     backend: paged.Backend = "kernel",
+    device: torch.device = CPU,
+    load_format: Literal["auto", "dummy"] = "auto",
 ) -> StageModel:
-    """Stage `stage` of a model whose layers are split as `layer_split`.
+    """Stage `stage` of a model whose layers are split as `layer_split`, on `device`. With
+    `load_format` `dummy` the folder needs no more than config.json, and weights are random.
 
     Raises ModelError for a folder that cannot be used and UnsupportedModelError for a model PipeMax
     does not run.
     """
-    info = inspect_model(model_dir)
+    info = inspect_model(model_dir, load_format)
     family = supported_family(read_config(model_dir))
     if sum(layer_split) != info.num_layers or not 0 <= stage < len(layer_split):
         raise InvariantError(
@@ -70,16 +85,23 @@ def load_stage_model(
     try:
         _trim(model, family, layers, is_first=is_first, is_last=is_last)
         _attach(model, family, layers, attention)
-        tensors_read = _load_weights(model, family, model_dir, attention.dtype)
-        _compute_buffers(model, family)
+        with contextlib.ExitStack() as stack:
+            source: Checkpoint | DummyWeights
+            if load_format == "dummy":
+                source = DummyWeights(family, model.config)
+            else:
+                source = stack.enter_context(Checkpoint(model_dir, family))
+            _load_weights(model, family, source, attention.dtype, device)
+        _compute_buffers(model, family, device)
         if not is_first:
-            _check_input_passes_unchanged(model, family, info.hidden_size, attention.dtype)
+            probe = torch.linspace(-1.0, 1.0, 2 * info.hidden_size)
+            _check_input_passes_unchanged(model, family, probe.to(device, attention.dtype))
     except AttributeError as error:
         raise ModelError(
             f"{family.architecture}: this transformers builds it in a way PipeMax does not know "
             f"({error}); install the version in ops/constraints-cpu.txt"
         ) from error
-    return StageModel(model, attention, info, layers, tensors_read)
+    return StageModel(model, attention, info, layers, tuple(source.names_read))
 
 
 def _build(model_dir: Path, family: Family) -> Any:
@@ -135,53 +157,51 @@ def _attach(
 
 
 def _load_weights(
-    model: Any, family: Family, model_dir: Path, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Replaces every parameter of the trimmed model by the checkpoint's; returns what was read.
+    model: Any, family: Family, source: WeightSource, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replaces every parameter of the trimmed model by the source's, one after the other.
 
     With tied embeddings the head is the embedding, whichever of the two the checkpoint holds; one
     that holds both is taken at its word, as transformers does.
     """
     embedding = f"{model.base_model_prefix}.{family.embedding}.weight"
-    tied = {embedding: _HEAD, _HEAD: embedding} if model.config.tie_word_embeddings else {}
+    tied = {embedding: HEAD, HEAD: embedding} if model.config.tie_word_embeddings else {}
     state: dict[str, torch.Tensor] = {}
-    with Checkpoint(model_dir, family) as checkpoint:
-        for name, parameter in model.state_dict().items():
-            source = tied[name] if name in tied and not checkpoint.has(name) else name
-            if source in state:
-                state[name] = state[source]
-            else:
-                state[name] = checkpoint.read(source, parameter.shape, dtype)
+    for name, parameter in model.state_dict().items():
+        origin = tied[name] if name in tied and not source.has(name) else name
+        if origin in state:
+            state[name] = state[origin]
+        else:
+            state[name] = source.read(origin, parameter.shape, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
-    return tuple(checkpoint.names_read)
 
 
-def _compute_buffers(model: Any, family: Family) -> None:
+def _compute_buffers(model: Any, family: Family, device: torch.device) -> None:
     """Computes what no checkpoint holds: rotary frequencies, which stay float32 whatever the
-    weights are, and the scale of a scaled embedding."""
+    weights are, and the scale of a scaled embedding. On the CPU, so that every device has the same
+    numbers."""
     base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(config=model.config)
+    base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
     embedding = getattr(base, family.embedding)
     if hasattr(embedding, "scalar_embed_scale"):
-        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise AttributeError(f"{name} was not computed")
+        if tensor.device.type != device.type:
+            raise AttributeError(f"{name} is on {tensor.device}")
 
 
 @torch.inference_mode()
-def _check_input_passes_unchanged(
-    model: Any, family: Family, hidden_size: int, dtype: torch.dtype
-) -> None:
+def _check_input_passes_unchanged(model: Any, family: Family, values: torch.Tensor) -> None:
     """With its layers and norm taken out, the base model must give back what a later stage feeds
     it. Guards against a transformers whose forward scales its input where we do not know of it."""
     base = model.base_model
     layers, norm = base.layers, getattr(base, family.norm)
-    probe = torch.linspace(-1.0, 1.0, 2 * hidden_size).to(dtype).view(1, 2, hidden_size)
+    probe = values.view(1, 2, -1)
+    positions = torch.arange(2, device=values.device)[None]
     try:
         base.layers = nn.ModuleList(PassThrough() for _ in layers)
         setattr(base, family.norm, nn.Identity())
-        out = base(inputs_embeds=probe, position_ids=torch.arange(2)[None], use_cache=False)
+        out = base(inputs_embeds=probe, position_ids=positions, use_cache=False)
     finally:
         base.layers = layers
         setattr(base, family.norm, norm)
