@@ -117,7 +117,7 @@ EXAMPLES: tuple[Message, ...] = (
         activation_transport="shm",
         sweep=(control.SweepSample(8, 520, 64, 2080, 0.004),),
     ),
-    control.KvReady(pool_bytes=2**30),
+    control.KvReady(pool_bytes=2**30, context_bytes=(400 * 2**20, 400 * 2**20)),
     control.Reset(epoch=2, keep_host_blocks=False),
     control.ResetDone(epoch=2, num_host_blocks=400),
     control.StepPlan(
@@ -165,6 +165,7 @@ EXAMPLES: tuple[Message, ...] = (
     kv.AttachPool(
         epoch=2,
         stage=1,
+        incarnation="5e",
         handle=_HANDLE,
         cuda=kv.CudaPool(memory=b"\3" * 64, pci_bus_id="0000:65:00.0", computed=_EVENTS),
         num_blocks=100,
@@ -173,7 +174,7 @@ EXAMPLES: tuple[Message, ...] = (
     kv.PoolAttached(epoch=2, loaded=_EVENTS, region=_REGION),
     kv.Computed(epoch=2, step=11, event=70),
     kv.Loaded(epoch=2, step=12, copy=33),
-    kv.AskHostRegion(stage=1),
+    kv.AskHostRegion(stage=1, pci_bus_id="0000:65:00.0"),
     kv.HostRegionHere(region=_REGION),
     kv.CopyOrder(number=33, direction="load", after=70, runs=pack_i32([5, 9, 2])),
     kv.CopyEnded(number=33, direction="load", bytes=8192, copies=1, busy_s=0.25),

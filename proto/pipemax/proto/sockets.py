@@ -67,3 +67,8 @@ def _limit(socket: zmq.Socket[bytes], channel: Channel) -> None:
 def identity_of(role: str, index: int = 0) -> bytes:
     """Routing identity of a process of the system: `stage-0`, `kv_daemon`, `launcher`."""
     return f"{role}-{index}".encode() if role == "stage" else role.encode()
+
+
+def region_identity(stage: int) -> bytes:
+    """Of the socket on which a stage asks for its host region, from a thread of its own."""
+    return f"region-{stage}".encode()

@@ -227,6 +227,7 @@ class StageShell:
             AttachPool(
                 epoch=self._queue.epoch,
                 stage=self._ready.stage,
+                incarnation=self._hello.incarnation,
                 handle=offer.handle,
                 cuda=offer.cuda,
                 num_blocks=self._ready.num_blocks,

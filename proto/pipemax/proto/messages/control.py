@@ -73,6 +73,9 @@ class KvReady(Message, frozen=True, kw_only=True, tag="kv_ready"):
     """The daemon has its pool and waits for a Reset."""
 
     pool_bytes: Count
+    context_bytes: tuple[int, ...] = ()
+    """By stage: memory of its GPU that the daemon's own CUDA context takes; stages on one GPU share
+    one. Empty where the daemon uses no GPU."""
 
 
 class Reset(Message, frozen=True, kw_only=True, tag="reset"):
@@ -88,7 +91,12 @@ class Reset(Message, frozen=True, kw_only=True, tag="reset"):
 
 
 class ResetDone(Message, frozen=True, kw_only=True, tag="reset_done"):
-    """A stage or the daemon is ready for `epoch`."""
+    """A stage or the daemon is ready for `epoch`.
+
+    What earlier epochs left under way on a device has ended: the daemon says it after the last
+    void copy, a stage after the last step that it had queued. So nothing of this epoch can meet an
+    old kernel or an old copy in a block.
+    """
 
     epoch: Epoch
     num_host_blocks: Count = 0

@@ -46,6 +46,8 @@ class AttachPool(Message, frozen=True, kw_only=True, tag="attach_pool"):
 
     epoch: Epoch
     stage: StageIndex
+    incarnation: ShortText = ""
+    """As in Hello: copies that another incarnation of the stage had under way are over."""
     handle: MemfdHandle | None = None
     """The pool in shared memory. None with `cuda`, or when the stage makes its copies itself."""
     cuda: CudaPool | None = None
@@ -63,16 +65,20 @@ class HostRegion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class AskHostRegion(Message, frozen=True, kw_only=True, tag="ask_host_region"):
-    """A stage that makes its copies itself wants to pin its part of the host pool, while it still
-    loads its weights. Answered by HostRegionHere."""
+    """A stage on a GPU starts: its predecessor is gone, the daemon lets go of what it maps of it.
+    A stage that makes its copies itself pins its part of the host pool, while it still loads its
+    weights. Said again every few seconds until HostRegionHere answers; from a socket of its own."""
 
     stage: StageIndex
+    pci_bus_id: ShortText = ""
+    """Of its GPU: the region belongs on the memory node that this GPU is at."""
 
 
 class HostRegionHere(Message, frozen=True, kw_only=True, tag="host_region_here"):
-    """Sent once the region's pages are there."""
+    """Sent once the region's pages are there and the predecessor's pool is not mapped any more."""
 
-    region: HostRegion
+    region: HostRegion | None = None
+    """None: the daemon makes the copies, or there is no host pool."""
 
 
 class PoolAttached(Message, frozen=True, kw_only=True, tag="pool_attached"):
