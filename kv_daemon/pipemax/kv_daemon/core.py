@@ -4,6 +4,13 @@ One pass through the file: a Store gives its blocks host blocks and queues their
 stage; a Prefetch queues copies the other way; `Computed` opens the gates of both; each end of a
 copy starts the next one and may complete a Store (Stored), a Prefetch (Loaded) or a Release
 (Released). A reset voids all of it except what is wholly stored.
+
+On CUDA `Computed` says that a step is queued, not that it is over. Its gates open all the same, and
+each copy names the event it has to wait for: what a step filled is read, and what it read is
+overwritten, behind that step on the device. `Loaded` says likewise that the copies are queued. All
+else goes by copies that have really ended: a host block is read once it is stored, and given away
+once no copy touches it. A new epoch begins when nothing of the old one runs any more: the daemon
+answers a reset after its last void copy, a stage after the last step it had queued (ResetDone).
 """
 
 from collections import deque
@@ -59,6 +66,8 @@ class KvCore:
     host_bytes: size of the host pool; 0 works and stores nothing.
     piece_bytes, depth: see PIECE_BYTES and DEPTH; depth 1 is the plain form.
     merge_runs: how moves become copies; `transfers.unmerged` is the plain form.
+    orders_computing: a stage orders its computing behind copies that are under way (see
+        Loaded.copy), so that it is told of a Prefetch as soon as its last copy was started.
     """
 
     def __init__(
@@ -68,11 +77,13 @@ class KvCore:
         piece_bytes: int = PIECE_BYTES,
         depth: int = DEPTH,
         merge_runs: Merge = merge,
+        *,
+        orders_computing: bool = False,
     ) -> None:
         self.epoch = -1
         self._out: list[Command] = []
         self.stages = tuple(
-            StageLink(index, piece_bytes, depth, merge_runs, self._out)
+            StageLink(index, piece_bytes, depth, merge_runs, self._out, orders_computing)
             for index in range(num_stages)
         )
         self.table = HostTable(0)
@@ -102,7 +113,7 @@ class KvCore:
                 self._on_copy_done(self.stages[event.stage], event.direction)
             case FromStage(message=Computed() as message):
                 if message.epoch == self.epoch:
-                    self.stages[event.stage].advance(message.step)
+                    self.stages[event.stage].advance(message.step, message.event)
             case Prefetch() if event.epoch == self.epoch:
                 self._on_prefetch(event)
             case Store() if event.epoch == self.epoch:
@@ -120,7 +131,7 @@ class KvCore:
                 self._void_everything(-1)
                 self._forget(list(self.table))
             case PoolMapped():
-                self._on_pool_mapped(event.offer)
+                self._on_pool_mapped(event)
             case _:
                 # An older epoch never happened. A newer one without its Reset was meant for the
                 # daemon that ran before this one: the coordinator has yet to hear of the restart.
@@ -178,10 +189,18 @@ class KvCore:
     def _on_attach(self, offer: AttachPool) -> None:
         if offer.epoch > self.epoch:
             self._void_everything(offer.epoch)
-        if offer.epoch == self.epoch:
-            self._out.append(MapPool(offer))
+        if offer.epoch != self.epoch:
+            return
+        stage = self.stages[offer.stage]
+        if stage.attached and stage.incarnation != offer.incarnation:
+            raise ContradictionError(
+                f"stage {stage.index} was started again, and epoch {self.epoch} goes on: what its "
+                "predecessor had under way would count as stored"
+            )
+        self._out.append(MapPool(offer))
 
-    def _on_pool_mapped(self, offer: AttachPool) -> None:
+    def _on_pool_mapped(self, event: PoolMapped) -> None:
+        offer = event.offer
         if offer.epoch != self.epoch:
             return
         stage = self.stages[offer.stage]
@@ -190,8 +209,9 @@ class KvCore:
                 f"stage {stage.index} came back with blocks of {offer.block_bytes} bytes instead "
                 f"of {stage.block_bytes}; restart the whole system after changing model or dtype"
             )
-        stage.attach(offer.num_blocks, offer.block_bytes)
-        self._out.append(SendToStage(stage.index, PoolAttached(epoch=self.epoch)))
+        stage.attach(offer.num_blocks, offer.block_bytes, offer.incarnation)
+        answer = PoolAttached(epoch=self.epoch, loaded=event.loaded, region=event.region)
+        self._out.append(SendToStage(stage.index, answer))
         if all(stage.attached for stage in self.stages):
             self._lay_out()
             self._answer_reset()
@@ -238,7 +258,8 @@ class KvCore:
         shared = tuple(moves)
         for stage in self.stages:
             suspect = bool(storing & stage.bit)
-            job = Job(event.step, event.after, shared, requests, len(shared), suspect=suspect)
+            size = len(shared)
+            job = Job(event.step, event.after, shared, requests, size, size, suspect=suspect)
             stage.add("load", job)
 
     def _on_store(self, event: Store) -> None:
@@ -302,7 +323,7 @@ class KvCore:
         requests = {move.block.request for move in moves}
         order = next(self._store_order)
         for stage in self.stages:
-            stage.add("store", Job(order, after, shared, requests, len(shared)))
+            stage.add("store", Job(order, after, shared, requests, len(shared), len(shared)))
 
     def _forget(self, blocks: list[HostBlock]) -> None:
         """Drops `blocks`: their queued copies will be skipped, their host blocks are free once no

@@ -1,7 +1,7 @@
 """What the core hears and what it answers. Nothing here does anything."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from pipemax.proto.messages.control import (
     Drop,
@@ -13,10 +13,16 @@ from pipemax.proto.messages.control import (
     Store,
     Stored,
 )
-from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
+from pipemax.proto.messages.kv import (
+    AttachPool,
+    Computed,
+    Events,
+    HostRegion,
+    Loaded,
+    PoolAttached,
+)
+from pipemax.proto.messages.kv import Direction as Direction
 
-Direction = Literal["load", "store"]
-"""`load` is host to device, `store` device to host. The two never wait for each other."""
 DIRECTIONS: tuple[Direction, Direction] = ("load", "store")
 
 
@@ -49,6 +55,9 @@ class PoolMapped:
     """The MapPool command for this offer was carried out."""
 
     offer: AttachPool
+    loaded: Events = ()
+    """See PoolAttached."""
+    region: HostRegion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,11 @@ class StartCopy:
     stage: int
     direction: Direction
     runs: tuple[Run, ...]
+    number: int = 0
+    """Counts up by stage and direction over the life of the daemon."""
+    after: int = -1
+    """Number of the stage's `computed` event that the copy must wait for; -1: none. See
+    Computed.event."""
 
 
 Command = SendToStage | SendToCoordinator | MapPool | LayOutHost | StartCopy

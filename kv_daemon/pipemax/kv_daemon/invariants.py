@@ -82,13 +82,18 @@ def _check_lane(stage: StageLink, direction: Direction) -> None:
     for copy in lane.running:
         if not copy.void:
             not_queued[copy.job] += len(copy.moves)
+    postponed: Counter[Job] = Counter()
     if direction == "load":
-        not_queued.update(job for loads in stage.postponed.values() for job, _ in loads)
+        postponed.update(job for loads in stage.postponed.values() for job, _ in loads)
+    not_queued.update(postponed)
     total = 0
     for job in _jobs(stage, direction):
         left = len(job.moves) - job.cursor + len(job.late)
         _require(
             job.outstanding == left + not_queued[job], f"{where}: a job counts its moves wrongly"
+        )
+        _require(
+            job.unstarted == left + postponed[job], f"{where}: a job counts its starts wrongly"
         )
         total += job.outstanding
         _require(

@@ -53,6 +53,10 @@ class Job:
     """Whose blocks these are; shared as well."""
     outstanding: int
     """Moves not done and not cancelled."""
+    unstarted: int
+    """Moves neither started nor cancelled."""
+    last_copy: int = -1
+    """Number of the last copy started for it."""
     cursor: int = 0
     """Moves before this one were started, cancelled or postponed."""
     late: list[Move] = field(default_factory=list)
@@ -98,6 +102,8 @@ class Lane:
         """Copies given to the engine, which carries them out in this order."""
         self.outstanding = 0
         """Moves of all jobs not done and not cancelled."""
+        self.next_number = 0
+        """Of copies; counts up over the life of the daemon."""
         self.ready: list[tuple[int, int, Job]] = []
         self.gated: list[tuple[int, int, Job]] = []
         self._order = itertools.count()

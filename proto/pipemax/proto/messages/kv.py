@@ -29,6 +29,7 @@ Events = Annotated[tuple[IpcHandle, ...], Meta(max_length=256)]
 that has fallen out of the ring was passed long ago: the ring is many times longer than what one
 process has queued."""
 Direction = Literal["load", "store"]
+"""`load` is host to device, `store` device to host. The two never wait for each other."""
 
 
 class CudaPool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
