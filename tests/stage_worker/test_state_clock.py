@@ -1,6 +1,7 @@
 """Every moment belongs to exactly one state."""
 
 import math
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,3 +56,71 @@ def test_reading_changes_nothing() -> None:
     assert clock.seconds() == clock.seconds()
     now.ns += 10**9
     assert clock.switch("send") == 6.0
+
+
+_Told = st.lists(st.tuples(st.sampled_from(STATES), st.integers(-(10**6), 10**11)), max_size=4)
+_Action = st.one_of(
+    st.tuples(st.just("switch"), st.sampled_from(STATES)),
+    st.tuples(st.just("take_off"), st.none()),
+    st.tuples(st.just("settle"), st.tuples(_Told, st.booleans())),
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**11), _Action)))
+def test_in_flight_no_second_is_counted_twice_nor_taken_back(
+    moves: list[tuple[int, tuple[str, Any]]],
+) -> None:
+    """Whatever a device tells: counters never go back, and sum to the wall time once landed."""
+    now = _Now()
+    clock = StateClock(now)
+    started_ns = now.ns
+    before = clock.seconds()
+    for elapsed_ns, (action, argument) in moves:
+        now.ns += elapsed_ns
+        if action == "switch":
+            clock.switch(argument)
+        elif action == "take_off":
+            clock.take_off()
+        elif clock.in_flight:
+            told, landed = argument
+            clock.settle([(state, ns / 1e9) for state, ns in told], landed=landed)
+            assert clock.in_flight is not landed
+        after = clock.seconds()
+        assert all(after[state] >= before[state] for state in STATES)
+        wall_s = (now.ns - started_ns) / 1e9
+        if clock.in_flight:
+            assert sum(after.values()) <= wall_s + 1e-6
+        else:
+            assert math.isclose(sum(after.values()), wall_s, abs_tol=1e-6)
+        before = after
+
+
+def test_time_in_flight_goes_to_what_the_device_tells() -> None:
+    now = _Now()
+    clock = StateClock(now, "prepare")
+    now.ns += 2 * 10**9
+    clock.take_off()
+    now.ns += 10 * 10**9
+    clock.switch("wait_plan")
+    assert clock.seconds() == {**dict.fromkeys(STATES, 0.0), "prepare": 2.0}
+    clock.settle([("wait_activation", 3.0), ("compute", 5.0)], landed=False)
+    assert sum(clock.seconds().values()) == 10.0, "two seconds belong to a step that is not over"
+    now.ns += 4 * 10**9
+    clock.settle([("wait_kv", 1.0), ("compute", 4.5)], landed=True)
+    now.ns += 7 * 10**9
+    assert clock.seconds() == {
+        **{"prepare": 2.0, "wait_activation": 3.0, "wait_kv": 1.0},
+        **{"compute": 9.5, "send": 0.5, "wait_plan": 7.0},
+    }
+
+
+def test_what_a_device_tells_ahead_of_our_clock_waits() -> None:
+    now = _Now()
+    clock = StateClock(now)
+    clock.take_off()
+    now.ns += 10**9
+    clock.settle([("compute", 1.5)], landed=False)
+    assert clock.seconds()["compute"] == 1.0
+    now.ns += 10**9
+    clock.settle([("wait_kv", 0.5)], landed=False)
+    assert (clock.seconds()["compute"], clock.seconds()["wait_kv"]) == (1.5, 0.5)

@@ -18,7 +18,6 @@ from pipemax.proto.sockets import (
 from pipemax.stage_worker.channels.receiver import ActivationReceiver
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.channels.sender import ActivationSender
-from pipemax.stage_worker.channels.shm import ShmReader, ShmWriter
 from pipemax.stage_worker.channels.tcp import TcpReader, TcpWriter
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -33,11 +32,10 @@ class Neighbours:
 
     @property
     def transport(self) -> str:
-        """`shm`, `tcp`, or `none` for a stage without neighbours."""
-        for channel in (self.previous, self.next):
-            if channel is not None:
-                return channel.transport
-        return "none"
+        """`ipc`, `shm`, `tcp`, or `none` for a stage without neighbours. Both, in order, where one
+        takes its rows by another transport than it gives them."""
+        ends = [channel.transport for channel in (self.previous, self.next) if channel is not None]
+        return ", ".join(dict.fromkeys(ends)) or "none"
 
     @property
     def agreed(self) -> bool:
@@ -69,7 +67,8 @@ def open_neighbours(
     memory: RingMemory,
     shape: RingShape,
 ) -> Neighbours:
-    """Raises ConfigError for TCP without keys or on an address that is not ours."""
+    """Raises ConfigError for TCP without keys or on an address that is not ours, and for a
+    transport that this device cannot offer."""
     connect = _Connect(context, config, run_dir, stage, memory, shape)
     is_first, is_last = stage == 0, stage == config.pipeline_parallel_size - 1
     previous = None if is_first else connect.receiver()
@@ -92,23 +91,26 @@ class _Connect:
 
     def sender(self) -> ActivationSender:
         identity = identity_of("stage", self.stage)
-        if self.config.activation_transport == "tcp":
+        transport = self.memory.transport(self.config.activation_transport, self.stage)
+        if transport == "tcp":
             writer = TcpWriter(self.run_dir, self.stage + 1, self.memory)
             socket = make_dealer(self.context, ACTIVATIONS, identity)
             writer.secure(socket)
             return ActivationSender(socket, writer, self.shape)
         endpoint = socket_endpoint(self.run_dir, f"act-{self.stage + 1}")
         socket = connect_dealer(self.context, endpoint, ACTIVATIONS, identity)
-        return ActivationSender(socket, ShmWriter(self.memory, self.shape), self.shape)
+        return ActivationSender(socket, self.memory.row_writer(transport, self.shape), self.shape)
 
     def receiver(self) -> ActivationReceiver:
         peer = identity_of("stage", self.stage - 1)
-        if self.config.activation_transport == "tcp":
+        transport = self.memory.transport(self.config.activation_transport, self.stage - 1)
+        if transport == "tcp":
             host = self.config.activation_host
-            reader = TcpReader(self.run_dir, self.stage, host, self.memory, self.shape)
+            listener = TcpReader(self.run_dir, self.stage, host, self.memory, self.shape)
             socket = make_router(self.context, ACTIVATIONS)
-            reader.listen(self.context, socket)
-            return ActivationReceiver(socket, peer, reader, self.shape)
+            listener.listen(self.context, socket)
+            return ActivationReceiver(socket, peer, listener, self.shape)
         endpoint = socket_endpoint(self.run_dir, f"act-{self.stage}")
         socket = bind_router(self.context, endpoint, ACTIVATIONS)
-        return ActivationReceiver(socket, peer, ShmReader(self.memory, self.shape), self.shape)
+        reader = self.memory.row_reader(transport, self.shape)
+        return ActivationReceiver(socket, peer, reader, self.shape)

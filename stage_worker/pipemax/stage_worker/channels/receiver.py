@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import zmq
 
@@ -12,7 +11,7 @@ from pipemax.proto.errors import ConfigError, PipemaxSystemError, WireError
 from pipemax.proto.messages.activations import ActivationReady, RingAccepted, RingOffer
 from pipemax.proto.messages.registry import ACTIVATIONS
 from pipemax.proto.wire import Codec, encode
-from pipemax.stage_worker.channels.ring import RingShape, Rows
+from pipemax.stage_worker.channels.ring import RingShape, RowReader, Rows
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +23,6 @@ class Arrival:
     epoch: int
     step: int
     rows: Rows
-
-
-class RowReader(Protocol):
-    """How rows enter this process."""
-
-    transport: str
-
-    def attach(self, offer: RingOffer) -> None:
-        """Gets at the sender's memory. Raises PipemaxSystemError when the sender is gone."""
-
-    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> Rows:
-        """The rows `ready` announces. Raises WireError when `extra` does not hold them."""
-
-    def close(self) -> None: ...
 
 
 class ActivationReceiver:

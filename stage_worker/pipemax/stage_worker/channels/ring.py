@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import zmq
+
 from pipemax.proto.geometry import DTYPE_BYTES, Dtype
 from pipemax.proto.memory import MemfdHandle
-from pipemax.proto.messages.activations import RingOffer
+from pipemax.proto.messages.activations import ActivationReady, CudaRing, RingOffer
 
+Transport = Literal["ipc", "shm", "tcp"]
+Frames = tuple[memoryview, ...]
 RingDtype = Dtype | Literal["uint64"]
 
 
@@ -73,15 +77,81 @@ class Ring(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class RingPlace:
+    """What a RingOffer says of where the ring is. Over TCP: nothing."""
+
+    handle: MemfdHandle | None = None
+    cuda: CudaRing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How rows are on their way."""
+
+    frames: Frames = ()
+    """Has to travel in the message itself."""
+    event: int = -1
+    """See ActivationReady."""
+
+
+class RowWriter(Protocol):
+    """How rows leave this process."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def place(self) -> RingPlace:
+        """Where the receiver finds them, when rows travel through memory."""
+
+    def write(self, slot: int, rows: Rows) -> Written:
+        """Puts `rows` into `slot`, whose memory must not change until the slot's next step."""
+
+    def reconnect(self, socket: zmq.Socket[bytes]) -> None:
+        """Makes sure the socket leads to the receiver that lives now."""
+
+    def close(self) -> None: ...
+
+
+class RowReader(Protocol):
+    """How rows enter this process."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def attach(self, offer: RingOffer) -> None:
+        """Gets at the sender's memory. Raises PipemaxSystemError when the sender is gone."""
+
+    def read(self, ready: ActivationReady, extra: Sequence[zmq.Frame]) -> Rows:
+        """The rows `ready` announces. Raises WireError when `extra` does not hold them."""
+
+    def close(self) -> None: ...
+
+
 class RingMemory(Protocol):
     """What the channels need of a device."""
 
+    def transport(self, wanted: Literal["auto"] | Transport, sender: int) -> Transport:
+        """How rows travel from stage `sender` to the next: to both the same. Raises ConfigError
+        when `wanted` cannot be."""
+
+    def row_writer(self, transport: Transport, shape: RingShape) -> RowWriter:
+        """For rows that travel through memory."""
+
+    def row_reader(self, transport: Transport, shape: RingShape) -> RowReader: ...
+
     def allocate_ring(self, shape: RingShape) -> Ring:
-        """A new ring of this process."""
+        """A new ring of this process, which frames are received into."""
+
+    def frame(self, rows: Rows) -> memoryview:
+        """The bytes of `rows`, one after the other; in place where they lie like that."""
+
+
+class SharedRings(Protocol):
+    """What `shm` needs of a device whose rows lie in host memory."""
+
+    def allocate_ring(self, shape: RingShape) -> Ring: ...
 
     def open_ring(self, handle: MemfdHandle, shape: RingShape) -> Ring:
         """A ring that a process of this machine allocated. Raises PipemaxSystemError when that
         process is gone."""
-
-    def frame(self, rows: Rows) -> memoryview:
-        """The bytes of `rows`, one after the other; in place where they lie like that."""

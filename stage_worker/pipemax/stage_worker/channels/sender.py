@@ -1,38 +1,16 @@
 """The sending end of the channel to the next stage."""
 
 import logging
-from typing import Protocol
 
 import zmq
 
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.activations import ActivationReady, RingAccepted, RingOffer
 from pipemax.proto.messages.registry import ACTIVATIONS
 from pipemax.proto.wire import Codec, encode, single_frame
-from pipemax.stage_worker.channels.ring import RingShape, Rows
+from pipemax.stage_worker.channels.ring import RingShape, Rows, RowWriter
 
 log = logging.getLogger(__name__)
-
-Frames = tuple[memoryview, ...]
-
-
-class RowWriter(Protocol):
-    """How rows leave this process."""
-
-    transport: str
-
-    def offered_memory(self) -> MemfdHandle | None:
-        """What the receiver maps, when rows travel through memory."""
-
-    def write(self, slot: int, rows: Rows) -> Frames:
-        """Puts `rows` into `slot`; returns what has to travel in the message itself. The memory
-        of `rows` must not change afterwards."""
-
-    def reconnect(self, socket: zmq.Socket[bytes]) -> None:
-        """Makes sure the socket leads to the receiver that lives now."""
-
-    def close(self) -> None: ...
 
 
 class ActivationSender:
@@ -60,14 +38,16 @@ class ActivationSender:
         """Offers the ring for this epoch. To be called again when no answer comes: the receiver
         may have been away."""
         self._writer.reconnect(self.socket)
+        place = self._writer.place()
         offer = RingOffer(
             epoch=self._epoch,
-            transport=self._writer.transport,  # type: ignore[arg-type]
+            transport=self._writer.transport,
             num_slots=self._shape.num_slots,
             max_rows=self._shape.max_rows,
             hidden_size=self._shape.hidden_size,
             dtype=self._shape.dtype,
-            handle=self._writer.offered_memory(),
+            handle=place.handle,
+            cuda=place.cuda,
         )
         try:
             self.socket.send(encode(offer), zmq.DONTWAIT)
@@ -93,9 +73,11 @@ class ActivationSender:
             raise InvariantError(f"{count} rows for slot {slot} do not fit the ring {self._shape}")
         if hidden_size != self._shape.hidden_size:
             raise InvariantError(f"rows of {hidden_size} do not fit the ring {self._shape}")
-        ready = ActivationReady(epoch=epoch, step=step, slot=slot, rows=count)
-        extra = self._writer.write(slot, rows)
-        self.socket.send_multipart([encode(ready), *extra], zmq.DONTWAIT, copy=not extra)
+        written = self._writer.write(slot, rows)
+        ready = ActivationReady(epoch=epoch, step=step, slot=slot, rows=count, event=written.event)
+        self.socket.send_multipart(
+            [encode(ready), *written.frames], zmq.DONTWAIT, copy=not written.frames
+        )
 
     def close(self) -> None:
         self.socket.close()

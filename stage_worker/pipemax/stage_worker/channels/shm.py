@@ -1,30 +1,53 @@
 """Activations through a ring in shared memory: the sender's, mapped by the receiver."""
 
 from collections.abc import Sequence
+from typing import Final, Literal
 
 import zmq
 
 from pipemax.proto.errors import WireError
 from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages.activations import ActivationReady, RingOffer
-from pipemax.stage_worker.channels.ring import Ring, RingMemory, RingShape, Rows
-from pipemax.stage_worker.channels.sender import Frames
+from pipemax.stage_worker.channels.ring import (
+    Ring,
+    RingPlace,
+    RingShape,
+    RowReader,
+    Rows,
+    RowWriter,
+    SharedRings,
+    Transport,
+    Written,
+)
+
+
+class HostMemoryTransport:
+    """The part of RingMemory that is the same for every device whose rows lie in host memory."""
+
+    def transport(self, wanted: Literal["auto"] | Transport, sender: int) -> Transport:
+        return "tcp" if wanted == "tcp" else "shm"
+
+    def row_writer(self: SharedRings, transport: Transport, shape: RingShape) -> RowWriter:
+        return ShmWriter(self, shape)
+
+    def row_reader(self: SharedRings, transport: Transport, shape: RingShape) -> RowReader:
+        return ShmReader(self, shape)
 
 
 class ShmWriter:
     """Owns the ring."""
 
-    transport = "shm"
+    transport: Final = "shm"
 
-    def __init__(self, memory: RingMemory, shape: RingShape) -> None:
+    def __init__(self, memory: SharedRings, shape: RingShape) -> None:
         self._ring = memory.allocate_ring(shape)
 
-    def offered_memory(self) -> MemfdHandle:
-        return self._ring.handle
+    def place(self) -> RingPlace:
+        return RingPlace(self._ring.handle)
 
-    def write(self, slot: int, rows: Rows) -> Frames:
+    def write(self, slot: int, rows: Rows) -> Written:
         self._ring.write(slot, rows)
-        return ()
+        return Written()
 
     def reconnect(self, socket: zmq.Socket[bytes]) -> None:
         """A Unix socket's path outlives its process; the socket reconnects by itself."""
@@ -36,9 +59,9 @@ class ShmWriter:
 class ShmReader:
     """Maps the sender's ring once per life of the sender."""
 
-    transport = "shm"
+    transport: Final = "shm"
 
-    def __init__(self, memory: RingMemory, shape: RingShape) -> None:
+    def __init__(self, memory: SharedRings, shape: RingShape) -> None:
         self._memory = memory
         self._shape = shape
         self._handle: MemfdHandle | None = None

@@ -6,6 +6,7 @@ second frame of ActivationReady, from the sender's tensor into the receiver's sl
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -18,8 +19,7 @@ from pipemax.stage_worker.channels.keys import (
     load_activation_keys,
     replace_file,
 )
-from pipemax.stage_worker.channels.ring import RingMemory, RingShape, Rows
-from pipemax.stage_worker.channels.sender import Frames
+from pipemax.stage_worker.channels.ring import RingMemory, RingPlace, RingShape, Rows, Written
 
 _ZAP_DOMAIN = "pipemax-activations"
 
@@ -27,7 +27,7 @@ _ZAP_DOMAIN = "pipemax-activations"
 class TcpWriter:
     """Sends rows from where they are, if they lie one after the other."""
 
-    transport = "tcp"
+    transport: Final = "tcp"
 
     def __init__(self, run_dir: Path, receiver_stage: int, memory: RingMemory) -> None:
         self._memory = memory
@@ -41,11 +41,11 @@ class TcpWriter:
         socket.curve_publickey = self._keys.sender_public.encode()
         socket.curve_secretkey = self._keys.sender_secret.encode()
 
-    def offered_memory(self) -> None:
-        return None
+    def place(self) -> RingPlace:
+        return RingPlace()
 
-    def write(self, slot: int, rows: Rows) -> Frames:
-        return (self._memory.frame(rows),)
+    def write(self, slot: int, rows: Rows) -> Written:
+        return Written((self._memory.frame(rows),))
 
     def reconnect(self, socket: zmq.Socket[bytes]) -> None:
         """A receiver that was started again listens on another port."""
@@ -76,7 +76,7 @@ class _OnlyThisRun:
 class TcpReader:
     """Receives rows into fixed buffers, one per slot, agreed once."""
 
-    transport = "tcp"
+    transport: Final = "tcp"
 
     def __init__(
         self, run_dir: Path, stage: int, host: str, memory: RingMemory, shape: RingShape

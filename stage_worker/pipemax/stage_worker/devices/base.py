@@ -1,4 +1,5 @@
-"""The one interface between a stage and the hardware it computes on."""
+"""Hardware whose memory every process of the machine can map, and which has finished a step when
+its kernels return. A GPU is different in both, and has an engine of its own: see `cuda/`."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import MemfdHandle, SharedMemory
 from pipemax.stage_worker.channels.ring import Ring, RingShape, Rows
+from pipemax.stage_worker.channels.shm import HostMemoryTransport
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class SharedTensor:
         self.memory.close()
 
 
-class Device(ABC):
+class Device(HostMemoryTransport, ABC):
     """Memory and execution of one stage."""
 
     name: str
@@ -44,7 +46,7 @@ class Device(ABC):
 
     @abstractmethod
     def allocate_ring(self, shape: RingShape) -> Ring:
-        """See RingMemory, which a Device is."""
+        """See RingMemory, which a Device is, together with the next two."""
 
     @abstractmethod
     def open_ring(self, handle: MemfdHandle, shape: RingShape) -> Ring: ...

@@ -6,6 +6,7 @@ import numpy as np
 
 from pipemax.proto.memory import MemfdHandle, SharedMemory
 from pipemax.stage_worker.channels.ring import RingShape, Rows
+from pipemax.stage_worker.channels.shm import HostMemoryTransport
 from pipemax.stage_worker.modelled.marks import U64Array
 
 ROW_NUMBERS = 2
@@ -13,7 +14,7 @@ ROW_NUMBERS = 2
 byte has crossed the link, in nanoseconds of the machine's monotonic clock."""
 
 
-class ModelledRingMemory:
+class ModelledRingMemory(HostMemoryTransport):
     """RingMemory whose rows are NumPy arrays of 64-bit numbers."""
 
     def allocate_ring(self, shape: RingShape) -> "ModelledRing":

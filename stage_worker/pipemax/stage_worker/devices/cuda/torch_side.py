@@ -166,5 +166,5 @@ def _first_line(error: RuntimeError) -> str:
 
 def open_torch(runtime: CudaRuntime) -> TorchSide:
     """torch on the runtime's GPU, which becomes this thread's current one. Raises ConfigError when
-    torch has no CUDA. Call it as `torch_side.open_torch`: tests put a simulated one in its place."""
+    torch has no CUDA. Call it as `torch_side.open_torch`: tests put a simulated GPU there."""
     return _RealTorch(runtime)
