@@ -51,6 +51,8 @@ class StepBatch:
     block_size: int
     max_block: int
     """The largest block id in the step."""
+    max_token: int
+    """The largest token id."""
 
     @property
     def num_tokens(self) -> int:
@@ -88,4 +90,5 @@ def prepare_batch(plan: StepPlan, block_size: int) -> StepBatch:
         ),
         block_size=block_size,
         max_block=columns.max_block,
+        max_token=columns.max_token,
     )

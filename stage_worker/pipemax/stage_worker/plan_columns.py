@@ -43,6 +43,11 @@ class PlanColumns:
         """The largest block id in the step."""
         return int(self.block_tables.max())
 
+    @property
+    def max_token(self) -> int:
+        """The largest token id in the step."""
+        return int(self.token_ids.max())
+
 
 def read_columns(plan: StepPlan, block_size: int) -> PlanColumns:
     """Raises WireError when the plan's columns contradict each other."""

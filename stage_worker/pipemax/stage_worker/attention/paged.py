@@ -8,14 +8,16 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
+from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.attention import kernels
+from pipemax.stage_worker.attention.interface import StageAttention
 from pipemax.stage_worker.attention.prefill import prefill, visible
 from pipemax.stage_worker.attention.reference import reference_attention
-from pipemax.stage_worker.batch import StepBatch
+from pipemax.stage_worker.batch import StepBatch, prepare_batch
 
 IMPLEMENTATION: Final = "pipemax_paged"
 """The name in `attn_implementation`."""
@@ -54,6 +56,14 @@ class PagedAttention:
             raise InvariantError(f"pool of {pool.dtype}, contiguous {pool.is_contiguous()}")
         self._pool = pool
         self._array = pool_array(pool)
+
+    def prepare(self, plan: StepPlan) -> StepBatch:
+        """The plan's inputs. Raises WireError when the plan contradicts itself."""
+        return prepare_batch(plan, self.geometry.block_size)
+
+    def warm_up(self) -> None:
+        """See the function of this name."""
+        warm_up(self.dtype)
 
     def begin(self, batch: StepBatch) -> None:
         """Makes `batch` the step that the layers' next calls belong to."""
@@ -147,7 +157,7 @@ class PagedAttention:
 class PagedLayer:
     """What an attention module needs to find its part of the pool."""
 
-    def __init__(self, attention: PagedAttention, layer: int) -> None:
+    def __init__(self, attention: StageAttention, layer: int) -> None:
         self.attention = attention
         self.layer = layer
         """Within the stage."""
@@ -187,14 +197,13 @@ def paged_attention(
     return out[None], None
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """transformers' mask interface: who sees what follows from the step, so there is no mask."""
-
-
 def register() -> None:
-    """Makes IMPLEMENTATION known to transformers; doing it again changes nothing."""
+    """Makes IMPLEMENTATION known to transformers; doing it again changes nothing.
+
+    There is no mask function of this name: transformers then makes no mask and, unlike with one
+    that returns None, does not look at the position ids, for which a host would wait for its GPU.
+    """
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
 
 
 def warm_up(dtype: torch.dtype) -> None:

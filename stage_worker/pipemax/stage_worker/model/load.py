@@ -6,8 +6,9 @@ type by its index. Embedding, final norm and head stay where they are used.
 """
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipemax.proto.errors import InvariantError, ModelError
 from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.stage_worker.attention import paged
+from pipemax.stage_worker.attention.interface import StageAttention
 from pipemax.stage_worker.dtypes import torch_dtype
 from pipemax.stage_worker.model.checkpoint import Checkpoint
 from pipemax.stage_worker.model.dummy import HEAD, DummyWeights
@@ -27,6 +29,8 @@ from pipemax.stage_worker.model.stage_model import StageModel
 __all__ = ["StageModel", "load_stage_model"]
 
 CPU: Final = torch.device("cpu")
+AttentionFactory: TypeAlias = Callable[[BlockGeometry, int], StageAttention]
+"""Makes a stage's attention from its geometry and its number of query heads."""
 
 
 class WeightSource(Protocol):
@@ -55,9 +59,11 @@ def load_stage_model(
     block_size: int,
     backend: paged.Backend = "kernel",
     device: torch.device = CPU,
+    open_attention: AttentionFactory | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
 ) -> StageModel:
-    """Stage `stage` of a model whose layers are split as `layer_split`, on `device`. With
+    """Stage `stage` of a model whose layers are split as `layer_split`, on `device`. Without
+    `open_attention` steps are prepared in host memory, for CPU kernels (`backend`). With
     `load_format` `dummy` the folder needs no more than config.json, and weights are random.
 
     Raises ModelError for a folder that cannot be used and UnsupportedModelError for a model PipeMax
@@ -80,8 +86,12 @@ def load_stage_model(
         head_dim=info.head_dim,
         dtype=dtype_name,
     )
-    attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
     model = _build(model_dir, family)
+    attention: StageAttention
+    if open_attention is None:
+        attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
+    else:
+        attention = open_attention(geometry, model.config.num_attention_heads)
     try:
         _trim(model, family, layers, is_first=is_first, is_last=is_last)
         _attach(model, family, layers, attention)
@@ -145,9 +155,7 @@ def _replace(module: nn.Module, name: str, value: Any) -> None:
     setattr(module, name, value)
 
 
-def _attach(
-    model: Any, family: Family, layers: tuple[int, int], attention: paged.PagedAttention
-) -> None:
+def _attach(model: Any, family: Family, layers: tuple[int, int], attention: StageAttention) -> None:
     """Hangs the paged cache on this stage's attention modules."""
     for index in range(*layers):
         module = getattr(model.base_model.layers[index], family.attention)

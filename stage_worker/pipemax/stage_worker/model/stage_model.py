@@ -9,8 +9,7 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.control import SampleRow, StepPlan
 from pipemax.proto.messages.types import pack_i32
-from pipemax.stage_worker.attention.paged import PagedAttention, warm_up
-from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from pipemax.stage_worker.attention.interface import StageAttention, Step
 from pipemax.stage_worker.model.inspect import ModelInfo
 
 
@@ -23,7 +22,7 @@ class StageModel:
     def __init__(
         self,
         model: Any,
-        attention: PagedAttention,
+        attention: StageAttention,
         info: ModelInfo,
         layers: tuple[int, int],
         tensors_read: tuple[str, ...],
@@ -63,27 +62,31 @@ class StageModel:
         this stage's dtype. Whoever else writes to it must not do so to a block in use."""
         self._attention.bind_pool(pool)
 
+    @property
+    def attention(self) -> StageAttention:
+        """Where steps are prepared for this model."""
+        return self._attention
+
     def warm_up(self) -> None:
-        """Runs one token through block 0, so that the first real step compiles and allocates
-        nothing. Call it after `bind_pool`, before the pool holds anything."""
-        warm_up(self.dtype)
-        plan = StepPlan(
-            epoch=0,
-            step=0,
-            slot=0,
-            wait_for_load=False,
-            num_tokens=pack_i32([1]),
-            context_lens=pack_i32([0]),
-            block_counts=pack_i32([1]),
-            block_tables=pack_i32([0]),
-            token_ids=pack_i32([0]),
-            sample=(SampleRow(0, 0, 0, 0.0, 0, 1.0, 0.0),),
-        )
-        hidden = None if self.is_first else torch.zeros(1, self.hidden_size, dtype=self.dtype)
-        self.forward(prepare_batch(plan, self.geometry.block_size), hidden)
+        """Runs a decode and a prompt of two tokens through block 0, so that the first real step
+        compiles nothing. Call it after `bind_pool`, before the pool holds
+        anything."""
+        self._attention.warm_up()
+        step = self._attention.prepare(_warm_up_plan())
+        shape = (step.num_tokens, self.hidden_size)
+        hidden = None
+        if not self.is_first:
+            hidden = torch.zeros(shape, dtype=self.dtype, device=step.token_ids.device)
+        self.forward(step, hidden)
+
+    def check_tokens(self, step: Step) -> None:
+        """Raises InvariantError for a token id that the first stage's vocabulary does not have.
+        `forward` does it too; a replay of what `forward` did does not."""
+        if self.is_first and step.max_token >= self.vocab_size:
+            raise InvariantError(f"token {step.max_token} of a vocabulary of {self.vocab_size}")
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, hidden: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, batch: Step, hidden: torch.Tensor | None) -> torch.Tensor:
         """One step. `hidden` is `[T, hidden_size]` from the stage before, None on the first.
 
         Returns `[T, hidden_size]` in this stage's dtype, or from the last stage float32 logits
@@ -99,12 +102,9 @@ class StageModel:
         logits: torch.Tensor = self._model(**arguments, logits_to_keep=batch.sample_rows).logits
         return logits[0].float()
 
-    def _inputs(self, batch: StepBatch, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _inputs(self, batch: Step, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
         if self.is_first:
-            if int(batch.token_ids.max()) >= self.vocab_size:
-                raise InvariantError(
-                    f"token {int(batch.token_ids.max())} of a vocabulary of {self.vocab_size}"
-                )
+            self.check_tokens(batch)
             return {"input_ids": batch.token_ids}
         if hidden is None or hidden.shape != (batch.num_tokens, self.hidden_size):
             shape = None if hidden is None else tuple(hidden.shape)
@@ -112,3 +112,19 @@ class StageModel:
                 f"activations of shape {shape} for {batch.num_tokens} tokens of {self.hidden_size}"
             )
         return {"inputs_embeds": hidden[None]}
+
+
+def _warm_up_plan() -> StepPlan:
+    """A decode and a prompt of two tokens: devices have a kernel for each."""
+    return StepPlan(
+        epoch=0,
+        step=0,
+        slot=0,
+        wait_for_load=False,
+        num_tokens=pack_i32([1, 2]),
+        context_lens=pack_i32([0, 0]),
+        block_counts=pack_i32([1, 2]),
+        block_tables=pack_i32([0, 0, 0]),
+        token_ids=pack_i32([0, 0, 0]),
+        sample=(SampleRow(0, 0, 0, 0.0, 0, 1.0, 0.0),),
+    )
