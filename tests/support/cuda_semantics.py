@@ -1,0 +1,590 @@
+"""What PipeMax takes CUDA to do, as checks of any CudaRuntime.
+
+The real one must pass the same as the simulated one, or tests with the simulated one prove nothing.
+
+Each check takes a CudaWorld; `CHECKS` lists them. Host memory is memfd memory throughout, as it is
+in the product.
+"""
+
+import ctypes
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pipemax.proto.cuda.runtime import CudaRuntime, Pointer, Stream
+from pipemax.proto.errors import ConfigError, PipemaxSystemError
+from pipemax.proto.memory import MemfdHandle, SharedMemory
+from support.forkserver import CONTEXT
+
+Bytes = npt.NDArray[np.uint8]
+MIB = 2**20
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class CudaWorld:
+    """runtime: of the calling process. opener: `module:function`, which given `argument` opens a
+    runtime for the same GPU in a child."""
+
+    runtime: CudaRuntime
+    opener: str
+    argument: str
+
+    @contextmanager
+    def child(self, script: "Script") -> Iterator["Child"]:
+        """Runs `script`, a function of this module, in another process."""
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(
+            target=_run_child, args=(there, self.opener, self.argument, script.__name__)
+        )
+        process.start()
+        there.close()
+        child = Child(here, process.kill)
+        try:
+            yield child
+        finally:
+            if not child.killed:
+                child.send(b"end")
+            process.join(DEADLINE_S)
+            process.kill()
+            process.join()
+            process.close()
+            here.close()
+
+
+def open_real(argument: str) -> CudaRuntime:
+    """An opener for the real CUDA; `argument` is the GPU's ordinal."""
+    from pipemax.proto.cuda.cupy_runtime import CupyRuntime
+
+    return CupyRuntime(int(argument))
+
+
+class Child:
+    """The other process, as the test sees it, and the test, as the other process sees it."""
+
+    def __init__(self, connection: "Connection[bytes, bytes]", kill: Callable[[], None]) -> None:
+        self._connection = connection
+        self._kill = kill
+        self.killed = False
+
+    def send(self, message: bytes) -> None:
+        self._connection.send_bytes(message)
+
+    def receive(self) -> bytes:
+        if not self._connection.poll(DEADLINE_S):
+            raise AssertionError("the other process says nothing")
+        return self._connection.recv_bytes()
+
+    def kill(self) -> None:
+        """kill -9; returns once it is dead."""
+        self.killed = True
+        self._kill()
+        with pytest.raises((EOFError, ConnectionResetError)):
+            self.receive()
+
+
+Script = Callable[[CudaRuntime, Child], None]
+
+
+def _run_child(
+    connection: "Connection[bytes, bytes]", opener: str, argument: str, script: str
+) -> None:
+    """Until the script returns; then until told to end."""
+    module, function = opener.split(":")
+    runtime: CudaRuntime = getattr(importlib.import_module(module), function)(argument)
+    parent = Child(connection, lambda: None)
+    globals()[script](runtime, parent)
+    while parent.receive() != b"end":
+        pass
+
+
+class Host:
+    """Registered host memory."""
+
+    def __init__(self, runtime: CudaRuntime, size_bytes: int, opened: bytes = b"") -> None:
+        self._runtime = runtime
+        self.memory = (
+            SharedMemory.open(msgspec.msgpack.decode(opened, type=MemfdHandle))
+            if opened
+            else SharedMemory.create("host", size_bytes)
+        )
+        self.bytes: Bytes = np.frombuffer(self.memory.buffer, np.uint8)
+        self.address = self.bytes.ctypes.data
+        runtime.register_host(self.address, size_bytes)
+
+    def close(self) -> None:
+        self._runtime.unregister_host(self.address)
+        del self.bytes
+        self.memory.close()
+
+
+@contextmanager
+def host_memory(runtime: CudaRuntime, size_bytes: int, opened: bytes = b"") -> Iterator[Host]:
+    host = Host(runtime, size_bytes, opened)
+    try:
+        yield host
+    finally:
+        host.close()
+
+
+@contextmanager
+def device_memory(runtime: CudaRuntime, size_bytes: int) -> Iterator[Pointer]:
+    pointer = runtime.allocate(size_bytes)
+    yield pointer
+    runtime.free(pointer)
+
+
+@contextmanager
+def stream_of(runtime: CudaRuntime, *, urgent: bool = False) -> Iterator[Stream]:
+    """Drained at the end."""
+    stream = runtime.create_stream(urgent=urgent)
+    yield stream
+    runtime.synchronize(stream)
+    runtime.destroy_stream(stream)
+
+
+def _pattern(size_bytes: int, seed: int) -> Bytes:
+    return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8)
+
+
+def _read(runtime: CudaRuntime, pointer: int, size_bytes: int) -> Bytes:
+    """What lies there once everything queued elsewhere is over."""
+    with host_memory(runtime, size_bytes) as host, stream_of(runtime) as stream:
+        runtime.copy(host.address, pointer, size_bytes, stream)
+        runtime.synchronize(stream)
+        return host.bytes.copy()
+
+
+def _write(runtime: CudaRuntime, pointer: int, data: Bytes) -> None:
+    with host_memory(runtime, data.size) as host, stream_of(runtime) as stream:
+        host.bytes[:] = data
+        runtime.copy(pointer, host.address, data.size, stream)
+        runtime.synchronize(stream)
+
+
+def _eventually(condition: Callable[[], bool]) -> bool:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not (met := condition()) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    return met
+
+
+# One process.
+
+
+def check_the_gpu_is_described(world: CudaWorld) -> None:
+    runtime = world.runtime
+    properties = runtime.properties()
+    free, total = runtime.memory()
+    assert 0 <= free <= total
+    assert properties.name
+    assert properties.multiprocessors > 0
+    assert properties.pci_bus_id == properties.pci_bus_id.lower()
+    assert len(properties.pci_bus_id) == len("0000:65:00.0")
+    assert runtime.can_access_peer(runtime.gpu)
+
+
+def check_memory_is_counted_and_given_back(world: CudaWorld) -> None:
+    runtime = world.runtime
+    runtime.free(runtime.allocate(MIB))  # whatever the first allocation brings with it
+    before, _ = runtime.memory()
+    with device_memory(runtime, 32 * MIB):
+        assert runtime.memory()[0] <= before - 32 * MIB
+    assert _eventually(lambda: runtime.memory()[0] >= before)
+
+
+def check_too_much_memory_is_refused(world: CudaWorld) -> None:
+    _, total = world.runtime.memory()
+    with pytest.raises(ConfigError, match="lower --gpu-memory-utilization"):
+        world.runtime.allocate(2 * total)
+    with device_memory(world.runtime, MIB):
+        pass  # and nothing is broken by it
+
+
+def check_bytes_go_there_and_back(world: CudaWorld) -> None:
+    """Odd sizes and odd addresses, between all kinds of memory."""
+    runtime, data = world.runtime, _pattern(100_003, 1)
+    with (
+        host_memory(runtime, 2 * data.size) as host,
+        device_memory(runtime, 200_006) as device,
+        stream_of(runtime) as stream,
+    ):
+        host.bytes[: data.size] = data
+        runtime.copy(device, host.address, data.size, stream)
+        runtime.copy(device + data.size, device, data.size, stream)
+        runtime.copy(host.address + data.size, device + data.size, data.size, stream)
+        runtime.synchronize(stream)
+        assert np.array_equal(host.bytes[data.size :], data)
+
+
+def check_zeros_fill_what_they_should(world: CudaWorld) -> None:
+    runtime, data = world.runtime, _pattern(4096, 2)
+    with device_memory(runtime, data.size) as device, stream_of(runtime) as stream:
+        _write(runtime, device, data)
+        runtime.fill_zero(Pointer(device + 1000), 2000, stream)
+        runtime.synchronize(stream)
+        data[1000:3000] = 0
+        assert np.array_equal(_read(runtime, device, data.size), data)
+
+
+def check_torch_sees_the_same_memory(world: CudaWorld) -> None:
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    runtime, data = world.runtime, _pattern(4096, 3)
+    with device_memory(runtime, data.size) as device:
+        _write(runtime, device, data)
+        tensor = from_dlpack(runtime.array(device, data.size))
+        assert tensor.dtype == torch.uint8
+        assert tensor.data_ptr() == device
+        assert np.array_equal(tensor.cpu().numpy(), data)
+        tensor[:7] = 5
+        data[:7] = 5
+        if tensor.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        assert np.array_equal(_read(runtime, device, data.size), data)
+        part = from_dlpack(runtime.array(Pointer(device + 256), 512))
+        assert part.data_ptr() == device + 256
+        del tensor, part
+
+
+def check_a_part_of_a_segment_can_be_pinned(world: CudaWorld) -> None:
+    """Neither begins nor ends at a page."""
+    runtime, data = world.runtime, _pattern(10_000, 4)
+    memory = SharedMemory.create("host", 64 * 1024)
+    whole = np.frombuffer(memory.buffer, np.uint8)
+    part = whole[5000:15_000]
+    runtime.register_host(part.ctypes.data, part.size)
+    try:
+        with device_memory(runtime, data.size) as device, stream_of(runtime) as stream:
+            part[:] = data
+            runtime.copy(device, part.ctypes.data, data.size, stream)
+            runtime.synchronize(stream)
+            assert np.array_equal(_read(runtime, device, data.size), data)
+    finally:
+        runtime.unregister_host(part.ctypes.data)
+        del whole, part
+        memory.close()
+
+
+def check_pinning_twice_is_refused(world: CudaWorld) -> None:
+    runtime = world.runtime
+    with host_memory(runtime, 8 * 4096) as host:
+        with pytest.raises(PipemaxSystemError):
+            runtime.register_host(host.address, 8 * 4096)
+        address = host.address
+    with pytest.raises(PipemaxSystemError):
+        runtime.unregister_host(address)
+
+
+def check_a_stream_keeps_its_order(world: CudaWorld) -> None:
+    """Each copy overwrites what the one before it reads."""
+    runtime, size = world.runtime, 64 * 1024
+    values = [_pattern(size, seed) for seed in range(12)]
+    with (
+        host_memory(runtime, size * len(values)) as source,
+        host_memory(runtime, size * len(values)) as target,
+        device_memory(runtime, size) as device,
+        stream_of(runtime, urgent=True) as stream,
+    ):
+        for i, value in enumerate(values):
+            source.bytes[i * size : (i + 1) * size] = value
+        for i in range(len(values)):
+            runtime.copy(device, source.address + i * size, size, stream)
+            runtime.copy(target.address + i * size, device, size, stream)
+        runtime.synchronize(stream)
+        assert np.array_equal(source.bytes, target.bytes)
+
+
+def check_a_stream_waits_for_another(world: CudaWorld) -> None:
+    """There and back through one buffer by two streams, in turns that only events keep."""
+    runtime, size, turns = world.runtime, 256 * 1024, 16
+    with (
+        host_memory(runtime, size * turns) as source,
+        host_memory(runtime, size * turns) as target,
+        device_memory(runtime, size) as device,
+        stream_of(runtime) as writer,
+        stream_of(runtime) as reader,
+    ):
+        source.bytes[:] = _pattern(size * turns, 5)
+        written, read = runtime.create_event(), runtime.create_event()
+        for i in range(turns):
+            runtime.wait(writer, read)
+            runtime.copy(device, source.address + i * size, size, writer)
+            runtime.record(written, writer)
+            runtime.wait(reader, written)
+            runtime.copy(target.address + i * size, device, size, reader)
+            runtime.record(read, reader)
+        runtime.synchronize_event(read)
+        assert runtime.finished(read)
+        assert np.array_equal(source.bytes, target.bytes)
+        runtime.destroy_event(written)
+        runtime.destroy_event(read)
+
+
+def check_an_event_never_recorded_holds_nobody_up(world: CudaWorld) -> None:
+    runtime = world.runtime
+    for interprocess in (False, True):
+        event = runtime.create_event(interprocess=interprocess)
+        assert runtime.finished(event)
+        runtime.synchronize_event(event)
+        with stream_of(runtime) as stream:
+            runtime.wait(stream, event)
+        runtime.destroy_event(event)
+
+
+def check_an_event_passes_when_its_turn_comes(world: CudaWorld) -> None:
+    runtime, size = world.runtime, 4 * MIB
+    event = runtime.create_event()
+    with (
+        host_memory(runtime, size) as host,
+        device_memory(runtime, size) as device,
+        stream_of(runtime) as stream,
+    ):
+        runtime.fill_zero(device, size, stream)
+        host.bytes[:] = 1
+        for _ in range(8):
+            runtime.copy(host.address, device, size, stream)
+        runtime.record(event, stream)
+        assert _eventually(lambda: runtime.finished(event))
+        assert not host.bytes.any()
+    runtime.destroy_event(event)
+
+
+def check_time_between_events(world: CudaWorld) -> None:
+    runtime, size = world.runtime, 8 * MIB
+    begin, middle, end = (runtime.create_event(timed=True) for _ in range(3))
+    with (
+        host_memory(runtime, size) as host,
+        device_memory(runtime, size) as device,
+        stream_of(runtime) as stream,
+    ):
+        runtime.record(begin, stream)
+        runtime.copy(device, host.address, size, stream)
+        runtime.record(middle, stream)
+        runtime.copy(host.address, device, size, stream)
+        runtime.record(end, stream)
+        runtime.synchronize(stream)
+        both = runtime.elapsed_s(begin, end)
+        parts = runtime.elapsed_s(begin, middle) + runtime.elapsed_s(middle, end)
+        assert 0 < both < 10
+        assert both == pytest.approx(parts, abs=1e-4)
+    for event in (begin, middle, end):
+        runtime.destroy_event(event)
+
+
+def check_time_of_untimed_events_is_refused(world: CudaWorld) -> None:
+    runtime = world.runtime
+    with pytest.raises(ValueError, match="times no event"):
+        runtime.create_event(interprocess=True, timed=True)
+    timed, plain = runtime.create_event(timed=True), runtime.create_event()
+    with stream_of(runtime) as stream:
+        runtime.record(plain, stream)
+        runtime.record(timed, stream)
+    for begin, end in ((plain, plain), (timed, plain)):
+        with pytest.raises(PipemaxSystemError, match="elapsed time"):
+            runtime.elapsed_s(begin, end)
+    runtime.destroy_event(timed)
+    runtime.destroy_event(plain)
+
+
+def check_any_thread_may_call(world: CudaWorld) -> None:
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            check_bytes_go_there_and_back(world)
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not raised
+
+
+def check_own_memory_is_not_mapped_twice(world: CudaWorld) -> None:
+    runtime = world.runtime
+    with device_memory(runtime, 2 * MIB) as device:
+        handle = runtime.export_memory(device)
+        assert len(handle) == 64
+        with pytest.raises(PipemaxSystemError):
+            runtime.open_memory(handle)
+
+
+def check_nonsense_is_refused(world: CudaWorld) -> None:
+    with pytest.raises(PipemaxSystemError):
+        world.runtime.open_memory(bytes(64))
+    with pytest.raises(PipemaxSystemError):
+        world.runtime.open_event(bytes(64))
+    with pytest.raises(PipemaxSystemError):
+        world.runtime.free(Pointer(ctypes.addressof(ctypes.c_int())))
+
+
+# Two processes.
+
+
+def lend_memory(runtime: CudaRuntime, parent: Child) -> None:
+    """Child: lends memory with a pattern, then says what the borrower has made of it."""
+    with device_memory(runtime, 3 * MIB) as device:
+        _write(runtime, device, _pattern(3 * MIB, 6))
+        parent.send(runtime.export_memory(device))
+        assert parent.receive() == b"written"
+        right = np.array_equal(_read(runtime, device, 3 * MIB), _pattern(3 * MIB, 7))
+        parent.send(b"right" if right else b"wrong")
+        assert parent.receive() == b"closed"
+
+
+def check_memory_is_shared(world: CudaWorld) -> None:
+    runtime = world.runtime
+    with world.child(lend_memory) as child:
+        mapped = runtime.open_memory(child.receive())
+        assert np.array_equal(_read(runtime, mapped, 3 * MIB), _pattern(3 * MIB, 6))
+        _write(runtime, mapped, _pattern(3 * MIB, 7))
+        child.send(b"written")
+        assert child.receive() == b"right"
+        runtime.close_memory(mapped)
+        child.send(b"closed")
+
+
+RING_EVENTS, RING_SLOTS, STEPS, ROW_BYTES = 8, 2, 24, 512 * 1024
+
+
+def send_rows(runtime: CudaRuntime, parent: Child) -> None:
+    """Child: writes row after row to a ring of two slots, waits for events only. Where the parent
+    has told that it queued a read, its event keeps the slot from being overwritten too early."""
+    written = [runtime.create_event(interprocess=True) for _ in range(RING_EVENTS)]
+    with (
+        device_memory(runtime, RING_SLOTS * ROW_BYTES) as ring,
+        host_memory(runtime, STEPS * ROW_BYTES) as host,
+        stream_of(runtime) as stream,
+    ):
+        host.bytes[:] = _pattern(STEPS * ROW_BYTES, 8)
+        parent.send(runtime.export_memory(ring))
+        for event in written:
+            parent.send(runtime.export_event(event))
+        read = [runtime.open_event(parent.receive()) for _ in range(RING_EVENTS)]
+        for step in range(STEPS):
+            if step >= RING_SLOTS:
+                number = int(parent.receive())
+                runtime.wait(stream, read[number % RING_EVENTS])
+            slot = ring + step % RING_SLOTS * ROW_BYTES
+            runtime.copy(slot, host.address + step * ROW_BYTES, ROW_BYTES, stream)
+            runtime.record(written[step % RING_EVENTS], stream)
+            parent.send(b"%d" % step)
+        assert parent.receive() == b"closed"
+    for event in [*written, *read]:
+        runtime.destroy_event(event)
+    parent.send(b"closed")
+
+
+def check_streams_of_two_processes_wait_for_each_other(world: CudaWorld) -> None:
+    """The way activations travel: no host waits for anything but messages."""
+    runtime = world.runtime
+    read = [runtime.create_event(interprocess=True) for _ in range(RING_EVENTS)]
+    with world.child(send_rows) as child:
+        ring = runtime.open_memory(child.receive())
+        written = [runtime.open_event(child.receive()) for _ in range(RING_EVENTS)]
+        for event in read:
+            child.send(runtime.export_event(event))
+        with (
+            host_memory(runtime, STEPS * ROW_BYTES) as host,
+            stream_of(runtime) as stream,
+        ):
+            for _ in range(STEPS):
+                step = int(child.receive())
+                runtime.wait(stream, written[step % RING_EVENTS])
+                slot = ring + step % RING_SLOTS * ROW_BYTES
+                runtime.copy(host.address + step * ROW_BYTES, slot, ROW_BYTES, stream)
+                runtime.record(read[step % RING_EVENTS], stream)
+                if step < STEPS - RING_SLOTS:
+                    child.send(b"%d" % step)
+            runtime.synchronize(stream)
+            assert np.array_equal(host.bytes, _pattern(STEPS * ROW_BYTES, 8))
+        runtime.close_memory(ring)
+        for event in written:
+            runtime.destroy_event(event)
+        child.send(b"closed")
+        assert child.receive() == b"closed"
+    for event in read:
+        runtime.destroy_event(event)
+
+
+def pin_the_same(runtime: CudaRuntime, parent: Child) -> None:
+    """Child: pins a segment of the parent's and writes to it from its GPU."""
+    with host_memory(runtime, MIB, opened=parent.receive()) as host:
+        with device_memory(runtime, MIB) as device, stream_of(runtime) as stream:
+            runtime.copy(device, host.address, MIB, stream)
+            runtime.fill_zero(device, 1000, stream)
+            runtime.copy(host.address, device, MIB, stream)
+        parent.send(b"done")
+
+
+def check_two_processes_pin_the_same_memory(world: CudaWorld) -> None:
+    data = _pattern(MIB, 9)
+    with world.child(pin_the_same) as child, host_memory(world.runtime, MIB) as host:
+        host.bytes[:] = data
+        child.send(msgspec.msgpack.encode(host.memory.handle))
+        assert child.receive() == b"done"
+        data[:1000] = 0
+        assert np.array_equal(host.bytes, data)
+
+
+def lend_and_be_killed(runtime: CudaRuntime, parent: Child) -> None:
+    """Child: holds memory and an event until it is killed."""
+    device = runtime.allocate(48 * MIB)
+    event = runtime.create_event(interprocess=True)
+    parent.send(runtime.export_memory(device))
+    parent.send(runtime.export_event(event))
+    parent.receive()
+
+
+def check_what_the_dead_held(world: CudaWorld) -> None:
+    """Their memory comes back, and their handles open no more."""
+    runtime = world.runtime
+    before, _ = runtime.memory()
+    with world.child(lend_and_be_killed) as child:
+        handles = child.receive(), child.receive()
+        assert runtime.memory()[0] <= before - 48 * MIB
+        child.kill()
+        with pytest.raises(PipemaxSystemError):
+            runtime.open_memory(handles[0])
+        with pytest.raises(PipemaxSystemError):
+            runtime.open_event(handles[1])
+    assert _eventually(lambda: runtime.memory()[0] >= before)
+
+
+def check_what_was_mapped_of_the_dead(world: CudaWorld) -> None:
+    """A mapping of a dead process's memory can be closed, an event of its destroyed, and only then
+    is the memory back."""
+    runtime = world.runtime
+    before, _ = runtime.memory()
+    with world.child(lend_and_be_killed) as child:
+        mapped = runtime.open_memory(child.receive())
+        event = runtime.open_event(child.receive())
+        child.kill()
+    runtime.destroy_event(event)
+    runtime.close_memory(mapped)
+    assert _eventually(lambda: runtime.memory()[0] >= before)
+
+
+Check = Callable[[CudaWorld], None]
+CHECKS: tuple[Check, ...] = tuple(
+    value for name, value in list(globals().items()) if name.startswith("check_")
+)
+
+
+def name_of(check: Check) -> str:
+    """For pytest's ids."""
+    return check.__name__.removeprefix("check_")
