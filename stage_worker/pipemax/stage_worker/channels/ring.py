@@ -58,15 +58,8 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
 
-class Ring(Protocol):
-    """`[num_slots, max_rows, hidden]` in memory that other processes can map."""
-
-    @property
-    def handle(self) -> MemfdHandle:
-        """Opens the same memory in another process while this one lives."""
-
-    def write(self, slot: int, rows: Rows) -> None:
-        """Copies `rows` to the beginning of `slot`."""
+class FrameSlots(Protocol):
+    """`[num_slots, max_rows, hidden]` that frames are received into."""
 
     def read(self, slot: int, count: int) -> Rows:
         """The first `count` rows of `slot`, in place."""
@@ -75,6 +68,17 @@ class Ring(Protocol):
         """The bytes of the same rows, writable."""
 
     def close(self) -> None: ...
+
+
+class Ring(FrameSlots, Protocol):
+    """The same in memory that other processes can map."""
+
+    @property
+    def handle(self) -> MemfdHandle:
+        """Opens the same memory in another process while this one lives."""
+
+    def write(self, slot: int, rows: Rows) -> None:
+        """Copies `rows` to the beginning of `slot`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,8 @@ class RingMemory(Protocol):
 
     def row_reader(self, transport: Transport, shape: RingShape) -> RowReader: ...
 
-    def allocate_ring(self, shape: RingShape) -> Ring:
-        """A new ring of this process, which frames are received into."""
+    def allocate_ring(self, shape: RingShape) -> FrameSlots:
+        """New ones of this process, for `tcp`."""
 
     def frame(self, rows: Rows) -> memoryview:
         """The bytes of `rows`, one after the other; in place where they lie like that."""

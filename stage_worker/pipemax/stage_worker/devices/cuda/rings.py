@@ -1,0 +1,105 @@
+"""How rows travel between a stage on a GPU and its neighbours."""
+
+from typing import Literal, cast
+
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.cuda.runtime import CudaRuntime, Stream
+from pipemax.proto.errors import ConfigError, InvariantError
+from pipemax.stage_worker.channels.ring import RingShape, RowReader, Rows, RowWriter, Transport
+from pipemax.stage_worker.devices.cuda.buffers import Leftovers
+from pipemax.stage_worker.devices.cuda.inlet import FrameRing, Inlet, RingReader
+from pipemax.stage_worker.devices.cuda.outlet import (
+    DeviceOutlet,
+    FrameOutlet,
+    HostOutlet,
+    Outlet,
+    QueuedRows,
+)
+from pipemax.stage_worker.devices.cuda.torch_side import TorchSide
+
+
+class CudaRings:
+    """RingMemory of a stage: makes its channel ends, and is their side towards the kernels.
+
+    Ends are made for the whole life of the stage; memory that peers mapped, or that kernels use,
+    stays until `close`.
+    """
+
+    def __init__(
+        self,
+        runtime: CudaRuntime,
+        torch_side: TorchSide,
+        config: EngineConfig,
+        stage: int,
+        shape: RingShape,
+        compute: Stream,
+    ) -> None:
+        assert config.cuda is not None
+        self._runtime = runtime
+        self._torch = torch_side
+        self._gpus = config.cuda.gpus
+        self._shape = shape
+        self._leftovers = Leftovers()
+        self._same_gpu_as_previous = stage > 0 and self._gpus[stage - 1] == runtime.gpu
+        is_last = stage == len(self._gpus) - 1
+        self.inlet = Inlet(runtime, torch_side, shape) if stage > 0 else None
+        self.outlet: Outlet | None = None
+        """None on the last stage."""
+        if not is_last:
+            wanted = config.activation_transport
+            self.outlet = self._make_outlet(self.transport(wanted, stage), shape, compute)
+
+    def _make_outlet(self, transport: Transport, shape: RingShape, compute: Stream) -> Outlet:
+        if transport == "ipc":
+            return DeviceOutlet(self._runtime, self._torch, shape, compute)
+        kind = HostOutlet if transport == "shm" else FrameOutlet
+        return kind(self._runtime, self._torch, shape)
+
+    def transport(self, wanted: Literal["auto"] | Transport, sender: int) -> Transport:
+        """`ipc` needs GPUs that read each other's memory. CUDA answers both ends alike."""
+        if wanted in ("shm", "tcp"):
+            return cast(Transport, wanted)
+        here, there = self._gpus[sender], self._gpus[sender + 1]
+        other = there if here == self._runtime.gpu else here
+        if self._runtime.can_access_peer(other):
+            return "ipc"
+        if wanted == "ipc":
+            raise ConfigError(
+                f"--activation-transport ipc: GPU {here} of stage {sender} and GPU {there} of "
+                f"stage {sender + 1} do not read each other's memory; use auto or shm"
+            )
+        return "shm"
+
+    def row_writer(self, transport: Transport, shape: RingShape) -> RowWriter:
+        if not isinstance(self.outlet, DeviceOutlet | HostOutlet) or shape != self._shape:
+            raise InvariantError(f"rows of {shape} by {transport} were not prepared for")
+        return self.outlet
+
+    def row_reader(self, transport: Transport, shape: RingShape) -> RowReader:
+        own = self._runtime.properties().pci_bus_id
+        return RingReader(
+            self._runtime,
+            transport,
+            shape,
+            self._leftovers,
+            own if self._same_gpu_as_previous else None,
+        )
+
+    def allocate_ring(self, shape: RingShape) -> FrameRing:
+        return FrameRing(self._runtime, shape, self._leftovers)
+
+    def frame(self, rows: Rows) -> memoryview:
+        frame = cast(QueuedRows, rows).frame
+        assert frame is not None, "rows that do not travel in frames"
+        return frame
+
+    def collect(self) -> None:
+        """Closes what is left of neighbours' former lives. The GPU has nothing queued."""
+        self._leftovers.close()
+
+    def close(self) -> None:
+        """The GPU has nothing queued, and the channels are closed."""
+        self.collect()
+        for end in (self.inlet, self.outlet):
+            if end is not None:
+                end.free()
