@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from pipemax.proto.config import save_config
 from pipemax.proto.rundir import RunLock, create_run_dir
 from pipemax.services.cli import main
 from pipemax.services.cli.options import EngineOptions, takes_engine_options
-
-from .fake_coordinator import FakeCoordinator, finished
+from support.fake_coordinator import FakeCoordinator, finished
+from support.fake_system import fake_config
 
 COMMANDS = (
     "up",
@@ -137,6 +138,7 @@ def test_batch_without_a_model_runs_on_the_running_system_and_fails_when_every_l
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run_dir = create_run_dir("default")
     lock = RunLock(run_dir)
+    save_config(fake_config("default"), run_dir)
     try:
         with FakeCoordinator(run_dir / "ingest.sock", finished):
             done = pipemax("run-batch", "-i", str(source), "-o", str(out))

@@ -13,8 +13,7 @@ from pipemax.client import Client, Completion, SamplingParams, Submit, connectio
 from pipemax.proto.errors import ConfigError, NotRunningError, RequestError, WireError
 from pipemax.proto.messages.ingest import Refused
 from pipemax.proto.rundir import RunLock, create_run_dir, socket_endpoint
-
-from .fake_coordinator import FakeCoordinator, finished
+from support.fake_coordinator import FakeCoordinator, finished
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,7 @@ from typing import Any
 from pipemax.client import Submit
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.messages.ingest import Refused
-
-from .fake_coordinator import FakeCoordinator, finished
+from support.fake_coordinator import FakeCoordinator, finished
 
 EXAMPLE = Path(__file__).parents[2] / "ops" / "examples" / "minimal_client.py"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pipemax.coordinator.text import TextProcessor
 from pipemax.proto.errors import ConfigError
-from pipemax.services.openai_batch import parse_line
+from pipemax.services.batch.openai_lines import parse_line
 from pipemax.services.tiny_model import (
     BOS,
     EOS,
@@ -173,7 +173,7 @@ def test_demo_requests_are_mixed_and_the_same_every_time() -> None:
 
 def test_torch_is_not_needed() -> None:
     code = (
-        "import sys, pipemax.services.tiny_model, pipemax.services.batch_job\n"
+        "import sys, pipemax.services.tiny_model, pipemax.services.batch.job\n"
         "print({'torch', 'transformers'} & {*sys.modules})"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -24,7 +24,9 @@ from pipemax.proto.geometry import BlockGeometry, blocks_for, split_layers
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import runtime_root
 from pipemax.proto.sizes import format_size
-from pipemax.services.batch_job import BatchReport, check_output, run_batch
+from pipemax.services.batch.files import BatchFiles, run_files
+from pipemax.services.batch.outputs import check_output
+from pipemax.services.batch.report import BatchReport
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
@@ -142,7 +144,8 @@ def _run(files: _Files, sizes: _Sizes) -> tuple[BatchReport, Status]:
         Client(system.config.name, label="demo") as client,
     ):
         with TokenBar() as bar:
-            report = run_batch(client, files.requests, files.results, bar)
+            batch = BatchFiles(inputs=(files.requests,), outputs=(files.results,), overwrite=True)
+            report = run_files(client, batch, {}, bar)
         return report, client.status()
 
 

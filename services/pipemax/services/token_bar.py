@@ -45,10 +45,11 @@ class TokenBar:
     ) -> None:
         self._bar.stop()
 
-    def start(self, num_requests: int) -> None:
-        self._num_requests = num_requests
+    def start(self, num_requests: int | None) -> None:
+        """None: nobody knows how many there will be."""
+        self._num_requests = num_requests or 0
         self._started_at = time.monotonic()
-        self._bar.update(self._task, num_requests=num_requests)
+        self._bar.update(self._task, num_requests=self._num_requests or "?")
 
     def finished(self, num_tokens: int) -> None:
         self._requests += 1
@@ -58,10 +59,12 @@ class TokenBar:
         self._bar.update(
             self._task,
             completed=self._tokens,
-            total=self._tokens * requests_per_finished or None,
+            total=self._tokens * requests_per_finished if self._num_requests else None,
             requests=self._requests,
             rate=f"{self._tokens / max(elapsed_s, 1e-9):,.0f} tokens/s",
-            ends_at=self._started_at + elapsed_s * requests_per_finished,
+            ends_at=self._started_at + elapsed_s * requests_per_finished
+            if self._num_requests
+            else None,
         )
 
 

@@ -7,23 +7,61 @@ import typer
 
 from pipemax.services.cli.options import EngineOptions, takes_engine_options
 
+_RESUMING = "Going on"
+
 
 @takes_engine_options
 def run_batch(
     engine: EngineOptions,
     input_file: Annotated[
-        Path,
-        typer.Option("--input-file", "-i", metavar="IN.jsonl", help="OpenAI batch lines."),
+        list[Path],
+        typer.Option(
+            "--input-file",
+            "-i",
+            metavar="IN.jsonl",
+            help="OpenAI batch lines: .jsonl, .gz, .zst, .parquet, or - for standard input; may be "
+            "given several times.",
+        ),
     ],
     output_file: Annotated[
-        Path,
+        list[Path],
         typer.Option(
             "--output-file",
             "-o",
             metavar="OUT.jsonl",
-            help="One result per line, in the order in which they finish. Overwritten.",
+            help="One result per line, in the order in which they finish: .jsonl, .gz, .zst, "
+            ".parquet, or - for standard output. One for all inputs, or one for each.",
         ),
     ],
+    error_file: Annotated[
+        Path | None,
+        typer.Option(metavar="ERR.jsonl", help="Error lines go here instead of the output."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with an output by custom_id even where input or settings have changed. "
+            "Where they have not, that is what happens anyway.",
+            rich_help_panel=_RESUMING,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start over and lose what the output holds.",
+            rich_help_panel=_RESUMING,
+        ),
+    ] = False,
+    retry_errors: Annotated[
+        bool,
+        typer.Option(
+            "--retry-errors",
+            help="When going on, run lines again that got an error line.",
+            rich_help_panel=_RESUMING,
+        ),
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(
@@ -33,11 +71,20 @@ def run_batch(
         ),
     ] = None,
 ) -> None:
-    """Run a file of OpenAI batch requests, starting and stopping a system for it if need be.
+    """Run files of OpenAI batch requests, starting and stopping a system for it if need be.
 
-    A line that cannot be served gets an error line and the others go on; the exit status is 1 when
-    none could.
+    Run again after whatever stopped it, it goes on where it was. A line that cannot be served gets
+    an error line and the others go on; the exit status is 1 when none could.
     """
-    from pipemax.services.batch import run_batch_file
+    from pipemax.services.batch.command import run_batch_files
+    from pipemax.services.batch.files import BatchFiles
 
-    run_batch_file(engine, input_file, output_file, name)
+    files = BatchFiles(
+        inputs=tuple(input_file),
+        outputs=tuple(output_file),
+        errors=error_file,
+        resume=resume,
+        overwrite=overwrite,
+        retry_errors=retry_errors,
+    )
+    run_batch_files(engine, files, name)

@@ -5,11 +5,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipemax.client import Completion, SamplingParams
-from pipemax.services.openai_batch import (
+from pipemax.services.batch.openai_lines import (
     CHAT_URL,
     COMPLETIONS_URL,
     BatchRequest,
@@ -223,6 +223,7 @@ def test_broken_envelopes(changes: dict[str, Any], code: str, words: str) -> Non
     assert words in str(error)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     body=st.dictionaries(
         st.sampled_from(["model", "prompt", "stop", "n", "max_tokens", "temperature", "seed", "x"]),

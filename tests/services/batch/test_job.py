@@ -1,7 +1,6 @@
 """Batch files through a client: one line out for each line in, whatever the line."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,34 +8,12 @@ from typing import Any
 import pytest
 
 from pipemax.client import Client, Submit
-from pipemax.proto.errors import ConfigError, NotRunningError, PipemaxSystemError
-from pipemax.proto.messages.ingest import Refused
-from pipemax.services import batch_job
-from pipemax.services.batch_job import (
-    BatchReport,
-    check_input,
-    check_output,
-    run_batch,
-)
-
-from .fake_coordinator import FakeCoordinator, finished
-
-
-def request(custom_id: str, prompt: Any = "water", **body: Any) -> dict[str, Any]:
-    return {
-        "custom_id": custom_id,
-        "method": "POST",
-        "url": "/v1/completions",
-        "body": {"model": "fake", "prompt": prompt, **body},
-    }
-
-
-def answer(submit: Submit) -> Any:
-    if submit.prompt == "refuse":
-        return Refused(request_id=submit.request_id, code="too_long", message="prompt is too long")
-    if submit.prompt == "fail":
-        return finished(submit, finish_reason="error", error="a stage is gone")
-    return finished(submit)
+from pipemax.proto.errors import NotRunningError, PipemaxSystemError
+from pipemax.services.batch import inputs
+from pipemax.services.batch.files import BatchFiles, run_files
+from pipemax.services.batch.report import BatchReport
+from support.batch_lines import answer, read_lines, request, write_lines
+from support.fake_coordinator import FakeCoordinator, finished
 
 
 @pytest.fixture
@@ -48,15 +25,10 @@ def client(runtime_dir: Path) -> Iterator[Client]:
         yield client
 
 
-def write(path: Path, *lines: Any) -> Path:
-    texts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in lines]
-    path.write_bytes(b"\n".join(texts))
-    return path
-
-
 def run(client: Client, tmp_path: Path, *lines: Any) -> tuple[BatchReport, list[dict[str, Any]]]:
-    report = run_batch(client, write(tmp_path / "in", *lines), tmp_path / "out")
-    return report, [json.loads(text) for text in (tmp_path / "out").read_text().splitlines()]
+    source = write_lines(tmp_path / "in", *lines)
+    report = run_files(client, BatchFiles(inputs=(source,), outputs=(tmp_path / "out",)), {})
+    return report, read_lines(tmp_path / "out")
 
 
 def test_every_request_gets_its_line(client: Client, tmp_path: Path) -> None:
@@ -114,8 +86,8 @@ def test_bad_lines_get_error_lines_and_the_others_run(client: Client, tmp_path: 
 def test_lines_too_long_are_skipped_not_read(
     client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_job, "MAX_LINE_BYTES", 200)
-    monkeypatch.setattr(batch_job, "_READ_BYTES", 64)
+    monkeypatch.setattr(inputs, "MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(inputs, "_READ_BYTES", 64)
     exact = json.dumps(request("exact")).encode().ljust(200)
     report, lines = run(client, tmp_path, request("a"), b"x" * 1000, exact, b"y" * 201)
     errors = [result["error"] for result in lines if result["error"]]
@@ -135,16 +107,16 @@ def test_empty_input(client: Client, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_ends_the_batch_with_one_line(client: Client, tmp_path: Path) -> None:
-    source = write(tmp_path / "in", request("a"))
+    source = write_lines(tmp_path / "in", request("a"))
     with pytest.raises(PipemaxSystemError, match="cannot write /dev/full: No space left"):
-        run_batch(client, source, Path("/dev/full"))
+        run_files(client, BatchFiles(inputs=(source,), outputs=(Path("/dev/full"),)), {})
 
 
 def test_what_was_written_stays_when_the_system_ends(tmp_path: Path, runtime_dir: Path) -> None:
     def first_only(submit: Submit) -> Any:
         return finished(submit) if submit.prompt == "good" else None
 
-    source = write(tmp_path / "in", request("a", "good"), request("b", "never"))
+    source = write_lines(tmp_path / "in", request("a", "good"), request("b", "never"))
     with FakeCoordinator(runtime_dir / "ingest.sock", first_only) as fake:
         client = Client(endpoint=fake.endpoint, timeout_s=0.3)
         progress = Recorder()
@@ -153,19 +125,20 @@ def test_what_was_written_stays_when_the_system_ends(tmp_path: Path, runtime_dir
             fake.silent = True
 
         progress.on_finished = vanish
+        files = BatchFiles(inputs=(source,), outputs=(tmp_path / "out",))
         with client, pytest.raises(NotRunningError):
-            run_batch(client, source, tmp_path / "out", progress)
-    (line,) = (tmp_path / "out").read_text().splitlines()
-    assert json.loads(line)["custom_id"] == "a"
+            run_files(client, files, {}, progress)
+    (line,) = read_lines(tmp_path / "out")
+    assert line["custom_id"] == "a"
 
 
 class Recorder:
     def __init__(self) -> None:
-        self.num_requests = -1
+        self.num_requests: int | None = -1
         self.tokens: list[int] = []
         self.on_finished: Any = None
 
-    def start(self, num_requests: int) -> None:
+    def start(self, num_requests: int | None) -> None:
         self.num_requests = num_requests
 
     def finished(self, num_tokens: int) -> None:
@@ -176,8 +149,9 @@ class Recorder:
 
 def test_progress_is_told(client: Client, tmp_path: Path) -> None:
     progress = Recorder()
-    source = write(tmp_path / "in", request("a", "ab"), b"bad", b"", request("b", "abcd"), b"\n")
-    run_batch(client, source, tmp_path / "out", progress)
+    lines = (request("a", "ab"), b"bad", b"", request("b", "abcd"), b"\n")
+    source = write_lines(tmp_path / "in", *lines)
+    run_files(client, BatchFiles(inputs=(source,), outputs=(tmp_path / "out",)), {}, progress)
     assert progress.num_requests == 3  # blank lines are none
     assert sorted(progress.tokens) == [0, 4, 8]
 
@@ -189,29 +163,32 @@ def test_report_line() -> None:
     )
 
 
-def test_check_input(tmp_path: Path) -> None:
-    check_input(write(tmp_path / "in", request("a")))
-    with pytest.raises(ConfigError, match="No such file"):
-        check_input(tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="directory"):
-        check_input(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="not a regular file"):
-        check_input(tmp_path / "pipe")
+def test_several_inputs_share_one_output_and_its_ids(client: Client, tmp_path: Path) -> None:
+    one = write_lines(tmp_path / "one", request("a"), b"bad")
+    two = write_lines(tmp_path / "two", request("b"), request("a"))
+    files = BatchFiles(inputs=(one, two), outputs=(tmp_path / "out",))
+    report = run_files(client, files, {})
+    lines = read_lines(tmp_path / "out")
+    assert {line["custom_id"] for line in lines if not line["error"]} == {"a", "b"}
+    errors = {(e["error"]["file"], e["error"]["line"]): e for e in lines if e["error"]}
+    assert errors[str(one), 2]["error"]["code"] == "invalid_json"
+    duplicate = errors[str(two), 2]
+    assert duplicate["error"]["message"] == f"custom_id is that of {one}, line 1 already"
+    assert (report.completed, report.failed) == (2, 2)
 
 
-def test_check_output(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", request("a"))
-    check_output(tmp_path / "new", source)
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "old").write_text("kept")
-    check_output(tmp_path / "old")
-    assert (tmp_path / "old").read_text() == "kept"
-    with pytest.raises(ConfigError, match="both input and output"):
-        check_output(source, source)
-    with pytest.raises(ConfigError, match="No such file"):
-        check_output(tmp_path / "nowhere" / "out")
-    with pytest.raises(ConfigError, match="directory"):
-        check_output(tmp_path)
-    with pytest.raises(ConfigError, match="cannot write"):
-        check_output(Path("/proc/out.jsonl"))
+def test_an_output_for_each_input(client: Client, tmp_path: Path) -> None:
+    paths = [write_lines(tmp_path / name, request("a", name)) for name in ("one", "two")]
+    outputs = (tmp_path / "out-one", tmp_path / "out-two")
+    run_files(client, BatchFiles(inputs=tuple(paths), outputs=outputs), {})
+    texts = [read_lines(path)[0]["response"]["body"]["choices"][0]["text"] for path in outputs]
+    assert texts == ["ONE", "TWO"]
+
+
+def test_error_lines_in_a_file_of_their_own(client: Client, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in", request("a"), b"bad", request("b", "fail"))
+    errors = tmp_path / "errors"
+    run_files(client, BatchFiles(inputs=(source,), outputs=(tmp_path / "out",), errors=errors), {})
+    assert [line["custom_id"] for line in read_lines(tmp_path / "out")] == ["a"]
+    codes = sorted(line["error"]["code"] for line in read_lines(errors))
+    assert codes == ["failed", "invalid_json"]

@@ -285,12 +285,21 @@ def result_line(
 
 
 def error_line(
-    custom_id: str | None, request_id: str, *, status: int, code: str, message: str, line: int
+    custom_id: str | None,
+    request_id: str,
+    *,
+    status: int,
+    code: str,
+    message: str,
+    line: int,
+    file: str | None = None,
 ) -> bytes:
     """The output line of a request that was not served, without its line break. `line` is the
-    number of its input line, from 1."""
+    number of its input line, from 1; `file` where there are several."""
     response = {"status_code": status, "request_id": request_id, "body": None}
-    error = {"message": message, "code": code, "line": line}
+    error: dict[str, Any] = {"message": message, "code": code, "line": line}
+    if file is not None:
+        error["file"] = file
     return _line(request_id, custom_id, response, error)
 
 

@@ -1,0 +1,100 @@
+"""`pipemax run-batch`: which system runs a batch, and what is printed about it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import typer
+
+from pipemax.client import Client
+from pipemax.proto.config import EngineConfig, load_config
+from pipemax.proto.errors import ConfigError, PipemaxSystemError
+from pipemax.proto.rundir import launcher_pid, run_dir_of, runtime_root
+from pipemax.services.batch.files import Batch, BatchFiles
+from pipemax.services.batch.job import run_batch
+from pipemax.services.batch.manifest import settings_of
+from pipemax.services.batch.outputs import STDOUT
+from pipemax.services.batch.report import BatchReport
+from pipemax.services.cli.options import DEFAULT_NAME, EngineOptions
+from pipemax.services.engine_config import build_config
+from pipemax.services.launcher.rundir_files import own_name, sweep
+from pipemax.services.own_system import own_system
+from pipemax.services.token_bar import TokenBar
+
+_PURPOSE = "batch"
+
+
+def run_batch_files(engine: EngineOptions, files: BatchFiles, name: str | None) -> BatchReport:
+    """Runs every line that has no result yet and prints what it came to.
+
+    With `name`, the running system of that name does the work, or a new one under that name if
+    there is none. Without a name, a model gets a new system of its own, and no model means the
+    running system of the default name. Raises ConfigError before anything is loaded when input or
+    output cannot be used or a flag cannot work, and PipemaxSystemError when no line was served.
+    """
+    files.check()
+    system = _system_for(engine, name)
+    batch = Batch(files, settings_of(system.config))
+    outputs = ", ".join(str(path) for path in files.outputs)
+    if batch.nothing_to_do:
+        typer.echo(f"{outputs}: every line has its result already", err=True)
+        return BatchReport()
+    if batch.continues:
+        typer.echo(f"going on with {outputs}", err=True)
+    with (
+        batch.opened() as (routes, num_requests),
+        system.ready() as system_name,
+        Client(system_name, label="run-batch") as client,
+        TokenBar() as bar,
+    ):
+        report = run_batch(client, routes, bar, num_requests)
+    to_stderr = STDOUT in files.outputs
+    typer.echo(report.throughput, err=to_stderr)
+    failed = f", {report.failed} of them error lines" if report.failed else ""
+    before = f"; {report.skipped} were there before" if report.skipped else ""
+    typer.echo(f"{report.requests} results in {outputs}{failed}{before}", err=to_stderr)
+    if report.failed and not report.completed and not report.skipped:
+        raise PipemaxSystemError(f"no line could be served; the first: {report.first_error}")
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _SystemFor:
+    """The system that does the work, running already or to be started."""
+
+    config: EngineConfig
+    ready_timeout_s: float
+    runs: bool
+    temporary: bool
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[str]:
+        """Name of the system, once it is ready."""
+        if self.runs:
+            yield self.config.name
+            return
+        with own_system(
+            self.config, ready_timeout_s=self.ready_timeout_s, temporary=self.temporary
+        ) as system:
+            yield system.config.name
+
+
+def _system_for(engine: EngineOptions, name: str | None) -> _SystemFor:
+    temporary = name is None and bool(engine.model)
+    if name is None and not engine.model:
+        name = DEFAULT_NAME
+    if name is not None and launcher_pid(run_dir_of(name)) is not None:
+        if given := engine.given():
+            raise ConfigError(
+                f"system {name!r} is running already and keeps its settings: leave out "
+                f"{', '.join(given)}, or use another --name"
+            )
+        return _SystemFor(load_config(run_dir_of(name)), engine.ready_timeout, True, False)
+    if name is not None and not engine.model:
+        raise ConfigError(
+            f"no system named {name!r} is running; start one with `pipemax up --name {name}`, "
+            "or give --model to start one for this batch"
+        )
+    sweep(runtime_root(), _PURPOSE)
+    config = build_config(engine, name or own_name(_PURPOSE))
+    return _SystemFor(config, engine.ready_timeout, False, temporary)
