@@ -57,7 +57,6 @@ def settings_of(config: EngineConfig) -> dict[str, Setting]:
         "model": config.model,
         "served_model_name": config.served_model_name,
         "dtype": config.dtype,
-        "max_model_len": config.max_model_len,
         "seed": config.seed,
     }
 
