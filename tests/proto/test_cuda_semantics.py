@@ -11,8 +11,7 @@ from support.fake_cuda import FakeCudaProcess, FakeMachine
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[CudaWorld]:
-    machine = FakeMachine(str(tmp_path), gpu_bytes=128 * 2**20, delay_s=0.002)
-    machine.save()
+    machine = FakeMachine(gpu_bytes=128 * 2**20, delay_s=0.002).at(tmp_path)
     process = FakeCudaProcess(machine)
     yield CudaWorld(
         process.open_runtime(0), "support.fake_cuda.opening:open_first_gpu", machine.directory

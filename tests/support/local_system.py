@@ -10,19 +10,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from pipemax.client import Client, Completion, SamplingParams
-from pipemax.proto.config import EngineConfig
+from pipemax.proto.config import CudaDevice, EngineConfig
 from pipemax.proto.geometry import BlockGeometry, split_layers
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import RunLock, create_run_dir
 from pipemax.services.launcher.rundir_files import fill
 from pipemax.stage_worker.model.inspect import inspect_model
+from support.fake_cuda.machine import FakeMachine, gpu_dir
 from support.forkserver import log_of, start_process, stop_process
 
 _BODIES = {
     "coordinator": "pipemax.coordinator.main:body",
     "kv-daemon": "pipemax.kv_daemon.main:body",
     "stage": "pipemax.stage_worker.main:body",
+}
+_SIMULATED_BODIES = {
+    **_BODIES,
+    "kv-daemon": "support.fake_cuda.bodies:kv_daemon",
+    "stage": "support.fake_cuda.bodies:stage",
 }
 
 
@@ -59,12 +67,33 @@ def small_config(
     return EngineConfig(**values)
 
 
+def cuda_config(
+    model_dir: Path, *, gpus: tuple[int, ...], cuda: dict[str, Any] | None = None, **settings: Any
+) -> EngineConfig:
+    """`small_config` on GPUs, one stage for each entry; `cuda` are settings of CudaDevice."""
+    settings = {"block_size": 16, **settings}
+    plain = small_config(model_dir, stages=len(gpus), **settings)
+    info = inspect_model(model_dir)
+    block_bytes = tuple(
+        BlockGeometry(
+            layers, plain.block_size, info.num_kv_heads, info.head_dim, info.dtype
+        ).block_bytes
+        for layers in plain.layer_split
+    )
+    device = CudaDevice(
+        gpus=gpus, block_bytes=block_bytes, **{"attention_backend": "reference", **(cuda or {})}
+    )
+    return msgspec.structs.replace(plain, device="cuda", cuda=device)
+
+
 class LocalSystem:
     """Context manager. `processes` by name; kill and start them at will."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, machine: FakeMachine | None = None) -> None:
+        """machine: simulates its GPUs."""
         self.config = config
         self.run_dir = create_run_dir(config.name)
+        self.machine = None if machine is None else machine.at(gpu_dir(self.run_dir))
         self.processes: dict[str, ForkServerProcess] = {}
 
     def __enter__(self) -> "LocalSystem":
@@ -97,7 +126,8 @@ class LocalSystem:
 
     def start(self, name: str) -> None:
         role, _, index = name.partition("-") if name.startswith("stage-") else (name, "", "0")
-        self.processes[name] = start_process(name, _BODIES[role], self.run_dir, int(index or 0))
+        bodies = _BODIES if self.machine is None else _SIMULATED_BODIES
+        self.processes[name] = start_process(name, bodies[role], self.run_dir, int(index or 0))
 
     def kill(self, name: str) -> None:
         """kill -9."""

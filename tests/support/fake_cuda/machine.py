@@ -1,6 +1,7 @@
 """The simulated GPUs of a machine, and how much of their memory living processes hold."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ _FILE = "machine.json"
 
 @dataclass(frozen=True, slots=True)
 class FakeMachine:
-    """`directory` is where processes find it and note what they hold; it must exist."""
+    """`directory` is where processes find it and note what they hold: see `at`."""
 
-    directory: str
+    directory: str = ""
     num_gpus: int = 1
     gpu_bytes: int = 256 * 2**20
     peers: tuple[tuple[int, int], ...] = ()
@@ -27,9 +28,12 @@ class FakeMachine:
     seed: int = 0
     """Of the delays."""
 
-    def save(self) -> None:
-        """For processes that know the directory only."""
-        (Path(self.directory) / _FILE).write_bytes(msgspec.json.encode(self))
+    def at(self, directory: Path) -> "FakeMachine":
+        """The same machine where processes that know the directory only can load it."""
+        directory.mkdir(exist_ok=True)
+        machine = dataclasses.replace(self, directory=str(directory))
+        (directory / _FILE).write_bytes(msgspec.json.encode(machine))
+        return machine
 
     @staticmethod
     def load(directory: Path) -> "FakeMachine":
@@ -58,6 +62,11 @@ class FakeMachine:
             pid, start, _, inode = path.name.split(".")
             with contextlib.suppress(FileNotFoundError, ValueError):  # being removed, or written
                 yield (int(pid), int(start)), int(inode), int(path.read_text())
+
+
+def gpu_dir(run_dir: Path) -> Path:
+    """Where the processes of a system find their machine."""
+    return run_dir / "gpus"
 
 
 def _is_alive(holder: tuple[int, int]) -> bool:

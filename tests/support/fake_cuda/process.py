@@ -157,7 +157,7 @@ class FakeCudaProcess:
         machine = self.machine
         late = lateness(f"{machine.seed}/{gpu}/{made}", machine.delay_s, machine.delayed_share)
         number = _FIRST_STREAM + made
-        self._streams[number] = FakeStream(number, gpu, late, self.fail)
+        self._streams[number] = FakeStream(number, gpu, late, self.fail, self._is_gone)
         return number
 
     def stream(self, number: int) -> FakeStream:

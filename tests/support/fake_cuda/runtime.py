@@ -3,6 +3,7 @@
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pipemax.proto.cuda.runtime import CudaEvent, GpuProperties, Pointer, Stream
@@ -241,6 +242,11 @@ class FakeCuda:
             self._touched(spans)
 
         queue.add(run)
+
+    def call(self, stream: Stream, kernels: Callable[[], None]) -> None:
+        """Queues work of this process, as a kernel would be. What it raises breaks the GPU for this
+        process, as with CUDA."""
+        self._stream(stream).add(kernels)
 
     # Behind the calls.
 

@@ -19,12 +19,15 @@ class FakeStream:
         gpu: int,
         late: Callable[[], float],
         fail: Callable[[str], None],
+        is_gone: Callable[[], bool],
     ) -> None:
-        """late: seconds to sleep before the next operation. fail: takes what one raised."""
+        """late: seconds to sleep before the next operation. fail: takes what one raised. is_gone:
+        the process is no more, and nothing runs any more."""
         self.number = number
         self.gpu = gpu
         self._late = late
         self._fail = fail
+        self._is_gone = is_gone
         self._queue: SimpleQueue[Operation | None] = SimpleQueue()
         self._thread = threading.Thread(
             target=self._run, name=f"fake-cuda-stream-{number}", daemon=True
@@ -51,6 +54,8 @@ class FakeStream:
             late_s = self._late()
             if late_s:
                 time.sleep(late_s)
+            if self._is_gone():
+                return
             try:
                 operation()
             except Abandoned:

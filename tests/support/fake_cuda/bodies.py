@@ -1,0 +1,49 @@
+"""The bodies of stages and of the KV daemon, on simulated GPUs: for `forkserver.start_process`.
+
+The machine is found in the run directory (see `gpu_dir`); at its end each process leaves there a
+list of its calls that may have blocked it.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipemax.kv_daemon import main as kv_daemon_main
+from pipemax.proto import cuda
+from pipemax.stage_worker import main as stage_main
+from pipemax.stage_worker.devices.cuda import torch_side as real_torch_side
+from support.fake_cuda import torch_side
+from support.fake_cuda.machine import FakeMachine, gpu_dir
+from support.fake_cuda.process import BlockingCall, FakeCudaProcess
+
+
+def blocking_calls(run_dir: Path, process: str) -> list[BlockingCall]:
+    """What process `process` (`stage-0`) left; it must have ended by itself."""
+    calls = json.loads(_calls_path(run_dir, process).read_text())
+    return [BlockingCall(*call) for call in calls]
+
+
+def stage(run_dir: Path, index: int) -> None:
+    with _simulated(run_dir, f"stage-{index}"):
+        stage_main.body(run_dir, index)
+
+
+def kv_daemon(run_dir: Path, index: int) -> None:
+    with _simulated(run_dir, "kv-daemon"):
+        kv_daemon_main.body(run_dir, index)
+
+
+def _calls_path(run_dir: Path, process: str) -> Path:
+    return gpu_dir(run_dir) / f"{process}.blocking.json"
+
+
+@contextlib.contextmanager
+def _simulated(run_dir: Path, name: str) -> Iterator[None]:
+    process = FakeCudaProcess(FakeMachine.load(gpu_dir(run_dir)))
+    cuda.open_runtime = process.open_runtime  # type: ignore[assignment]
+    real_torch_side.open_torch = torch_side.open_torch
+    try:
+        yield
+    finally:
+        process.save_blocking_calls(_calls_path(run_dir, name))
