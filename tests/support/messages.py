@@ -167,7 +167,7 @@ EXAMPLES: tuple[Message, ...] = (
         stage=1,
         incarnation="5e",
         handle=_HANDLE,
-        cuda=kv.CudaPool(memory=b"\3" * 64, pci_bus_id="0000:65:00.0", computed=_EVENTS),
+        cuda=kv.CudaPool(memory=b"\3" * 64, pid=4242, pci_bus_id="0000:65:00.0", computed=_EVENTS),
         num_blocks=100,
         block_bytes=4096,
     ),

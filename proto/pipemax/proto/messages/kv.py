@@ -36,6 +36,8 @@ class CudaPool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A device pool on a GPU."""
 
     memory: IpcHandle
+    pid: Count
+    """Of the stage: a copy that ended after its stage died may have waited for nothing."""
     pci_bus_id: ShortText
     """Of the GPU: ordinals may differ between processes."""
     computed: Events

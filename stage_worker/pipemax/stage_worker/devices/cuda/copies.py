@@ -321,6 +321,7 @@ class DaemonCopies:
         self._drain: EventWatcher[None] = EventWatcher(runtime, "kv-drain", self._wake_fd)
         self._cuda = CudaPool(
             memory=runtime.export_memory(pool.pointer),
+            pid=os.getpid(),
             pci_bus_id=runtime.properties().pci_bus_id,
             computed=tuple(map(runtime.export_event, self._computed.events)),
         )

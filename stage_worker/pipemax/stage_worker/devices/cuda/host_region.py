@@ -8,7 +8,6 @@ free for its successor only once no stage maps it.
 import contextlib
 import logging
 import os
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import zmq
 
+from pipemax.proto.cuda.pinned import CHUNK_BYTES, PinnedMemory, warn_of_memlock
 from pipemax.proto.cuda.runtime import CudaRuntime
-from pipemax.proto.errors import ConfigError, PipemaxSystemError, WireError
+from pipemax.proto.errors import PipemaxSystemError, WireError
 from pipemax.proto.memory import MemfdHandle, SharedMemory
 from pipemax.proto.messages.kv import AskHostRegion, HostRegion, HostRegionHere
 from pipemax.proto.messages.registry import KV
@@ -29,9 +29,6 @@ from pipemax.proto.sizes import format_size
 from pipemax.proto.sockets import connect_dealer, region_identity
 from pipemax.proto.wire import Codec, encode, single_frame
 
-CHUNK_BYTES = 2**30
-"""Pinned at once. Between chunks a stop is heard. One thread: the driver registers one range at a
-time, and the pages are there already."""
 ASK_INTERVAL_S = 2.0
 """The daemon may have been started again since the last time."""
 LOOK_INTERVAL_S = 0.5
@@ -43,32 +40,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A region that the GPU copies from and to. Registered in chunks, none of which a single copy
-    may leave."""
+    """A region that the GPU copies from and to."""
 
     region: HostRegion
     memory: SharedMemory
     begin: int
     """Address of the region's first byte."""
-    chunk_bytes: int
-    chunks: tuple[tuple[int, int], ...]
-    """(address, size) of each registration, without gaps; all but the last of `chunk_bytes`."""
+    pages: PinnedMemory
 
     def pieces(self, offset_bytes: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-        """(address, size) of the parts of that range of the region, in order."""
-        address = self.begin + offset_bytes
-        while size_bytes:
-            start, length = self.chunks[(address - self.chunks[0][0]) // self.chunk_bytes]
-            size = min(size_bytes, start + length - address)
-            yield address, size
-            address += size
-            size_bytes -= size
+        """(address, size) of the copies that make up that range of the region, in order."""
+        return self.pages.pieces(self.begin + offset_bytes, size_bytes)
 
 
 class HostRegions:
     """Asks for the region, pins it, and gives it up; in a thread of its own.
 
-    chunk_bytes: see CHUNK_BYTES; a multiple of the page size.
+    chunk_bytes: see PinnedMemory.
     """
 
     def __init__(
@@ -207,28 +195,17 @@ class HostRegions:
         started_s = time.monotonic()
         base = np.frombuffer(memory.buffer, np.uint8).ctypes.data
         begin = base + region.offset_bytes
-        first = begin - begin % PAGESIZE
-        end = min(begin + size_bytes + -(begin + size_bytes) % PAGESIZE, base + memory.size_bytes)
-        chunks: list[tuple[int, int]] = []
-        for address in range(first, end, self._chunk_bytes):
-            if self._closing:
-                break
-            length = min(self._chunk_bytes, end - address)
-            try:
-                self._runtime.register_host(address, length)
-            except PipemaxSystemError as error:
-                raise ConfigError(pinning_failed(size_bytes, error)) from error
-            chunks.append((address, length))
+        pages = PinnedMemory(self._runtime, self._chunk_bytes)
+        pages.pin(begin - begin % PAGESIZE, begin + size_bytes, lambda: self._closing)
         seconds = time.monotonic() - started_s
         log.info("pinned %s of host memory in %.1f s", format_size(size_bytes), seconds)
-        return Pinned(region, memory, begin, self._chunk_bytes, tuple(chunks))
+        return Pinned(region, memory, begin, pages)
 
     def _unpin(self) -> None:
         with self._changed:
             pinned, self._pinned = self._pinned, None
         if pinned is not None:
-            for address, _ in pinned.chunks:
-                self._runtime.unregister_host(address)
+            pinned.pages.unpin()
             pinned.memory.close()
 
     def _wake(self) -> None:
@@ -272,34 +249,3 @@ def is_alive(handle: MemfdHandle) -> bool:
         return os.stat(f"/proc/{handle.pid}/fd/{handle.fd}").st_ino == handle.inode
     except OSError:
         return False
-
-
-def memlock_limit() -> int | None:
-    """Bytes that this process may lock; None: no limit."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-_REMEDY = "raise it with `ulimit -l unlimited`, in a service unit with LimitMEMLOCK=infinity"
-
-
-def warn_of_memlock(size_bytes: int) -> None:
-    """Drivers differ in whether they count what they pin, so that a limit is no error yet."""
-    limit = memlock_limit()
-    if limit is not None and limit < size_bytes:
-        log.warning(
-            "RLIMIT_MEMLOCK is %s, and %s of host memory are to be pinned; if that fails, %s",
-            format_size(limit),
-            format_size(size_bytes),
-            _REMEDY,
-        )
-
-
-def pinning_failed(size_bytes: int, error: Exception) -> str:
-    """One line for the person who must act."""
-    limit = memlock_limit()
-    shown = "unlimited" if limit is None else f"{format_size(limit)}: {_REMEDY}"
-    return (
-        f"cannot pin this stage's {format_size(size_bytes)} of the host pool ({error}); "
-        f"RLIMIT_MEMLOCK is {shown}; or lower --kv-offloading-size"
-    )
