@@ -13,7 +13,19 @@ from pipemax.proto.cuda.runtime import CudaRuntime, Stream
 from pipemax.stage_worker.devices.cuda.torch_side import Graph, Kernels, TorchSide
 from support.fake_cuda.runtime import FakeCuda
 
-_WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2")
+_WAITING = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_local_scalar_dense",
+        "_unique2",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "nonzero",
+        "repeat_interleave",
+        "unique_dim",
+    )
+)
 """What needs a value, or a size, that only the GPU knows."""
 
 
@@ -95,9 +107,15 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
-        if self.first is None and name in _WAITING:
+        if self.first is None and (name in _WAITING or _indexes_by_mask(name, args)):
             self.first = f"{name} needs what only the GPU knows"
         return func(*args, **(kwargs or {}))
+
+
+def _indexes_by_mask(name: str, args: Any) -> bool:
+    if name not in ("aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"):
+        return False
+    return any(index is not None and index.dtype == torch.bool for index in args[1])
 
 
 def open_torch(runtime: CudaRuntime) -> TorchSide:
