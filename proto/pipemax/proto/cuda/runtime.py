@@ -54,16 +54,19 @@ class CudaRuntime(Protocol):
     def allocate(self, size_bytes: int) -> Pointer:
         """Not initialised."""
 
-    def free(self, pointer: Pointer) -> None: ...
+    def free(self, pointer: Pointer) -> None:
+        """Waits for everything queued on the GPU. Nothing of this process may use the memory any
+        more; a mapping of another process's keeps it from being given back."""
 
     def export_memory(self, pointer: Pointer) -> bytes:
         """IPC handle of an allocation, valid while this process keeps it."""
 
     def open_memory(self, handle: bytes) -> Pointer:
         """Maps another process's allocation. Raises PipemaxSystemError when its owner is gone, and
-        in the process that made it (CUDA maps no allocation twice)."""
+        in the process that made it (CUDA maps no allocation twice). Open each handle once."""
 
-    def close_memory(self, pointer: Pointer) -> None: ...
+    def close_memory(self, pointer: Pointer) -> None:
+        """Nothing queued here may use the mapping any more. The owner may be gone."""
 
     def array(self, pointer: Pointer, size_bytes: int) -> Any:
         """`[size_bytes]` uint8 over that memory, with `__dlpack__`; owns nothing."""
@@ -73,7 +76,8 @@ class CudaRuntime(Protocol):
     def register_host(self, address: int, size_bytes: int) -> None:
         """Pins pages of this process for every GPU. They must not be registered already."""
 
-    def unregister_host(self, address: int) -> None: ...
+    def unregister_host(self, address: int) -> None:
+        """Nothing queued may use it any more."""
 
     # Streams and events.
 
@@ -90,14 +94,17 @@ class CudaRuntime(Protocol):
     def create_event(self, *, interprocess: bool = False, timed: bool = False) -> CudaEvent:
         """Not both: CUDA times no event that processes share."""
 
-    def destroy_event(self, event: CudaEvent) -> None: ...
+    def destroy_event(self, event: CudaEvent) -> None:
+        """One that was exported: only when no other process will wait for it."""
 
     def export_event(self, event: CudaEvent) -> bytes: ...
 
     def open_event(self, handle: bytes) -> CudaEvent:
-        """Raises PipemaxSystemError when its owner is gone."""
+        """Raises PipemaxSystemError when its owner is gone. A stream that waits for a record which
+        the owner did not live to pass waits for ever."""
 
-    def record(self, event: CudaEvent, stream: Stream) -> None: ...
+    def record(self, event: CudaEvent, stream: Stream) -> None:
+        """By the process that made the event."""
 
     def wait(self, stream: Stream, event: CudaEvent) -> None:
         """What is queued on `stream` from now on runs after the latest record of `event` before
@@ -107,7 +114,8 @@ class CudaRuntime(Protocol):
         """Whether the latest record has been passed; true before the first."""
 
     def synchronize_event(self, event: CudaEvent) -> None:
-        """Blocks the calling thread, not the CPU and no other thread, until `finished`."""
+        """Blocks the calling thread, not the CPU and no other thread, until `finished`. For events
+        of this process only: CUDA would wait for another's with a core kept busy."""
 
     def elapsed_s(self, begin: CudaEvent, end: CudaEvent) -> float:
         """Between the latest records of two timed events, both passed."""
