@@ -74,6 +74,11 @@ def test_copies_need_registered_memory(gpu: FakeCuda) -> None:
         gpu.copy(pageable.ctypes.data, device, SIZE, stream)
 
 
+def test_registered_memory_begins_at_a_page(gpu: FakeCuda) -> None:
+    with pytest.raises(PipemaxSystemError, match="page"):
+        gpu.register_host(4097, SIZE)
+
+
 def test_freed_memory_is_gone(gpu: FakeCuda, host: Host) -> None:
     device, stream = gpu.allocate(SIZE), gpu.create_stream()
     view = gpu.array(device, SIZE)

@@ -258,12 +258,12 @@ def check_torch_sees_the_same_memory(world: CudaWorld) -> None:
 
 
 def check_a_part_of_a_segment_can_be_pinned(world: CudaWorld) -> None:
-    """Neither begins nor ends at a page."""
+    """From the beginning of a page on; copies begin anywhere in it."""
     runtime, data = world.runtime, _pattern(10_000, 4)
     memory = SharedMemory.create("host", 64 * 1024)
     whole = np.frombuffer(memory.buffer, np.uint8)
-    part = whole[5000:15_000]
-    runtime.register_host(part.ctypes.data, part.size)
+    pinned, part = whole[4096:20_480], whole[5000:15_000]
+    runtime.register_host(pinned.ctypes.data, pinned.size)
     try:
         with device_memory(runtime, data.size) as device, stream_of(runtime) as stream:
             part[:] = data
@@ -271,8 +271,8 @@ def check_a_part_of_a_segment_can_be_pinned(world: CudaWorld) -> None:
             runtime.synchronize(stream)
             assert np.array_equal(_read(runtime, device, data.size), data)
     finally:
-        runtime.unregister_host(part.ctypes.data)
-        del whole, part
+        runtime.unregister_host(pinned.ctypes.data)
+        del whole, pinned, part
         memory.close()
 
 

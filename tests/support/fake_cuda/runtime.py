@@ -10,7 +10,7 @@ from pipemax.proto.cuda.runtime import CudaEvent, GpuProperties, Pointer, Stream
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.sizes import format_size
 from support.fake_cuda.events import EventHandle, FakeEvent, SharedCell
-from support.fake_cuda.memory import POISON, MemoryHandle, Span
+from support.fake_cuda.memory import PAGE_BYTES, POISON, MemoryHandle, Span
 from support.fake_cuda.streams import FakeStream
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ class FakeCuda:
         self._enter("register_host")
         if size_bytes <= 0:
             raise ValueError(f"host memory of {size_bytes} bytes")
+        if address % PAGE_BYTES:
+            raise PipemaxSystemError(f"{address:#x} is not where a page begins")
         self.process.space.add(Span("host", address, size_bytes))
 
     def unregister_host(self, address: int) -> None:
