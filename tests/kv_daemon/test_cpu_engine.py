@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipemax.kv_daemon.cpu_engine import CpuEngine
-from pipemax.kv_daemon.events import Direction, Run
+from pipemax.kv_daemon.events import Direction, Run, StartCopy
 from pipemax.kv_daemon.host_pool import Blocks, HostPool, available_memory_bytes
 from pipemax.proto.errors import ConfigError, InvariantError, PipemaxSystemError
 from pipemax.proto.memory import MemfdHandle, SharedMemory
@@ -40,7 +40,7 @@ class Rig:
         return np.frombuffer(memory.buffer, np.uint8).reshape(shape)
 
     def copy(self, stage: int, direction: Direction, *runs: Run) -> None:
-        self.engine.start(stage, direction, runs)
+        self.engine.start(StartCopy(stage, direction, runs))
         self.wait({(stage, direction)})
 
     def wait(self, expected: set[tuple[int, Direction]]) -> None:
@@ -103,7 +103,8 @@ def test_totals_count_bytes_and_merged_copies(rig: Rig) -> None:
 def test_all_lanes_run_beside_each_other(rig: Rig) -> None:
     lanes: set[tuple[int, Direction]] = {(0, "load"), (0, "store"), (1, "load"), (1, "store")}
     for stage, direction in lanes:
-        rig.engine.start(stage, direction, (Run(0 if direction == "load" else 8, 0, 1),))
+        run = Run(0 if direction == "load" else 8, 0, 1)
+        rig.engine.start(StartCopy(stage, direction, (run,)))
     rig.wait(lanes)
 
 
@@ -131,7 +132,7 @@ def test_modelled_blocks_are_small_here_and_large_on_the_link() -> None:
     engine.map_pool(msgspec.structs.replace(given, block_bytes=2 * on_link))
     try:
         device[:] = np.arange(NUM_DEVICE)[:, None]
-        engine.start(1, "store", (Run(3, 2, 4),))
+        engine.start(StartCopy(1, "store", (Run(3, 2, 4),)))
         select.select([engine.fileno()], [], [])
         assert engine.completed() == [(1, "store")]
         assert (host[1][3:7] == device[2:6]).all()
@@ -150,7 +151,7 @@ def test_modelled_blocks_are_small_here_and_large_on_the_link() -> None:
 def test_closing_does_not_wait_for_a_slow_link() -> None:
     """At one byte per second this test would run into its timeout."""
     rig = Rig(bandwidth_bytes_s=1.0)
-    rig.engine.start(1, "load", (Run(0, 0, 8),))
+    rig.engine.start(StartCopy(1, "load", (Run(0, 0, 8),)))
     rig.close()
 
 
@@ -169,7 +170,7 @@ def test_a_copy_under_way_keeps_the_pool_it_began_with() -> None:
     try:
         old = rig.device[1]
         rig.host[1][0] = 9
-        rig.engine.start(1, "load", (Run(0, 3, 1),))
+        rig.engine.start(StartCopy(1, "load", (Run(0, 3, 1),)))
         rig.memories.pop().close()
         rig.device[1] = rig.attach(1)
         rig.wait({(1, "load")})
@@ -194,7 +195,7 @@ def test_a_pool_that_is_gone_or_too_small_is_refused(rig: Rig) -> None:
 
 def test_what_went_wrong_in_a_copy_is_raised(rig: Rig) -> None:
     rig.engine._host[0].flags.writeable = False
-    rig.engine.start(0, "store", (Run(0, 0, 1),))
+    rig.engine.start(StartCopy(0, "store", (Run(0, 0, 1),)))
     with pytest.raises(ValueError, match="read-only"):
         rig.wait({(0, "store")})
 
@@ -202,7 +203,7 @@ def test_what_went_wrong_in_a_copy_is_raised(rig: Rig) -> None:
 def test_blocks_that_do_not_exist_are_not_copied(rig: Rig) -> None:
     for run in (Run(NUM_HOST - 1, 0, 2), Run(0, NUM_DEVICE - 1, 2), Run(-1, 0, 1), Run(0, -1, 1)):
         with pytest.raises(InvariantError, match="do not exist"):
-            rig.engine.start(0, "load", (run,))
+            rig.engine.start(StartCopy(0, "load", (run,)))
 
 
 def test_nothing_is_left_open() -> None:
@@ -216,26 +217,6 @@ def test_nothing_is_left_open() -> None:
     rig.close()
     rig.engine.close()
     assert state() == before
-
-
-def test_every_page_of_the_host_pool_is_touched() -> None:
-    pool = HostPool(3 * 64 * 2**20 + 4096 + 1)
-    done = threading.Event()
-    pool.start_prefault(done.set)
-    done.wait()
-    memory = pool._memory
-    assert memory is not None
-    assert os.fstat(memory.handle.fd).st_blocks * 512 >= pool.size_bytes
-    pool.close()
-
-
-def test_no_host_memory_works() -> None:
-    pool = HostPool(0)
-    done = threading.Event()
-    pool.start_prefault(done.set)
-    done.wait()
-    assert [region.shape for region in pool.regions(0, BLOCK_BYTES)] == [(0, 96), (0, 4096)]
-    pool.close()
 
 
 def test_more_host_memory_than_there_is_is_refused() -> None:

@@ -9,13 +9,13 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from pipemax.kv_daemon.events import DIRECTIONS, Direction, Run
+from pipemax.kv_daemon.events import DIRECTIONS, Direction, PoolMapped, StartCopy
 from pipemax.kv_daemon.host_pool import Blocks
 from pipemax.kv_daemon.pacing import LinkPacer
-from pipemax.proto.errors import InvariantError, PipemaxSystemError
+from pipemax.proto.errors import InvariantError, PipemaxSystemError, WireError
 from pipemax.proto.memory import SharedMemory
 from pipemax.proto.messages.control import LinkTotals
-from pipemax.proto.messages.kv import AttachPool
+from pipemax.proto.messages.kv import AttachPool, CopyEnded
 
 Work = tuple[Blocks, Blocks, list[tuple[int, int, int]], int]
 """Source, target, (source block, target block, length) of each run, and a block's bytes on the
@@ -53,7 +53,9 @@ class CpuEngine:
     def fileno(self) -> int:
         return self._event_fd
 
-    def map_pool(self, offer: AttachPool) -> None:
+    orders_computing = False
+
+    def map_pool(self, offer: AttachPool) -> PoolMapped:
         if offer.handle is None:
             raise PipemaxSystemError(f"stage {offer.stage} offers no pool in shared memory")
         (held_bytes,) = self.held_bytes((offer.block_bytes,))
@@ -69,6 +71,14 @@ class CpuEngine:
         self._pools[offer.stage] = memory
         self._device[offer.stage] = blocks.reshape(offer.num_blocks, held_bytes)
         self._link_block_bytes[offer.stage] = offer.block_bytes
+        return PoolMapped(offer)
+
+    def region(self, stage: int) -> None:
+        return None
+
+    def let_go(self, stage: int) -> bool:
+        """Shared memory costs nobody anything until its successor attaches."""
+        return True
 
     def held_bytes(self, block_bytes: tuple[int, ...]) -> tuple[int, ...]:
         held = self._held_block_bytes
@@ -77,7 +87,8 @@ class CpuEngine:
     def lay_out(self, regions: tuple[Blocks, ...]) -> None:
         self._host = regions
 
-    def start(self, stage: int, direction: Direction, runs: tuple[Run, ...]) -> None:
+    def start(self, copy: StartCopy) -> None:
+        stage, direction, runs = copy.stage, copy.direction, copy.runs
         host, device = self._host[stage], self._device[stage]
         if device is None:
             raise PipemaxSystemError(f"a copy was started before stage {stage} offered its pool")
@@ -90,6 +101,9 @@ class CpuEngine:
         else:
             work = (device, host, [(d, h, length) for h, d, length in runs], size)
         self._lanes[stage, direction].queue.put(work)
+
+    def copy_ended(self, stage: int, message: CopyEnded) -> None:
+        raise WireError("unexpected", f"a copy_ended of stage {stage}, which makes no copies")
 
     def completed(self) -> list[tuple[int, Direction]]:
         try:

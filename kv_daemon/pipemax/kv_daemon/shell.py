@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -20,19 +19,20 @@ from pipemax.kv_daemon.events import (
     LayOutHost,
     MapPool,
     NewCoordinator,
-    PoolMapped,
     SendToCoordinator,
     SendToStage,
     StartCopy,
 )
 from pipemax.kv_daemon.host_pool import HostPool
+from pipemax.kv_daemon.pages import PoolPages
+from pipemax.kv_daemon.regions import GpuHost, RegionDesk, nodes_near
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.errors import PipemaxSystemError, WireError
 from pipemax.proto.messages import control, kv
 from pipemax.proto.messages.registry import CONTROL, KV
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
-from pipemax.proto.sockets import bind_router, connect_dealer, identity_of
+from pipemax.proto.sockets import bind_router, connect_dealer, identity_of, region_identity
 from pipemax.proto.wire import Codec, encode, single_frame
 
 HELLO_INTERVAL_S = 1.0
@@ -60,6 +60,7 @@ class Shell:
         engine: CopyEngine,
         pool: HostPool,
         incarnation: str,
+        gpus: GpuHost | None = None,
     ) -> None:
         self._core = core
         self._engine = engine
@@ -76,7 +77,12 @@ class Shell:
         self._control_codec = Codec(CONTROL, at_binder=False)
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stopping = False
-        self._prefaulted = threading.Event()
+        parts = ((0, pool.size_bytes),) if gpus is None else gpus.parts
+        finish = None if gpus is None else gpus.finish
+        self._pages = PoolPages(pool, parts, self._wake_fd, finish)
+        self._gpus = gpus
+        self._desk = RegionDesk(self._pages, engine, nodes_near())
+        self._region_of = {region_identity(stage): stage for stage in range(num_stages)}
         self._coordinator: str | None = None
         """instance_id of the coordinator that welcomed us."""
         self._ready_told: str | None = None
@@ -93,8 +99,11 @@ class Shell:
     def run(self) -> None:
         """Works until told to stop. Raises what the core or a copy raised, after telling the
         coordinator."""
-        self._pool.start_prefault(self._on_prefaulted)
         try:
+            if self._gpus is None:
+                self._pages.touch(0)
+            else:
+                self._desk.begin(len(self._identity_of), self._gpus.pci_bus_ids)
             while not self._stopping:
                 self._turn(self._tick(time.monotonic()))
         except Exception as error:
@@ -104,6 +113,7 @@ class Shell:
 
     def close(self) -> None:
         """Releases the sockets; the engine and the pool are the caller's."""
+        self._pages.close()
         self._stages.close(linger=0)
         self._control.close(linger=FAREWELL_MS)
         self._context.term()
@@ -120,11 +130,13 @@ class Shell:
         poller.poll(max(0, math.ceil(timeout_s * 1000)))
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
-        for stage, direction in self._engine.completed():
-            self._feed(CopyDone(stage, direction))
+        self._feed_ends()
         for _ in range(BATCH_MESSAGES):
             if not self._read_stage():
                 break
+        self._feed_ends()
+        for stage, answer in self._desk.answers():
+            self._send(region_identity(stage), answer)
         for _ in range(BATCH_MESSAGES):
             if self._stopping or not self._read_coordinator():
                 break
@@ -136,9 +148,9 @@ class Shell:
             self._say_hello()
         if self._coordinator is None:
             return self._hello_at - now
-        if self._prefaulted.is_set() and self._ready_told != self._coordinator:
+        if self._ready_told != self._coordinator and self._pages.all_there:
             self._ready_told = self._coordinator
-            self._tell_coordinator(control.KvReady(pool_bytes=self._core.host_bytes))
+            self._say_ready()
         if now >= self._beat_at:
             self._beat_at = now + BEAT_INTERVAL_S
             self._tell_coordinator(control.Beat())
@@ -153,11 +165,11 @@ class Shell:
     def _wake(self) -> None:
         os.eventfd_write(self._wake_fd, 1)
 
-    def _on_prefaulted(self) -> None:
-        self._prefaulted.set()
-        self._wake()
-
     # The core.
+
+    def _feed_ends(self) -> None:
+        for stage, direction in self._engine.completed():
+            self._feed(CopyDone(stage, direction))
 
     def _feed(self, event: Event) -> None:
         self._worked = True
@@ -169,7 +181,9 @@ class Shell:
             case SendToStage():
                 self._tell_stage(command.stage, command.message)
             case StartCopy():
-                self._engine.start(command.stage, command.direction, command.runs)
+                order = self._engine.start(command)
+                if order is not None:
+                    self._tell_stage(command.stage, order)
             case SendToCoordinator():
                 self._tell_coordinator(command.message)
             case MapPool():
@@ -181,7 +195,7 @@ class Shell:
 
     def _map_pool(self, offer: kv.AttachPool) -> None:
         try:
-            self._engine.map_pool(offer)
+            mapped = self._engine.map_pool(offer)
         except PipemaxSystemError as error:
             log.warning("stage %d's pool was not attached: %s", offer.stage, error)
             return
@@ -192,7 +206,7 @@ class Shell:
             offer.num_blocks,
             offer.block_bytes,
         )
-        self._feed(PoolMapped(offer))
+        self._feed(mapped)
 
     # Stages.
 
@@ -202,7 +216,7 @@ class Shell:
             sender, *frames = self._stages.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return False
-        stage = self._stage_of.get(sender)
+        stage = self._stage_of.get(sender, self._region_of.get(sender))
         if stage is None:
             log.warning("message from %r on the kv socket, which is no stage", sender[:40])
             return True
@@ -211,18 +225,37 @@ class Shell:
         except WireError as error:
             log.warning("bad message from stage %d: %s", stage, error)
             return True
-        if isinstance(message, kv.AttachPool) and message.stage != stage:
-            log.warning("stage %d offers a pool as stage %d", stage, message.stage)
-        elif isinstance(message, kv.AttachPool | kv.Computed):
-            self._feed(FromStage(stage, message))
+        try:
+            self._on_stage_message(stage, message)
+        except WireError as error:
+            log.warning("message of stage %d: %s", stage, error)
         return True
 
+    def _on_stage_message(self, stage: int, message: Message) -> None:
+        """Raises WireError for what a stage of this system does not say."""
+        match message:
+            case kv.AttachPool() | kv.AskHostRegion() if message.stage != stage:
+                name = type(message).__name__
+                raise WireError("unexpected", f"{name} as stage {message.stage}")
+            case kv.AttachPool() | kv.Computed():
+                self._feed(FromStage(stage, message))
+            case kv.CopyEnded():
+                self._engine.copy_ended(stage, message)
+            case kv.AskHostRegion() if self._gpus is None:
+                raise WireError("unexpected", "it asks for a host region, and is on no GPU")
+            case kv.AskHostRegion():
+                self._desk.ask(message)
+
     def _tell_stage(self, stage: int, message: Message) -> None:
+        self._send(self._identity_of[stage], message)
+
+    def _send(self, identity: bytes, message: Message) -> None:
         try:
-            self._stages.send_multipart([self._identity_of[stage], encode(message)], zmq.NOBLOCK)
+            self._stages.send_multipart([identity, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             # It has gone, or is about to: its successor attaches in a new epoch.
-            log.info("stage %d did not get %s: %s", stage, type(message).__name__, error)
+            name = type(message).__name__
+            log.info("%s did not get %s: %s", identity.decode(), name, error)
 
     # The coordinator.
 
@@ -268,6 +301,11 @@ class Shell:
             incarnation=self._incarnation,
         )
         self._tell_coordinator(hello)
+
+    def _say_ready(self) -> None:
+        context_bytes = () if self._gpus is None else self._gpus.context_bytes()
+        ready = control.KvReady(pool_bytes=self._core.host_bytes, context_bytes=context_bytes)
+        self._tell_coordinator(ready)
 
     def _report(self, now: float) -> None:
         self._report_at = now
