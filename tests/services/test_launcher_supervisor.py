@@ -124,11 +124,29 @@ def test_failure_before_the_first_ready_is_not_tried_again_but_a_signal_is() -> 
     assert supervisor.handle(on.Tick(), 3.0) == [do.StartProcess("stage-0")]
 
 
-def test_death_of_the_coordinator_ends_the_system() -> None:
+def test_a_dead_coordinator_is_restarted_but_not_while_draining() -> None:
     supervisor = ready()
-    commands = supervisor.handle(on.ProcessExited("coordinator", -signal.SIGSEGV), 5.0)
+    supervisor.handle(on.ProcessExited("coordinator", -signal.SIGSEGV), 5.0)
+    assert supervisor.phase is Phase.RECOVERING
+    assert supervisor.handle(on.Tick(), 6.0) == [do.StartProcess("coordinator")]
+    assert supervisor.handle(on.SystemReady(), 7.0) == [do.AnnounceReady(recovered=True)]
+    supervisor.handle(on.StopRequested(drain=True), 8.0)
+    commands = supervisor.handle(on.ProcessExited("coordinator", -signal.SIGSEGV), 9.0)
     assert set(signals(commands)) == {"kv-daemon", "stage-0", "stage-1"}
-    assert supervisor.error == "the coordinator was killed by SIGSEGV; its requests are lost"
+    assert supervisor.error == (
+        "the coordinator was killed by SIGSEGV while draining; what was unfinished is lost"
+    )
+
+
+def test_a_process_that_hangs_is_killed_and_so_restarted() -> None:
+    supervisor = ready()
+    announced, kill = supervisor.handle(on.Unresponsive("stage-1", 61.2), 70.0)
+    assert announced == do.Announce("stage-1 has said nothing for 61 s; killing it")
+    assert kill == do.Signal("stage-1", signal.SIGKILL)
+    supervisor.handle(on.ProcessExited("stage-1", -signal.SIGKILL), 70.1)
+    assert supervisor.handle(on.Unresponsive("stage-1", 61.2), 70.2) == [], "it is dead already"
+    assert supervisor.handle(on.Tick(), 71.2) == [do.StartProcess("stage-1")]
+    assert supervisor.handle(on.Unresponsive("stage-9", 61.2), 71.3) == [], "there is none"
 
 
 def test_deadline_names_the_late_processes() -> None:
@@ -211,6 +229,7 @@ EVENTS = st.one_of(
         st.sampled_from((0, 1, EXIT_FATAL, -signal.SIGKILL)),
     ),
     st.just(on.SystemReady()),
+    st.builds(on.Unresponsive, st.sampled_from(NAMES), st.just(60.0)),
     st.just(on.Tick()),
     st.just(on.Drained()),
     st.builds(on.StopRequested, st.booleans()),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from pipemax.proto.config import EngineConfig, load_config
 from pipemax.proto.errors import AlreadyRunningError, ConfigError, ProcessFailedError
@@ -116,10 +117,30 @@ def test_deadline_names_the_late_process() -> None:
         system.wait_ready()
 
 
-def test_death_of_the_coordinator_ends_everything() -> None:
-    with System(fake_config(), processes=fakes()) as system:
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_coordinator_that_dies_or_hangs_is_replaced(signum: signal.Signals) -> None:
+    notices: list[str] = []
+    config = replace(fake_config(), hung_after_s=2.0)
+    with System(config, processes=fakes(), on_notice=notices.append) as system:
         system.wait_ready()
         pids = system.pids()
+        os.kill(pids["coordinator"], signum)
+        eventually(lambda: "ready again" in notices, "a new coordinator")
+        assert system.pids() == pids | {"coordinator": system.pids()["coordinator"]}
+        assert system.pids()["coordinator"] != pids["coordinator"]
+        system.stop(drain=True)
+    assert ("coordinator has said nothing for 2 s; killing it" in notices) == (
+        signum == signal.SIGSTOP
+    )
+    assert_nothing_left("t", pids)
+
+
+def test_a_coordinator_that_dies_while_draining_ends_everything() -> None:
+    with System(fake_config(), processes=fakes(coordinator="never-drained")) as system:
+        system.wait_ready()
+        pids = system.pids()
+        system.request_stop(drain=True)
+        eventually(lambda: system.phase is Phase.DRAINING, "draining")
         os.kill(pids["coordinator"], signal.SIGKILL)
         with pytest.raises(ProcessFailedError, match="coordinator was killed by SIGKILL"):
             system.wait()

@@ -161,6 +161,7 @@ EXAMPLES: tuple[Message, ...] = (
     control.Drain(),
     control.Drained(),
     control.SystemReady(epoch=2),
+    control.Unresponsive(process="stage-1", silent_s=61.5),
     control.Stop(),
     kv.AttachPool(
         epoch=2,

@@ -74,21 +74,32 @@ def test_nothing_lives_when_the_launcher_is_killed(model_dir: Path) -> None:
         assert again.process.wait(20) == 0
 
 
-def test_a_killed_stage_is_restarted_and_the_batch_ends_right(model_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "signum"),
+    [("stage_worker 1", signal.SIGKILL), ("stage_worker 1", signal.SIGSTOP),
+     ("kv_daemon", signal.SIGSTOP), ("coordinator", signal.SIGKILL)],
+)  # fmt: skip
+def test_a_process_that_dies_or_hangs_is_replaced_and_the_batch_ends_right(
+    model_dir: Path, victim: str, signum: signal.Signals
+) -> None:
     draw = random.Random(1)
     prompts = [[draw.randrange(10, 1000) for _ in range(40)] for _ in range(8)]
     counts = [150] * len(prompts)
     expected = reference_tokens(model_dir, prompts, counts)
-    with Up("--model", model_dir, *SMALL) as up, Client() as client, Client() as watcher:
-        victim = up.child("stage_worker 1")
+    with (
+        Up("--model", model_dir, *SMALL, "--hung-after", "3") as up,
+        Client() as client,
+        Client() as watcher,
+    ):
+        before = up.child(victim)
         batch = Background(lambda: client.generate(prompts, [greedy(n) for n in counts]))
         assert eventually(lambda: watcher.status().generation_tokens > 200, 60)
-        victim.kill()
+        before.send_signal(signum)
         completions = batch.outcome()
         assert isinstance(completions, list)
         assert tokens_of(completions) == expected
-        assert watcher.status().epoch == 2
-        assert up.child("stage_worker 1").pid != victim.pid
+        assert victim == "coordinator" or watcher.status().epoch == 2
+        assert up.child(victim).pid != before.pid
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(20) == 0
 

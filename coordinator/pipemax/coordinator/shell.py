@@ -31,6 +31,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.liveness import Liveness
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
 from pipemax.coordinator.policy import make_policy
@@ -82,6 +83,7 @@ class CoordinatorShell:
             make_prefill(config.prefill, config.num_slots),
         )
         self._assembly = Assembly(config.pipeline_parallel_size)
+        self._liveness = Liveness(config.hung_after_s)
         self._sessions = Sessions(config, text, self._send_client)
         self._view = StatusView(config, self._instance_id, self._scheduler.state, self._assembly)
         self.metrics = Metrics(config.served_model_name, lambda: self._view.latest)
@@ -135,6 +137,17 @@ class CoordinatorShell:
                 log.error("control message of %r refused: %s", identity, error)
                 continue
             self._on_control(identity, message)
+            self._heard(identity)
+
+    def _heard(self, identity: bytes) -> None:
+        """A process that is ready beats from its work loop; one that loads does not."""
+        name = self._names.get(identity)
+        if name is None:
+            return
+        if self._assembly.peers[name].ready is None:
+            self._liveness.forget(name)
+        else:
+            self._liveness.heard(name, time.monotonic())
 
     def _on_control(self, identity: bytes, message: Message) -> None:
         match message:
@@ -338,6 +351,10 @@ class CoordinatorShell:
             self._drained = True
             self._send_control(identity_of("launcher"), control.Drained())
         now = time.monotonic()
+        for process, silent_s in self._liveness.silent(now):
+            log.error("%s has said nothing for %.0f s", process, silent_s)
+            hung = control.Unresponsive(process=process, silent_s=silent_s)
+            self._send_control(identity_of("launcher"), hung)
         if now >= self._next_snapshot:
             self._view.refresh()
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S

@@ -99,6 +99,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most time that each stage spends at its start on timing synthetic steps, from which the
     scheduler predicts real ones; a slow model's few steps may take longer. 0 turns it off: then the
     scheduler learns from the first real steps only."""
+    hung_after_s: Annotated[float, Meta(ge=2, le=86400)] = 60.0
+    """A process that says nothing for so long hangs: it is killed and started again. More than the
+    longest step takes: a stage says nothing while it computes on a CPU."""
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
     metrics_host: str = "127.0.0.1"

@@ -267,6 +267,15 @@ class Drained(Message, frozen=True, kw_only=True, tag="drained"):
     """To the launcher: nothing is left to do."""
 
 
+class Unresponsive(Message, frozen=True, kw_only=True, tag="unresponsive"):
+    """To the launcher: a process that was ready says nothing any more, not even a Beat. It hangs,
+    or was stopped; only its end can be noticed and mended."""
+
+    process: ShortText
+    """`stage-1`, `kv-daemon`."""
+    silent_s: Seconds
+
+
 class SystemReady(Message, frozen=True, kw_only=True, tag="system_ready"):
     """To the launcher: the system serves requests (first start or after a recovery)."""
 

@@ -64,6 +64,7 @@ CONTROL = Channel(
         control.Release,
         control.Drained,
         control.SystemReady,
+        control.Unresponsive,
         control.Stop,
     ),
 )

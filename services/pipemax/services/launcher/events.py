@@ -20,6 +20,14 @@ class ProcessExited:
 
 
 @dataclass(frozen=True, slots=True)
+class Unresponsive:
+    """A process lives and says nothing any more."""
+
+    process: str
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StartFailed:
     """The kernel refused to start a process."""
 
@@ -59,6 +67,7 @@ class Tick:
 Event = (
     Begin
     | ProcessExited
+    | Unresponsive
     | StartFailed
     | SystemReady
     | MissingReported

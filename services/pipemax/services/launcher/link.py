@@ -3,6 +3,7 @@ that clients use."""
 
 import logging
 import os
+import time
 import uuid
 from pathlib import Path
 
@@ -17,9 +18,14 @@ from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import connect_dealer, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 from pipemax.services.launcher import events as on
+from pipemax.services.launcher.supervisor import COORDINATOR
 
 ASK_AGAIN_S = 1.0
-"""Between two Hellos while the coordinator has not answered, and between two status queries."""
+"""Between two Hellos, whose answers also show that the coordinator works, and between two status
+queries."""
+OWN_GAP_S = 5.0
+"""If this process itself did not look for so long, it was stopped, and the coordinator is not to
+blame for the silence."""
 STATUS_LOST_S = 10.0
 """A status query not answered in this time is sent again."""
 
@@ -29,7 +35,12 @@ log = logging.getLogger(__name__)
 class CoordinatorLink:
     """Lives in one thread; never blocks but in `wait`."""
 
-    def __init__(self, run_dir: Path, wake_fd: int) -> None:
+    def __init__(self, run_dir: Path, wake_fd: int, hung_after_s: float) -> None:
+        """`hung_after_s`: a silence of the coordinator that is too long."""
+        self._hung_after_s = hung_after_s
+        self._looked_at = 0.0
+        self._heard_at: float | None = None
+        """None: the coordinator was not heard since it was started."""
         self.status: ingest.Status | None = None
         """The last one received."""
         self._context = zmq.Context[zmq.Socket[bytes]]()
@@ -56,8 +67,8 @@ class CoordinatorLink:
         self._poller.poll(max(0, int(timeout_s * 1000)))
 
     def keep_in_touch(self, now: float, want_status: bool) -> None:
-        """Says Hello until it is answered; asks for the status about once a second if wanted."""
-        if not self._welcomed and now >= self._hello_at:
+        """Says Hello; asks for the status about once a second if wanted."""
+        if now >= self._hello_at:
             self._hello_at = now + ASK_AGAIN_S
             self._control.send(self._hello)
         lost = self._query_sent_at is not None and now >= self._query_sent_at + STATUS_LOST_S
@@ -70,6 +81,27 @@ class CoordinatorLink:
             self._query_sent_at = now
             self._query_next_at = now + ASK_AGAIN_S
 
+    def forget(self) -> None:
+        """The coordinator is started again and knows nothing of us."""
+        self.status = None
+        self._heard_at = None
+        self._welcomed = self._greeted_ingest = False
+        self._query_sent_at = None
+
+    def silence(self, now: float) -> list[on.Event]:
+        """Whether the coordinator, once it was heard, says nothing any more. To be called often;
+        said once."""
+        gap, self._looked_at = now - self._looked_at, now
+        if self._heard_at is None:
+            return []
+        if gap > OWN_GAP_S:
+            self._heard_at = now
+        silent_s = now - self._heard_at
+        if silent_s <= self._hung_after_s:
+            return []
+        self._heard_at = None
+        return [on.Unresponsive(COORDINATOR, silent_s)]
+
     def send_drain(self) -> None:
         """Asks the coordinator to finish; what was known of its work before is out of date."""
         self.status = None
@@ -79,9 +111,12 @@ class CoordinatorLink:
         """What the coordinator said since the last call."""
         events: list[on.Event] = []
         for message in self._control.receive():
+            self._heard_at = time.monotonic()
             match message:
                 case control.Welcome():
                     self._welcomed = True
+                case control.Unresponsive(process=process, silent_s=silent_s):
+                    events.append(on.Unresponsive(process, silent_s))
                 case control.SystemReady():
                     events.append(on.SystemReady())
                 case control.Drained():

@@ -3,12 +3,13 @@
 Pure: `handle(event, now) -> commands` over explicit state; the shell in `system.py` starts and
 signals processes. Phases::
 
-    starting ──▶ ready ◀──▶ recovering          a death of a stage or of the KV daemon
+    starting ──▶ ready ◀──▶ recovering          a death, or a process that hangs
         │          └────┬───────┘
         │           draining                    first stop request: finish what was accepted
         └───────▶ stopping ──▶ stopped          TERM, after a grace KILL; every child reaped
 
-The coordinator's requests live in its memory, so its death ends the system.
+A coordinator that is started again is greeted by clients with what they had unfinished. While
+draining it is not: it could not tell what was accepted before from what is new.
 """
 
 import enum
@@ -82,6 +83,8 @@ class Supervisor:
                 return self._begin(now)
             case on.ProcessExited():
                 return self._process_exited(event, now)
+            case on.Unresponsive():
+                return self._unresponsive(event)
             case on.StartFailed(process, reason):
                 self._children[process].running = False
                 return self._fail(f"{process} could not be started: {reason}", EXIT_FAILED, now)
@@ -172,12 +175,22 @@ class Supervisor:
             reason = event.reason or f"{event.process} cannot work and left no reason"
             return self._fail(reason, EXIT_BAD_CONFIG, now)
         how = describe_exit(event.status, event.reason)
-        if event.process == COORDINATOR:
-            return self._fail(f"the coordinator {how}; its requests are lost", EXIT_FAILED, now)
+        if event.process == COORDINATOR and self.phase is Phase.DRAINING:
+            reason = f"the coordinator {how} while draining; what was unfinished is lost"
+            return self._fail(reason, EXIT_FAILED, now)
         if self.phase is Phase.STARTING and event.status > 0:
             # What fails before it ever worked fails again. A signal (out of memory) may pass.
             return self._fail(f"{event.process} {how} while starting", EXIT_FAILED, now)
         return self._restart_later(event.process, how, now)
+
+    def _unresponsive(self, event: on.Unresponsive) -> list[do.Command]:
+        """A stopped process does not even take a TERM."""
+        name, silent_s = event.process, event.silent_s
+        alive = name in self._children and self._children[name].running
+        if not alive or self.phase in (Phase.STOPPING, Phase.STOPPED):
+            return []
+        text = f"{name} has said nothing for {silent_s:.0f} s; killing it"
+        return [do.Announce(text), do.Signal(name, signal.SIGKILL)]
 
     def _restart_later(self, name: str, how: str, now: float) -> list[do.Command]:
         policy, child = self._policy, self._children[name]

@@ -26,6 +26,7 @@ from pipemax.services.launcher import rundir_files
 from pipemax.services.launcher.link import CoordinatorLink
 from pipemax.services.launcher.processes import Children, ProcessSpec, system_processes
 from pipemax.services.launcher.supervisor import (
+    COORDINATOR,
     EXIT_BAD_CONFIG,
     EXIT_FAILED,
     Phase,
@@ -109,7 +110,7 @@ class System:
             self._supervisor = Supervisor([spec.name for spec in specs], self._policy)
             self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self._children = Children(specs, self.run_dir)
-            self._link = CoordinatorLink(self.run_dir, self._wake_fd)
+            self._link = CoordinatorLink(self.run_dir, self._wake_fd, self.config.hung_after_s)
         except BaseException:
             self._clean_run_dir()
             raise
@@ -216,7 +217,9 @@ class System:
                     if isinstance(command, do.Finish):
                         return
                     events.extend(self._execute(command))
-            self._link.keep_in_touch(time.monotonic(), self.phase in _WANTS_STATUS)
+            now = time.monotonic()
+            events.extend(self._link.silence(now))
+            self._link.keep_in_touch(now, self.phase in _WANTS_STATUS)
             self._link.wait(POLL_S)
             events.extend(self._collect())
 
@@ -237,6 +240,8 @@ class System:
     def _execute(self, command: do.Command) -> list[on.Event]:
         match command:
             case do.StartProcess(name):
+                if name == COORDINATOR:
+                    self._link.forget()
                 try:
                     self._children.start(name)
                 except OSError as error:
