@@ -94,7 +94,7 @@ def test_no_module_of_the_services_loads_torch() -> None:
         (("up", "--block-size", "x"), "Invalid value for '--block-size'"),
         (("up",), "--model is missing"),
         (("up", "--model", "/no/such/folder"), "/no/such/folder does not exist"),
-        (("up", "--model", "/tmp", "--device", "cuda"), "not implemented yet"),
+        (("up", "--model", "/tmp", "--device", "cuda"), "/tmp has no config.json"),
         (("run-batch", "-o", "x"), "Missing option '--input-file'"),
         (("run-batch", "-i", "/no/such", "-o", "x"), "cannot read /no/such"),
         (("run-batch", "-i", __file__, "-o", "/no/such/out"), "cannot write /no/such/out"),

@@ -132,8 +132,14 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
     ("changes", "message"),
     [
         ({"model": None}, "--model is missing"),
-        ({"device": "cuda"}, "--device cuda is not implemented yet"),
-        ({"device": "tpu"}, "--device tpu: choose cpu"),
+        ({"device": "tpu"}, "--device tpu: choose cpu, cuda or modelled:GPU"),
+        ({"gpus": "0"}, "--gpus goes with --device cuda"),
+        ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization goes with --device cuda"),
+        ({"attention_backend": "auto"}, "--attention-backend goes with --device cuda"),
+        ({"enforce_eager": True}, "--enforce-eager goes with --device cuda"),
+        ({"kv_copies": "stage"}, "--kv-copies goes with --device cuda"),
+        ({"activation_transport": "ipc"}, "--activation-transport ipc goes with --device cuda"),
+        ({"load_format": "gguf"}, "--load-format gguf: choose auto, dummy"),
         ({"dtype": "int8"}, "--dtype int8: choose auto, bfloat16, float16, float32"),
         (
             {"activation_transport": "pigeon"},
@@ -157,8 +163,8 @@ def test_every_flag_reaches_the_configuration(model: Path) -> None:
         ({"emulate_link_bandwidth": "0"}, "--emulate-link-bandwidth 0: expected int >= 1"),
         ({"pipeline_parallel_size": 0}, "--pipeline-parallel-size 0: expected int >= 1"),
         ({"pipeline_parallel_size": 6}, "--pipeline-parallel-size 6: the model has 5 layers"),
-        ({"layer_split": "2;3"}, "--layer-split 2;3: write the layers of each stage"),
-        ({"layer_split": "5,0"}, "--layer-split 5,0: write the layers of each stage"),
+        ({"layer_split": "2;3"}, "--layer-split 2;3: write auto, even or the layers of each stage"),
+        ({"layer_split": "5,0"}, "--layer-split 5,0: write auto, even or the layers of each stage"),
         ({"layer_split": "2,3"}, "--layer-split 2,3 is for 2 stages, but"),
         ({"layer_split": "4"}, "--layer-split 4 adds up to 4; the model has 5"),
         ({"max_model_len": 0}, "--max-model-len 0: expected int >= 1"),
@@ -188,6 +194,26 @@ def test_pool_too_small_says_how_many_bytes_are_needed(model: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--max-model-len 100 needs {needed} bytes"):
         build(model, kv_cache_memory_bytes=str(needed - 1), **changes)
     assert build(model, kv_cache_memory_bytes=str(needed), **changes).max_model_len == 100
+
+
+def test_dummy_weights_need_a_shape_only(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert build(model, load_format="dummy").load_format == "dummy"
+    write_config(model, hidden_size=2**20, head_dim=None, num_attention_heads=2**14)
+    with pytest.raises(ConfigError, match=r"weights 40\.0 TiB"):
+        build(model, load_format="dummy")
+
+
+def test_an_even_split_can_be_asked_for(model: Path) -> None:
+    assert build(model, pipeline_parallel_size=2, layer_split="even").layer_split == (3, 2)
+
+
+@pytest.mark.parametrize("stages", [1, LAYERS])
+def test_nothing_is_measured_where_there_is_no_choice(
+    model: Path, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_config, "measured_split", None)
+    build(model, pipeline_parallel_size=stages, layer_split="auto")
 
 
 def test_default_length_is_what_the_pool_holds(model: Path) -> None:

@@ -134,7 +134,10 @@ def test_more_gpus_and_models_from_a_catalogue(tmp_path: Path) -> None:
         ({"kv_offloading_size": "900000TB"}, "lower --kv-offloading-size"),
         ({"device": "cpu", "modelled_time_scale": 2.0}, "goes with --device modelled"),
         ({"device": "cpu", "catalogue": Path("x")}, "--catalogue x goes with --device modelled"),
-        ({"device": "tpu"}, "--device tpu: choose cpu or modelled:GPU"),
+        ({"device": "tpu"}, "--device tpu: choose cpu, cuda or modelled:GPU"),
+        ({"layer_split": "auto"}, "--layer-split auto measures layers"),
+        ({"load_format": "dummy"}, "--load-format dummy: modelled stages load no weights"),
+        ({"gpus": "0"}, "--gpus goes with --device cuda"),
     ],
 )
 def test_what_cannot_be_modelled_is_refused(flags: dict[str, Any], message: str) -> None:

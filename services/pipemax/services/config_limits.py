@@ -1,31 +1,48 @@
 """What layers, lengths and sizes a configuration may have, whatever the device."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import blocks_for, split_layers
+from pipemax.proto.geometry import BlockGeometry, Dtype, blocks_for, split_layers
 from pipemax.proto.sizes import format_size, parse_size
 from pipemax.services.cli.options import EngineOptions
+from pipemax.stage_worker.model.inspect import ModelInfo
 
+_FLAG_OF_FIELD = {
+    "kv_offloading_bytes": "--kv-offloading-size",
+    "emulate_link_bandwidth_bytes_s": "--emulate-link-bandwidth",
+    "hung_after_s": "--hung-after",
+}
 SPARE_BLOCKS = 1
 """Device blocks that the coordinator wants beyond those of the longest request; it checks again
 with what the stages report."""
 
 
-def layer_split(options: EngineOptions, layers: int) -> tuple[int, ...]:
-    """As asked, or as even as can be. Raises ConfigError when it does not fit the model."""
+def layer_split(
+    options: EngineOptions, layers: int, default: str = "even"
+) -> tuple[int, ...] | None:
+    """As asked; None when it is to be measured and there is a choice. Raises ConfigError when it
+    does not fit the model."""
     stages = options.pipeline_parallel_size
     if stages > layers:
         raise ConfigError(
             f"--pipeline-parallel-size {stages}: the model has {layers} layers, "
             f"so at most {layers} stages"
         )
-    text = options.layer_split
-    if text is None:
+    text = options.layer_split or default
+    if text == "auto":
+        return None if 1 < stages < layers else split_layers(layers, stages)
+    if text == "even":
         return split_layers(layers, stages)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise ConfigError(f"--layer-split {text}: write the layers of each stage, as in 10,12,10")
+        raise ConfigError(
+            f"--layer-split {text}: write auto, even or the layers of each stage, as in 10,12,10"
+        )
     split = tuple(int(part) for part in text.split(","))
     if len(split) != stages:
         raise ConfigError(
@@ -35,6 +52,22 @@ def layer_split(options: EngineOptions, layers: int) -> tuple[int, ...]:
     if sum(split) != layers:
         raise ConfigError(f"--layer-split {text} adds up to {sum(split)}; the model has {layers}")
     return split
+
+
+def dtype_of(config: EngineConfig, info: ModelInfo) -> Dtype:
+    """Of weights, activations and KV."""
+    return info.dtype if config.dtype == "auto" else config.dtype
+
+
+def block_bytes(config: EngineConfig, layers: int, info: ModelInfo) -> int:
+    """Of one KV block on a stage of so many layers."""
+    return BlockGeometry(
+        num_layers=layers,
+        block_size=config.block_size,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        dtype=dtype_of(config, info),
+    ).block_bytes
 
 
 def max_model_len(
@@ -60,6 +93,27 @@ def max_model_len(
     if asked is not None:
         return asked
     return fitting if limit is None else min(limit, fitting)
+
+
+def name_the_flag(
+    error: msgspec.ValidationError, values: Mapping[str, Any], kind: type[msgspec.Struct]
+) -> ConfigError:
+    """`values` do not make a `kind`: msgspec says `Expected `int` >= 1 - at `$.block_size``."""
+    match = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error))
+    if match is None:
+        return ConfigError(str(error))
+    problem, field = match.groups()
+    flag = _FLAG_OF_FIELD.get(field, "--" + field.replace("_", "-"))
+    if problem.startswith("Invalid enum value"):
+        choices = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
+        problem = "choose " + ", ".join(choices[field]["enum"])
+        if field == "device":
+            problem = "choose cpu, cuda or modelled:GPU, such as modelled:rtx-3090"
+    elif "matching regex" in problem:
+        problem = "use at most 40 letters, digits, dots, dashes and underscores"
+    else:
+        problem = problem[0].lower() + problem[1:].replace("`", "")
+    return ConfigError(f"{flag} {values[field]}: {problem}")
 
 
 def size_of(flag: str, text: str) -> int:

@@ -1,7 +1,7 @@
 """From what a user asked for to a configuration that can work, or one line that says why not."""
 
-import re
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,30 @@ import msgspec
 from pipemax.coordinator.policy import make_policy
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.proto.sizes import format_size
 from pipemax.services.cli.options import EngineOptions
-from pipemax.services.config_limits import layer_split, max_model_len, size_of
+from pipemax.services.config_limits import (
+    block_bytes,
+    layer_split,
+    max_model_len,
+    name_the_flag,
+    size_of,
+)
+from pipemax.services.cuda_config import CUDA, cuda_config, refuse_cuda_flags
+from pipemax.services.layer_split import StageRoom
 from pipemax.services.machine import memory_bytes, usable_cores
+from pipemax.services.measured_split import StageDevice, measured_split
 from pipemax.services.modelled_config import MODELLED, modelled_config
 from pipemax.stage_worker.model.inspect import ModelInfo, inspect_model
 
-_FLAG_OF_FIELD = {
-    "kv_offloading_bytes": "--kv-offloading-size",
-    "emulate_link_bandwidth_bytes_s": "--emulate-link-bandwidth",
-}
+log = logging.getLogger(__name__)
 
 
-def build_config(options: EngineOptions, name: str) -> EngineConfig:
+def build_config(
+    options: EngineOptions, name: str, notice: Callable[[str], None] = log.info
+) -> EngineConfig:
     """The configuration of the system `name`, validated as far as can be before it starts.
+    `notice` gets a line about each choice that was made from what this machine is.
 
     Raises ConfigError naming the flag, the value and what would work; ModelError and
     UnsupportedModelError for the model folder.
@@ -35,21 +43,38 @@ def build_config(options: EngineOptions, name: str) -> EngineConfig:
     if not options.model:
         raise ConfigError("--model is missing: give the folder of the model to run")
     config = _checked_fields(options, options.model, name)
+    if options.device != CUDA:
+        refuse_cuda_flags(options)
     if options.device.startswith(MODELLED):
         return modelled_config(options, config)
     _refuse_modelled_flags(options)
     model_dir = Path(options.model).expanduser().absolute()
-    info = inspect_model(model_dir)
-    split = layer_split(options, info.num_layers)
+    info = inspect_model(model_dir, config.load_format)
+    config = msgspec.structs.replace(config, model=str(model_dir))
+    if options.device == CUDA:
+        return cuda_config(options, config, info, notice)
+    return _cpu_config(options, config, info, notice)
+
+
+def _cpu_config(
+    options: EngineOptions, config: EngineConfig, info: ModelInfo, notice: Callable[[str], None]
+) -> EngineConfig:
+    """Layers are split evenly unless asked otherwise: measuring them takes longer than a small
+    model's work, and large ones are not run on CPUs."""
     _check_memory(config, info)
-    block_bytes = largest_block_bytes(config, split, info)
-    limit = info.max_position_embeddings
+    stages = config.pipeline_parallel_size
+    threads = options.threads_per_stage or max(1, usable_cores() // stages)
+    config = msgspec.structs.replace(config, threads_per_stage=threads)
+    split = layer_split(options, info.num_layers)
+    if split is None:
+        device = StageDevice("cpu", None, 1, StageRoom(None, config.pool_bytes))
+        found, _ = measured_split(config, info, [device] * stages, options.max_model_len, notice)
+        split = found.layers
+    limit, largest = info.max_position_embeddings, block_bytes(config, max(split), info)
     return msgspec.structs.replace(
         config,
-        model=str(model_dir),
         layer_split=split,
-        max_model_len=max_model_len(options.max_model_len, limit, config, block_bytes),
-        threads_per_stage=options.threads_per_stage or max(1, usable_cores() // len(split)),
+        max_model_len=max_model_len(options.max_model_len, limit, config, largest),
     )
 
 
@@ -64,27 +89,31 @@ def _refuse_modelled_flags(options: EngineOptions) -> None:
 
 def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConfig:
     """The fields that need no look at the model; those that do hold a valid stand-in."""
-    if options.device == "cuda":
-        raise ConfigError("--device cuda is not implemented yet; use --device cpu")
+    if options.activation_transport == "ipc" and options.device != CUDA:
+        raise ConfigError("--activation-transport ipc goes with --device cuda")
     make_policy(options.policy)
+    known_apart = options.device == CUDA or options.device.startswith(MODELLED)
+    ipc = options.activation_transport == "ipc"
     values: dict[str, Any] = {
         "name": name,
         "model": model,
+        "load_format": options.load_format,
         "served_model_name": options.served_model_name or model,
         "pipeline_parallel_size": options.pipeline_parallel_size,
         "layer_split": (1,),
-        "device": "cpu" if options.device.startswith(MODELLED) else options.device,
+        "device": "cpu" if known_apart else options.device,
         "dtype": options.dtype,
         "max_model_len": 1 if options.max_model_len is None else options.max_model_len,
-        "block_size": options.block_size,
+        **({} if options.block_size is None else {"block_size": options.block_size}),
         **_given_sizes(options),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "policy": options.policy,
         "prefill": options.prefill,
         "seed": options.seed,
-        "activation_transport": options.activation_transport,
+        "activation_transport": "auto" if ipc else options.activation_transport,
         "warm_up_s": options.warm_up_s,
+        "hung_after_s": options.hung_after,
         "threads_per_stage": (
             1 if options.threads_per_stage is None else options.threads_per_stage
         ),
@@ -94,7 +123,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
     try:
         return msgspec.convert(values, EngineConfig)
     except msgspec.ValidationError as error:
-        raise _name_the_flag(error, values) from error
+        raise name_the_flag(error, values, EngineConfig) from error
 
 
 def _given_sizes(options: EngineOptions) -> dict[str, int]:
@@ -107,38 +136,6 @@ def _given_sizes(options: EngineOptions) -> dict[str, int]:
         ),
     }
     return {field: size_of(flag, text) for field, (flag, text) in given.items() if text is not None}
-
-
-def _name_the_flag(error: msgspec.ValidationError, values: Mapping[str, Any]) -> ConfigError:
-    """msgspec says `Expected `int` >= 1 - at `$.block_size``."""
-    match = re.fullmatch(r"(.*) - at `\$\.(\w+).*`", str(error))
-    if match is None:
-        return ConfigError(str(error))
-    problem, field = match.groups()
-    flag = _FLAG_OF_FIELD.get(field, "--" + field.replace("_", "-"))
-    if problem.startswith("Invalid enum value"):
-        choices = msgspec.json.schema(EngineConfig)["$defs"]["EngineConfig"]["properties"]
-        problem = "choose " + ", ".join(choices[field]["enum"])
-        if field == "device":
-            problem = f"choose cpu or {MODELLED}:GPU, such as {MODELLED}:rtx-3090"
-    elif "matching regex" in problem:
-        problem = "use at most 40 letters, digits, dots, dashes and underscores"
-    else:
-        problem = problem[0].lower() + problem[1:].replace("`", "")
-    return ConfigError(f"{flag} {values[field]}: {problem}")
-
-
-def largest_block_bytes(config: EngineConfig, split: tuple[int, ...], info: ModelInfo) -> int:
-    """Bytes of one KV block on the stage with the most layers: that stage's pool holds least."""
-    dtype: Dtype = info.dtype if config.dtype == "auto" else config.dtype
-    geometry = BlockGeometry(
-        num_layers=max(split),
-        block_size=config.block_size,
-        num_kv_heads=info.num_kv_heads,
-        head_dim=info.head_dim,
-        dtype=dtype,
-    )
-    return geometry.block_bytes
 
 
 def _check_memory(config: EngineConfig, info: ModelInfo) -> None:

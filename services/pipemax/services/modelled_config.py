@@ -36,6 +36,11 @@ def modelled_config(options: EngineOptions, config: EngineConfig) -> EngineConfi
     gpu, shape = catalogue.gpu(name), catalogue.model(config.model)
     _check_flags(options)
     split = layer_split(options, shape.num_layers)
+    if split is None:
+        raise ConfigError(
+            "--layer-split auto measures layers, and modelled GPUs compute none; write even, or "
+            "the layers of each stage"
+        )
     folder = _model_folder(Path(config.model))
     device = ModelledDevice(
         gpu=gpu,
@@ -73,6 +78,10 @@ def _check_flags(options: EngineOptions) -> None:
         raise ConfigError(
             f"--dtype {options.dtype}: the catalogue's rates are bfloat16's; modelled GPUs compute "
             "and keep KV in that"
+        )
+    if options.load_format != "auto":
+        raise ConfigError(
+            f"--load-format {options.load_format}: modelled stages load no weights; leave it out"
         )
     if options.threads_per_stage is not None:
         raise ConfigError("--threads-per-stage: modelled stages compute nothing; leave it out")

@@ -96,5 +96,6 @@ def _system_for(engine: EngineOptions, name: str | None) -> _SystemFor:
             "or give --model to start one for this batch"
         )
     sweep(runtime_root(), _PURPOSE)
-    config = build_config(engine, name or own_name(_PURPOSE))
+    own = name or own_name(_PURPOSE)
+    config = build_config(engine, own, lambda line: typer.echo(line, err=True))
     return _SystemFor(config, engine.ready_timeout, False, temporary)

@@ -13,9 +13,10 @@ from pipemax.proto.config import EngineConfig
 from pipemax.services.cli.flag_group import takes
 
 _CONFIG = EngineConfig(model="", served_model_name="", layer_split=(1,), max_model_len=1)
-_MODEL, _PIPELINE, _MEMORY, _BATCH, _LAUNCH = (
+_MODEL, _PIPELINE, _GPUS, _MEMORY, _BATCH, _LAUNCH = (
     "Model",
     "Pipeline",
+    "GPUs (--device cuda)",
     "KV memory",
     "Batching",
     "Launching",
@@ -53,6 +54,15 @@ class EngineOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    load_format: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|dummy",
+            help="dummy: random weights in the shape of config.json, which is all the folder then "
+            "needs; without a tokenizer.json, prompts are token ids.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = _CONFIG.load_format
     dtype: Annotated[
         str,
         typer.Option(
@@ -88,9 +98,10 @@ class EngineOptions:
     layer_split: Annotated[
         str | None,
         typer.Option(
-            metavar="N,N,...",
-            help="Layers per stage.",
-            show_default="as even as can be",
+            metavar="auto|even|N,N,...",
+            help="Layers per stage. auto measures layers, embedding and head on each kind of GPU "
+            "and makes the slowest stage as fast as memory allows.",
+            show_default="auto on cuda, else even",
             rich_help_panel=_PIPELINE,
         ),
     ] = None
@@ -98,10 +109,9 @@ class EngineOptions:
         str,
         typer.Option(
             metavar="cpu|cuda|modelled:GPU",
-            help="Where stages compute. cuda is not implemented yet and refused. With modelled:GPU "
-            "(by catalogue, such as modelled:rtx-3090) stages wait as long as that GPU would "
-            "compute, and make tokens up: --model is then a name of the catalogue too, or a folder "
-            "with a config.json.",
+            help="Where stages compute. With modelled:GPU (by catalogue, such as "
+            "modelled:rtx-3090) stages wait as long as that GPU would compute, and make tokens up: "
+            "--model is then a name of the catalogue too, or a folder with a config.json.",
             rich_help_panel=_PIPELINE,
         ),
     ] = _CONFIG.device
@@ -121,34 +131,93 @@ class EngineOptions:
             rich_help_panel=_PIPELINE,
         ),
     ] = 1.0
+    hung_after: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="A process that says nothing for so long is killed and started again.",
+            rich_help_panel=_LAUNCH,
+        ),
+    ] = _CONFIG.hung_after_s
     threads_per_stage: Annotated[
         int | None,
         typer.Option(
             metavar="THREADS",
             help="CPU threads of each stage.",
-            show_default="cores divided by stages",
+            show_default="cores divided by stages; 1 on cuda",
             rich_help_panel=_PIPELINE,
         ),
     ] = None
     activation_transport: Annotated[
         str,
         typer.Option(
-            metavar="shm|tcp",
-            help="How activations travel between stages: shared memory, or encrypted TCP.",
+            metavar="auto|ipc|shm|tcp",
+            help="How activations travel between stages: in GPU memory (ipc, on cuda), shared "
+            "memory, or encrypted TCP. auto: ipc where both stages reach that memory, else shm.",
             rich_help_panel=_PIPELINE,
         ),
     ] = _CONFIG.activation_transport
 
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="GPUs by ordinal, as nvidia-smi counts them, in the order of stages. Fewer than "
+            "stages: neighbouring stages share.",
+            show_default="the first, one for each stage",
+            rich_help_panel=_GPUS,
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Of a GPU's memory, for all stages on it: what weights and the largest step leave "
+            "is the KV pool.",
+            show_default="0.9",
+            rich_help_panel=_GPUS,
+        ),
+    ] = None
+    attention_backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|flashinfer|triton|reference",
+            help="auto: FlashInfer where it is installed, else Triton. reference is plain torch.",
+            show_default="auto",
+            rich_help_panel=_GPUS,
+        ),
+    ] = None
+    enforce_eager: Annotated[
+        bool, typer.Option("--enforce-eager", help="No CUDA graphs.", rich_help_panel=_GPUS)
+    ] = False
+    kv_copies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="stage|daemon",
+            help="Whose streams carry KV between host and GPU. The daemon's cost a CUDA context, "
+            "some hundred MiB, on every GPU.",
+            show_default="stage",
+            rich_help_panel=_GPUS,
+        ),
+    ] = None
+
     block_size: Annotated[
-        int,
-        typer.Option(metavar="TOKENS", help="Tokens per KV block.", rich_help_panel=_MEMORY),
-    ] = _CONFIG.block_size
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens per KV block.",
+            show_default=f"{_CONFIG.block_size}; on cuda up to 64, so that a stage's block is at "
+            "least 512 KiB",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None
     kv_cache_memory_bytes: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
             help="Device KV pool of each stage, for example 64MiB.",
-            show_default=f"{_mebibytes(_CONFIG.kv_cache_memory_bytes)}, or what a modelled GPU has",
+            show_default=f"{_mebibytes(_CONFIG.pool_bytes)}; on cuda by "
+            "--gpu-memory-utilization; what a modelled GPU has",
             rich_help_panel=_MEMORY,
         ),
     ] = None
@@ -157,7 +226,8 @@ class EngineOptions:
         typer.Option(
             metavar="SIZE",
             help="Host KV pool for all stages together; 0 turns offloading off.",
-            show_default=f"{_mebibytes(_CONFIG.kv_offloading_bytes)}, of a modelled host 400GB",
+            show_default=f"{_mebibytes(_CONFIG.kv_offloading_bytes)}; on cuda half of the memory "
+            "available, at most twice that of the GPUs; of a modelled host 400GB",
             rich_help_panel=_MEMORY,
         ),
     ] = None

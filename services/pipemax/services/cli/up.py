@@ -21,11 +21,9 @@ def up(engine: EngineOptions, name: SystemName = DEFAULT_NAME) -> None:
     from pipemax.services.launcher.supervisor import Policy
     from pipemax.services.launcher.system import System
 
-    config = build_config(engine, name)
-    run_until_stopped(
-        System(
-            config,
-            policy=Policy(ready_timeout_s=engine.ready_timeout),
-            on_notice=lambda line: typer.echo(line, err=True),
-        )
-    )
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    config = build_config(engine, name, tell)
+    policy = Policy(ready_timeout_s=engine.ready_timeout)
+    run_until_stopped(System(config, policy=policy, on_notice=tell))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.rundir import LOG_DIR
+from pipemax.services.gpus import cuda_environment
 from pipemax.services.launcher.supervisor import COORDINATOR
 
 _THREAD_VARIABLES = (
@@ -36,27 +37,40 @@ class ProcessSpec:
 
 def system_processes(config: EngineConfig, run_dir: Path) -> tuple[ProcessSpec, ...]:
     """Coordinator, KV daemon and stages, in the order in which they start."""
+    threads = config.threads_per_stage
+    device = {} if config.cuda is None else cuda_environment()
     stages = (
-        _python_process("stage_worker", f"stage-{index}", run_dir, config.threads_per_stage, index)
+        _python_process("stage_worker", f"stage-{index}", run_dir, threads, device, index)
         for index in range(config.pipeline_parallel_size)
     )
     return (
-        _python_process("coordinator", COORDINATOR, run_dir, threads=1),
-        _python_process("kv_daemon", "kv-daemon", run_dir, threads=1),
+        _python_process("coordinator", COORDINATOR, run_dir, 1, {}),
+        _python_process("kv_daemon", "kv-daemon", run_dir, 1, device),
         *stages,
     )
 
 
+def thread_environment(threads: int) -> dict[str, str]:
+    """For a process that computes with so many threads."""
+    environment = dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    environment[_WAIT_POLICY] = os.environ.get(_WAIT_POLICY, "PASSIVE")
+    return environment
+
+
 def _python_process(
-    package: str, name: str, run_dir: Path, threads: int, index: int | None = None
+    package: str,
+    name: str,
+    run_dir: Path,
+    threads: int,
+    device: Mapping[str, str],
+    index: int | None = None,
 ) -> ProcessSpec:
+    """`device`: what the device needs in the environment."""
     # -P: the folder `pipemax` was called from is no place to import modules from.
     argv = [sys.executable, "-P", "-m", f"pipemax.{package}", "--run-dir", str(run_dir)]
     if index is not None:
         argv += ["--index", str(index)]
-    env = dict.fromkeys(_THREAD_VARIABLES, str(threads))
-    env[_WAIT_POLICY] = os.environ.get(_WAIT_POLICY, "PASSIVE")
-    return ProcessSpec(name, tuple(argv), env)
+    return ProcessSpec(name, tuple(argv), {**thread_environment(threads), **device})
 
 
 def log_file(run_dir: Path, process: str) -> Path:

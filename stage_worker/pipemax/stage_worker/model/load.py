@@ -86,7 +86,7 @@ def load_stage_model(
         head_dim=info.head_dim,
         dtype=dtype_name,
     )
-    model = _build(model_dir, family)
+    model = build_on_meta(model_dir, family)
     attention: StageAttention
     if open_attention is None:
         attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
@@ -114,7 +114,7 @@ def load_stage_model(
     return StageModel(model, attention, info, layers, tuple(source.names_read))
 
 
-def _build(model_dir: Path, family: Family) -> Any:
+def build_on_meta(model_dir: Path, family: Family) -> Any:
     """The whole model on the meta device, with our attention. Never code from the model folder."""
     paged.register()
     try:
