@@ -1,9 +1,11 @@
 """What a stage computes with, whatever the device: the seam between the process and the numerics.
 
-`torch_engine` runs a real model; `modelled.engine` waits as long as one would take. Imports
-neither: a stage that only models its GPU starts without torch, fast and small.
+`torch_engine` runs a real model on the CPU, `devices.cuda.engine` on a GPU; `modelled.engine` waits
+as long as one would take. Imports none of them: a stage that only models its GPU starts without
+torch, fast and small.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 from pipemax.proto.config import EngineConfig
@@ -65,8 +67,13 @@ class StageEngine(Protocol):
     def close(self) -> None: ...
 
 
-def open_engine(config: EngineConfig, stage: int) -> StageEngine:
-    """Loads the stage. Raises ConfigError or ModelError for what cannot work."""
+def open_engine(config: EngineConfig, stage: int, run_dir: Path | None = None) -> StageEngine:
+    """Loads the stage. `run_dir`: of the system it belongs to; None for one that is only measured.
+    Raises ConfigError or ModelError for what cannot work."""
+    if config.device == "cuda":
+        from pipemax.stage_worker.devices.cuda.engine import CudaEngine
+
+        return CudaEngine(config, stage, run_dir)
     if config.device == "modelled":
         from pipemax.stage_worker.modelled.engine import ModelledEngine
 

@@ -92,7 +92,7 @@ def _load(
 ) -> LoadedStage:
     """Engine and open channels; closed with `stack`."""
     started_s = time.monotonic()
-    engine = open_engine(config, index)
+    engine = open_engine(config, index, run_dir)
     stack.callback(engine.close)
     neighbours = open_neighbours(
         context, config, run_dir, stage=index, memory=engine.ring_memory, shape=engine.ring_shape

@@ -14,6 +14,16 @@ _OWN_ALLOCATION_BYTES = 2 * 2**20
 """CUDA packs what is smaller into a common piece, and an IPC handle names the whole piece."""
 
 
+class Gpu:
+    """The GPU of one stage: both ways to it, and what lies on it outside torch's allocator."""
+
+    def __init__(self, runtime: CudaRuntime, torch_side: TorchSide) -> None:
+        self.runtime = runtime
+        self.torch = torch_side
+        self.buffer_bytes = 0
+        """Of all DeviceBuffers."""
+
+
 def whole_allocation_bytes(size_bytes: int) -> int:
     """What to allocate so that an IPC handle of the memory opens at its own beginning."""
     return -(-size_bytes // _OWN_ALLOCATION_BYTES) * _OWN_ALLOCATION_BYTES
@@ -22,12 +32,13 @@ def whole_allocation_bytes(size_bytes: int) -> int:
 class DeviceBuffer:
     """Device memory. Not initialised; may be exported. Drop every tensor of it before `close`."""
 
-    def __init__(self, runtime: CudaRuntime, torch_side: TorchSide, size_bytes: int) -> None:
-        self._runtime = runtime
+    def __init__(self, gpu: Gpu, size_bytes: int) -> None:
+        self._gpu = gpu
         self.size_bytes = whole_allocation_bytes(size_bytes)
-        self.pointer = runtime.allocate(self.size_bytes)
-        array = runtime.array(self.pointer, self.size_bytes)
-        self.bytes: torch.Tensor = torch_side.view(array)
+        self.pointer = gpu.runtime.allocate(self.size_bytes)
+        gpu.buffer_bytes += self.size_bytes
+        array = gpu.runtime.array(self.pointer, self.size_bytes)
+        self.bytes: torch.Tensor = gpu.torch.view(array)
         """uint8 `[size_bytes]`"""
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
@@ -38,7 +49,8 @@ class DeviceBuffer:
     def close(self) -> None:
         """Nothing that uses it may be queued any more."""
         del self.bytes
-        self._runtime.free(self.pointer)
+        self._gpu.runtime.free(self.pointer)
+        self._gpu.buffer_bytes -= self.size_bytes
 
 
 class PinnedBuffer:

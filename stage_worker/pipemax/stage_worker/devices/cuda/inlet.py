@@ -13,9 +13,8 @@ from pipemax.proto.errors import ConfigError, WireError
 from pipemax.proto.memory import MemfdHandle, SharedMemory
 from pipemax.proto.messages.activations import ActivationReady, RingOffer
 from pipemax.stage_worker.channels.ring import RingShape, Rows, Transport
-from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Leftovers, PinnedBuffer
+from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, Leftovers, PinnedBuffer
 from pipemax.stage_worker.devices.cuda.events import PeerEvents
-from pipemax.stage_worker.devices.cuda.torch_side import TorchSide
 from pipemax.stage_worker.dtypes import torch_dtype
 
 _LANDING_BUFFERS = 2
@@ -40,13 +39,11 @@ class Inlet:
     """Brings announced rows next to the kernels, on a stream of its own. One step after the other:
     `take`, kernels, `release`."""
 
-    def __init__(self, runtime: CudaRuntime, torch_side: TorchSide, shape: RingShape) -> None:
-        self._runtime = runtime
+    def __init__(self, gpu: Gpu, shape: RingShape) -> None:
+        runtime = self._runtime = gpu.runtime
         self._row_bytes = shape.row_bytes
         size_bytes = shape.max_rows * shape.row_bytes
-        self._landing = [
-            DeviceBuffer(runtime, torch_side, size_bytes) for _ in range(_LANDING_BUFFERS)
-        ]
+        self._landing = [DeviceBuffer(gpu, size_bytes) for _ in range(_LANDING_BUFFERS)]
         rows = (shape.max_rows, shape.hidden_size)
         self._rows = [buffer.tensor(rows, torch_dtype(shape.dtype)) for buffer in self._landing]
         self._landed = [runtime.create_event() for _ in self._landing]

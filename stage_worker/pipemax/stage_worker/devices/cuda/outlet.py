@@ -8,12 +8,11 @@ from typing import Protocol, cast
 import torch
 import zmq
 
-from pipemax.proto.cuda.runtime import CudaRuntime, Stream
+from pipemax.proto.cuda.runtime import Stream
 from pipemax.proto.messages.activations import CudaRing
 from pipemax.stage_worker.channels.ring import RingPlace, RingShape, Rows, Transport, Written
-from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, PinnedBuffer
+from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.devices.cuda.events import EventRing
-from pipemax.stage_worker.devices.cuda.torch_side import TorchSide
 from pipemax.stage_worker.dtypes import torch_dtype
 
 _OUT_BUFFERS = 2
@@ -61,12 +60,11 @@ class DeviceOutlet:
     transport: Transport = "ipc"
     announces_ahead = True
 
-    def __init__(
-        self, runtime: CudaRuntime, torch_side: TorchSide, shape: RingShape, compute: Stream
-    ) -> None:
+    def __init__(self, gpu: Gpu, shape: RingShape, compute: Stream) -> None:
+        runtime = gpu.runtime
         self.stream = compute
         self._hidden_size = shape.hidden_size
-        self._ring = DeviceBuffer(runtime, torch_side, shape.size_bytes)
+        self._ring = DeviceBuffer(gpu, shape.size_bytes)
         self._slots = self._ring.tensor(shape.shape, torch_dtype(shape.dtype))
         self._written = EventRing(runtime)
         self._place = RingPlace(
@@ -103,14 +101,12 @@ class DeviceOutlet:
 class _HostRing:
     """Pinned slots, which a stream of its own fills while kernels of the next step run."""
 
-    def __init__(self, runtime: CudaRuntime, torch_side: TorchSide, shape: RingShape) -> None:
-        self._runtime = runtime
+    def __init__(self, gpu: Gpu, shape: RingShape) -> None:
+        runtime = self._runtime = gpu.runtime
         self._shape = shape
         self._ring = PinnedBuffer.create(runtime, "pipemax-activations", shape.size_bytes)
         self._slot_bytes = shape.max_rows * shape.row_bytes
-        self._out = [
-            DeviceBuffer(runtime, torch_side, self._slot_bytes) for _ in range(_OUT_BUFFERS)
-        ]
+        self._out = [DeviceBuffer(gpu, self._slot_bytes) for _ in range(_OUT_BUFFERS)]
         rows = (shape.max_rows, shape.hidden_size)
         self._rows = [buffer.tensor(rows, torch_dtype(shape.dtype)) for buffer in self._out]
         self._filled = [runtime.create_event() for _ in self._out]
@@ -153,14 +149,14 @@ class HostOutlet(_HostRing):
     transport: Transport = "shm"
     announces_ahead = True
 
-    def __init__(self, runtime: CudaRuntime, torch_side: TorchSide, shape: RingShape) -> None:
-        super().__init__(runtime, torch_side, shape)
-        self._written = EventRing(runtime)
+    def __init__(self, gpu: Gpu, shape: RingShape) -> None:
+        super().__init__(gpu, shape)
+        self._written = EventRing(gpu.runtime)
         self._place = RingPlace(
             self._ring.handle,
             CudaRing(
                 memory=None,
-                pci_bus_id=runtime.properties().pci_bus_id,
+                pci_bus_id=gpu.runtime.properties().pci_bus_id,
                 written=self._written.handles,
             ),
         )

@@ -3,10 +3,10 @@
 from typing import Literal, cast
 
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.cuda.runtime import CudaRuntime, Stream
+from pipemax.proto.cuda.runtime import Stream
 from pipemax.proto.errors import ConfigError, InvariantError
 from pipemax.stage_worker.channels.ring import RingShape, RowReader, Rows, RowWriter, Transport
-from pipemax.stage_worker.devices.cuda.buffers import Leftovers
+from pipemax.stage_worker.devices.cuda.buffers import Gpu, Leftovers
 from pipemax.stage_worker.devices.cuda.inlet import FrameRing, Inlet, RingReader
 from pipemax.stage_worker.devices.cuda.outlet import (
     DeviceOutlet,
@@ -15,7 +15,6 @@ from pipemax.stage_worker.devices.cuda.outlet import (
     Outlet,
     QueuedRows,
 )
-from pipemax.stage_worker.devices.cuda.torch_side import TorchSide
 
 
 class CudaRings:
@@ -27,22 +26,21 @@ class CudaRings:
 
     def __init__(
         self,
-        runtime: CudaRuntime,
-        torch_side: TorchSide,
+        gpu: Gpu,
         config: EngineConfig,
         stage: int,
         shape: RingShape,
         compute: Stream,
     ) -> None:
         assert config.cuda is not None
-        self._runtime = runtime
-        self._torch = torch_side
+        self._gpu = gpu
+        self._runtime = gpu.runtime
         self._gpus = config.cuda.gpus
         self._shape = shape
         self._leftovers = Leftovers()
-        self._same_gpu_as_previous = stage > 0 and self._gpus[stage - 1] == runtime.gpu
+        self._same_gpu_as_previous = stage > 0 and self._gpus[stage - 1] == gpu.runtime.gpu
         is_last = stage == len(self._gpus) - 1
-        self.inlet = Inlet(runtime, torch_side, shape) if stage > 0 else None
+        self.inlet = Inlet(gpu, shape) if stage > 0 else None
         self.outlet: Outlet | None = None
         """None on the last stage."""
         if not is_last:
@@ -51,9 +49,9 @@ class CudaRings:
 
     def _make_outlet(self, transport: Transport, shape: RingShape, compute: Stream) -> Outlet:
         if transport == "ipc":
-            return DeviceOutlet(self._runtime, self._torch, shape, compute)
+            return DeviceOutlet(self._gpu, shape, compute)
         kind = HostOutlet if transport == "shm" else FrameOutlet
-        return kind(self._runtime, self._torch, shape)
+        return kind(self._gpu, shape)
 
     def transport(self, wanted: Literal["auto"] | Transport, sender: int) -> Transport:
         """`ipc` needs GPUs that read each other's memory. CUDA answers both ends alike."""

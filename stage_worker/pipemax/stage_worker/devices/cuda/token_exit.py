@@ -1,0 +1,155 @@
+"""From logits to tokens, as far as the GPU does it, and the way of both to the host.
+
+Greedy rows are answered by the device: only token ids travel. Rows with a temperature send their
+logits to pinned memory, where `sampling.sample` draws once the step has ended. Both travel on a
+stream of their own: on the kernels' they would wait for their turn among the KV on the link.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from pipemax.proto.cuda.runtime import CudaEvent, Stream
+from pipemax.proto.messages.control import SampleRow
+from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
+from pipemax.stage_worker.devices.cuda.inputs import SampleInputs
+from pipemax.stage_worker.sampling import sample
+
+_DRAW_BUFFERS: Final = 2
+"""The host draws from one while the next step's logits arrive in the other."""
+_NEVER: Final = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBuffer:
+    """Where one step's token ids are picked and arrive."""
+
+    device: DeviceBuffer
+    pinned: PinnedBuffer
+    picked: CudaEvent
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """A step's tokens, on their way."""
+
+    buffer: TokenBuffer
+    drawn_rows: tuple[int, ...]
+    logits: PinnedBuffer | None
+    """Of `drawn_rows`, in order."""
+
+
+class TokenExit:
+    """Of the last stage. One step after the other: `ready`, kernels, `take`; then `tokens` once the
+    step has ended."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        *,
+        max_rows: int,
+        vocab_size: int,
+        steps: int,
+    ) -> None:
+        """`steps`: that may be under way at once."""
+        runtime = self._runtime = gpu.runtime
+        self._torch = gpu.torch
+        self._max_rows = max_rows
+        self._vocab_size = vocab_size
+        self.stream = runtime.create_stream(urgent=True)
+        """Behind what is on this stream now, all results so far are with the host."""
+        ids_bytes, logits_bytes = 8 * max_rows, 4 * max_rows * vocab_size
+        self._buffers = [
+            TokenBuffer(
+                DeviceBuffer(gpu, ids_bytes),
+                PinnedBuffer.create(runtime, "pipemax-tokens", ids_bytes),
+                runtime.create_event(),
+            )
+            for _ in range(steps)
+        ]
+        self._drawn = DeviceBuffer(gpu, logits_bytes)
+        self._sent = runtime.create_event()
+        """Behind the last copy out of `_drawn`."""
+        self._logits = [
+            PinnedBuffer.create(runtime, "pipemax-logits", logits_bytes)
+            for _ in range(_DRAW_BUFFERS)
+        ]
+        self._free_buffers = list(self._buffers)
+        self._free_logits = list(self._logits)
+
+    def ready(self, inputs: SampleInputs) -> bool:
+        """There is a place for the logits of a step that is drawn from."""
+        return not inputs.drawn_rows or bool(self._free_logits)
+
+    def take(
+        self,
+        inputs: SampleInputs,
+        num_rows: int,
+        logits: Callable[[], torch.Tensor],
+        compute: Stream,
+    ) -> PendingTokens:
+        """Queues the way from `logits`, float32 `[at least num_rows, vocab]`, which the kernels
+        queued before will have made, to tokens. They are changed."""
+        runtime, buffer = self._runtime, self._free_buffers.pop()
+        num_drawn = len(inputs.drawn_rows)
+        if num_drawn:
+            runtime.wait(compute, self._sent)
+        ids = buffer.device.tensor((num_rows,), torch.int64)
+        drawn = self._drawn.tensor((num_drawn, self._vocab_size), torch.float32)
+
+        def pick() -> None:
+            with torch.inference_mode():
+                rows = logits()[:num_rows]
+                if inputs.banned.shape[0]:
+                    rows.view(-1).index_fill_(0, inputs.banned, _NEVER)
+                ids.copy_(rows.argmax(dim=-1))  # the first of equal ones, on a GPU as well
+                if num_drawn:
+                    torch.index_select(rows, 0, inputs.drawn, out=drawn)
+
+        self._torch.launch(compute, pick)
+        runtime.record(buffer.picked, compute)
+        runtime.wait(self.stream, buffer.picked)
+        runtime.copy(buffer.pinned.pointer, buffer.device.pointer, 8 * num_rows, self.stream)
+        if not num_drawn:
+            return PendingTokens(buffer, (), None)
+        arriving = self._free_logits.pop()
+        size_bytes = 4 * num_drawn * self._vocab_size
+        runtime.copy(arriving.pointer, self._drawn.pointer, size_bytes, self.stream)
+        runtime.record(self._sent, self.stream)
+        return PendingTokens(buffer, inputs.drawn_rows, arriving)
+
+    def tokens(self, pending: PendingTokens, rows: Sequence[SampleRow]) -> list[int]:
+        """One per row. The step has ended."""
+        tokens: list[int] = pending.buffer.pinned.bytes.view(np.int64)[: len(rows)].tolist()
+        if pending.logits is not None:
+            count = len(pending.drawn_rows)
+            logits = pending.logits.bytes.view(np.float32)[: count * self._vocab_size]
+            drawn = sample(
+                torch.from_numpy(logits.reshape(count, self._vocab_size)),
+                [rows[index] for index in pending.drawn_rows],
+            )
+            for index, token in zip(pending.drawn_rows, drawn, strict=True):
+                tokens[index] = token
+        self.forget(pending)
+        return tokens
+
+    def forget(self, pending: PendingTokens) -> None:
+        """The step has ended, and nobody wants its tokens any more."""
+        self._free_buffers.append(pending.buffer)
+        if pending.logits is not None:
+            self._free_logits.append(pending.logits)
+
+    def free(self) -> None:
+        """The GPU has nothing queued."""
+        for buffer in self._buffers:
+            buffer.device.close()
+            buffer.pinned.close()
+            self._runtime.destroy_event(buffer.picked)
+        self._drawn.close()
+        for logits in self._logits:
+            logits.close()
+        self._runtime.destroy_event(self._sent)
+        self._runtime.destroy_stream(self.stream)
