@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import msgspec
-
 from pipemax.client import Client, Completion, SamplingParams
 from pipemax.proto.config import CudaDevice, EngineConfig
 from pipemax.proto.geometry import BlockGeometry, split_layers
@@ -71,19 +69,17 @@ def cuda_config(
     model_dir: Path, *, gpus: tuple[int, ...], cuda: dict[str, Any] | None = None, **settings: Any
 ) -> EngineConfig:
     """`small_config` on GPUs, one stage for each entry; `cuda` are settings of CudaDevice."""
-    settings = {"block_size": 16, **settings}
-    plain = small_config(model_dir, stages=len(gpus), **settings)
+    stages = len(gpus)
+    plain = small_config(model_dir, stages=stages, block_size=settings.get("block_size", 16))
     info = inspect_model(model_dir)
+    size, heads = plain.block_size, info.num_kv_heads
     block_bytes = tuple(
-        BlockGeometry(
-            layers, plain.block_size, info.num_kv_heads, info.head_dim, info.dtype
-        ).block_bytes
+        BlockGeometry(layers, size, heads, info.head_dim, info.dtype).block_bytes
         for layers in plain.layer_split
     )
-    device = CudaDevice(
-        gpus=gpus, block_bytes=block_bytes, **{"attention_backend": "reference", **(cuda or {})}
-    )
-    return msgspec.structs.replace(plain, device="cuda", cuda=device)
+    device = {"attention_backend": "reference", **(cuda or {})}
+    settings["cuda"] = CudaDevice(gpus=gpus, block_bytes=block_bytes, **device)
+    return small_config(model_dir, stages=stages, device="cuda", **settings)
 
 
 class LocalSystem:
