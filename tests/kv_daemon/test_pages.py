@@ -74,7 +74,7 @@ def test_a_stop_is_heard_between_portions(pool: HostPool, wake_fd: int) -> None:
     pool.stop_touching()
     pages.touch(0)
     pages.close()
-    assert resident_bytes(pool) == 0
+    assert resident_bytes(pool) <= 4096  # its first page, at most
 
 
 def test_pages_are_touched_on_the_cpus_asked_for(

@@ -160,19 +160,27 @@ class CudaEngine:
         if self._closed:
             return
         self._closed = True
-        give_up_s = time.monotonic() + CLOSE_S
         links = [link for stage in self._stages for link in (stage.link, stage.retired) if link]
+        try:
+            self._let_end(links)
+            if any(link.num_under_way for link in links):
+                log.warning("copies under way do not end; leaving them")
+                return
+            for link in links:
+                link.close()
+            self._pages.unpin()
+        except PipemaxSystemError as error:
+            log.warning("leaving what is on the GPUs to the end of this process: %s", error)
+            return
+        os.close(self._event_fd)
+
+    def _let_end(self, links: list[CudaLink]) -> None:
+        """Returns once no copy is under way, or after CLOSE_S."""
+        give_up_s = time.monotonic() + CLOSE_S
         while any(link.num_under_way for link in links) and time.monotonic() < give_up_s:
             select.select([self._event_fd], [], [], CLOSE_S / 20)
             for link in links:
                 link.passed()
-        if any(link.num_under_way for link in links):
-            log.warning("copies under way do not end; leaving them")
-            return
-        for link in links:
-            link.close()
-        self._pages.unpin()
-        os.close(self._event_fd)
 
     def _runtime_for(self, offer: AttachPool) -> CudaRuntime:
         if offer.cuda is None:

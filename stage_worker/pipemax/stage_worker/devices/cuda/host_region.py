@@ -139,7 +139,10 @@ class HostRegions:
                 self._wake()
         finally:
             if self._held == 0:
-                self._unpin()
+                try:
+                    self._unpin()
+                except PipemaxSystemError as error:
+                    log.warning("the host region is left to the end of this process: %s", error)
 
     def _turn(self, asking: "_Asking") -> None:
         """Waits for something to do, for LOOK_INTERVAL_S at most, and does it."""
@@ -205,8 +208,10 @@ class HostRegions:
         with self._changed:
             pinned, self._pinned = self._pinned, None
         if pinned is not None:
-            pinned.pages.unpin()
-            pinned.memory.close()
+            try:
+                pinned.pages.unpin()
+            finally:
+                pinned.memory.close()
 
     def _wake(self) -> None:
         if self._wake_fd is not None:
