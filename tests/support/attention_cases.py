@@ -6,7 +6,7 @@ is, and so are the K and V of padding rows.
 """
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def prepare(case: Case, device: torch.device) -> Prepared:
         tokens = [rng.randrange(100) for _ in range(new)]
         items.append(Item(tokens, old, [next(given) for _ in range(count)]))
     columns = read_columns(step_plan(items), case.block_size)
-    tile = tile_tokens(case.kv_heads * case.group, case.kv_heads)
+    tile = tile_tokens(case.group, 1, torch_dtype(case.dtype).itemsize)
     layout = BatchLayout.of_step(columns, tile)
     if case.padding:
         layout = BatchLayout.of_decodes(layout.rows + case.padding, layout.table_blocks + 7)
@@ -166,9 +166,11 @@ def attend_in_float64(
     return out
 
 
-def run(backend: AttentionBackend, prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and pool, after one step of a backend."""
-    case, pool = prepared.case, prepared.pool.clone()
+def run(
+    backend: AttentionBackend, prepared: Prepared, pool: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of one step, and the pool after it: `pool` itself, or a copy of the case's."""
+    pool = prepared.pool.clone() if pool is None else pool
     backend.bind_pool(pool)
     backend.plan(prepared.step)
     out = backend.attend(
@@ -178,8 +180,8 @@ def run(backend: AttentionBackend, prepared: Prepared) -> tuple[torch.Tensor, to
         prepared.key,
         prepared.value,
         scaling=Prepared.SCALING,
-        window=case.window,
-        softcap=case.softcap,
+        window=prepared.case.window,
+        softcap=prepared.case.softcap,
     )
     return out, pool
 
@@ -188,7 +190,25 @@ def check(backend: AttentionBackend, case: Case, device: torch.device) -> float:
     """The largest error of a backend's output. Raises AssertionError when an output is wrong, or
     the pool is not what it should be, bit by bit."""
     prepared = prepare(case, device)
-    out, pool = run(backend, prepared)
+    return _compare(prepared, *run(backend, prepared))
+
+
+def check_far_blocks(backend: AttentionBackend, device: torch.device) -> float:
+    """As `check`, at the end of a pool of more than 2^31 numbers: 4.3 GB of address space, of which
+    a CPU touches a few pages."""
+    prepared = prepare(Case("float16", ((1, 40), (20, 13), (1, 0))), device)
+    near, *block = prepared.pool.shape
+    before = 2**31 // prepared.pool[0].numel() + 1
+    pool = torch.empty((before + near, *block), dtype=prepared.pool.dtype, device=device)
+    pool[before:] = prepared.pool
+    prepared.step.batch.block_tables.add_(before)
+    prepared.step.batch.slots.add_(before * prepared.case.block_size)
+    out, _ = run(backend, prepared, pool)
+    return _compare(prepared, out, pool[before:])
+
+
+def _compare(prepared: Prepared, out: torch.Tensor, pool: torch.Tensor) -> float:
+    case = prepared.case
     assert out.dtype == torch_dtype(case.dtype)
     as_bits = torch.int32 if case.dtype == "float32" else torch.int16
     assert torch.equal(pool.view(as_bits), prepared.pool_after.view(as_bits)), f"pool: {case}"
@@ -201,7 +221,3 @@ def check(backend: AttentionBackend, case: Case, device: torch.device) -> float:
         msg=lambda text: f"{case}: {text}",
     )
     return float((out.double() - prepared.expected).abs().max())
-
-
-def of_dtype(case: Case, dtype: Dtype) -> Case:
-    return replace(case, dtype=dtype)

@@ -174,5 +174,6 @@ def test_batches_are_told_apart_by_identity() -> None:
 
 @pytest.mark.parametrize(("heads", "tokens"), [((8, 8), 64), ((32, 8), 16), ((28, 4), 9)])
 def test_tiles_hold_the_heads_of_one_kv_head(heads: tuple[int, int], tokens: int) -> None:
-    assert tile_tokens(*heads) == tokens
-    assert tile_tokens(128, 1) == 1
+    assert tile_tokens(*heads, itemsize=2) == tokens
+    assert tile_tokens(*heads, itemsize=4) <= tokens // 4
+    assert tile_tokens(128, 1, itemsize=2) == 1

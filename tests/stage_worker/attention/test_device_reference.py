@@ -14,6 +14,10 @@ def test_reference_follows_the_definition(case: Case) -> None:
     attention_cases.check(ReferenceBackend(), case, torch.device("cpu"))
 
 
+def test_pools_of_more_than_2_31_numbers() -> None:
+    attention_cases.check_far_blocks(ReferenceBackend(), torch.device("cpu"))
+
+
 def test_attention_without_a_pool_is_refused() -> None:
     prepared = attention_cases.prepare(Case(), torch.device("cpu"))
     with pytest.raises(InvariantError, match="before a pool was bound"):

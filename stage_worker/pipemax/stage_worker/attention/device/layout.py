@@ -21,15 +21,17 @@ from pipemax.stage_worker.plan_columns import I64Array, PlanColumns
 U8Array: TypeAlias = npt.NDArray[np.uint8]
 
 _ALIGNMENT_BYTES: Final = 64
-_TILE_ROWS: Final = 64
-"""Query rows (tokens times the heads that share a KV head) of one program of a prefill kernel."""
+_TILE_ROWS: Final = {2: 64, 4: 16}
+"""Query rows (tokens times the heads that share a KV head) of one program of a prefill kernel, by
+bytes of a number: without tensor cores, more rows do not fit a float32 program's registers."""
 PADDING_SLOT: Final = -1
 """The slot of a row whose K and V go nowhere."""
 
 
-def tile_tokens(num_heads: int, num_kv_heads: int) -> int:
-    """New tokens of one item that a prefill kernel takes at a time."""
-    return max(1, _TILE_ROWS // (num_heads // num_kv_heads))
+def tile_tokens(num_heads: int, num_kv_heads: int, itemsize: int) -> int:
+    """New tokens of one item that a prefill kernel takes at a time. `itemsize`: bytes of a number
+    in the pool."""
+    return max(1, _TILE_ROWS[itemsize] // (num_heads // num_kv_heads))
 
 
 @dataclass(frozen=True, slots=True)

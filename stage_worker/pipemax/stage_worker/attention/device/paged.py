@@ -26,7 +26,7 @@ class DevicePagedAttention:
         self.geometry = geometry
         self.dtype = dtype
         self.backend = backend
-        self.tile_tokens = tile_tokens(num_heads, geometry.num_kv_heads)
+        self.tile_tokens = tile_tokens(num_heads, geometry.num_kv_heads, dtype.itemsize)
         """For packing steps: see `layout`."""
         self._pool: torch.Tensor | None = None
         self._step: DeviceStep | None = None
