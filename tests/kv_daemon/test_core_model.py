@@ -1,7 +1,9 @@
 """The core against a model of the world: a lawful coordinator, stages that compute steps in order,
 and memories whose blocks hold tokens, which show every copy made too early or too late."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import TypeVar
 
@@ -36,7 +38,7 @@ from pipemax.proto.messages.control import (
     Stored,
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
-from support.kv_memories import CopyUnderWay, Memories, Token
+from support.kv_memories import CopyUnderWay, Memories, StageStreams, Token
 
 T = TypeVar("T")
 NUM_DEVICE = 12
@@ -69,6 +71,7 @@ class Machine(RuleBasedStateMachine):
         piece_blocks=st.integers(1, 4),
         depth=st.integers(1, 3),
         merging=st.booleans(),
+        queued=st.booleans(),
         pace=st.integers(1, 8),
         random=RANDOM,
     )
@@ -79,6 +82,7 @@ class Machine(RuleBasedStateMachine):
         piece_blocks: int,
         depth: int,
         merging: bool,
+        queued: bool,
         pace: int,
         random: Random,
     ) -> None:
@@ -88,10 +92,17 @@ class Machine(RuleBasedStateMachine):
         self.block_bytes = [64 * (s + 1) for s in range(num_stages)]
         host_bytes = host_blocks * sum(self.block_bytes) + 63
         merge_runs = merge if merging else unmerged
-        self.core = KvCore(num_stages, host_bytes, piece_blocks * 128, depth, merge_runs)
+        self.core = KvCore(
+            num_stages, host_bytes, piece_blocks * 128, depth, merge_runs, orders_computing=queued
+        )
         self.host_blocks = host_blocks
-        self.memories = Memories(num_stages, host_blocks, depth)
+        self.queued = queued
+        self.memories = Memories(num_stages, host_blocks, depth, queued=queued)
+        self.gpus = [StageStreams(stage, self.memories) for stage in range(num_stages)]
+        self.lives = [0] * num_stages
         self.laid_out = False
+        self.gone: set[Token] = set()
+        """Dropped or released, ever."""
         self.requests: dict[int, list[Block]] = {}
         self.next_request = self.version = 0
         self.to_drop: list[tuple[int, int]] = []
@@ -113,15 +124,15 @@ class Machine(RuleBasedStateMachine):
         self.first_step += len(self.steps)
         self.steps = []
         self.computed = [self.first_step - 1] * self.num_stages
-        self.loaded: list[set[int]] = [set() for _ in range(self.num_stages)]
+        self.loaded: list[dict[int, int]] = [{} for _ in range(self.num_stages)]
+        """Step → number of its last copy."""
         self.prefetches: dict[int, dict[int, Token]] = {}
         self.last_use = dict.fromkeys(range(NUM_DEVICE), -1)
         self.free = set(range(NUM_DEVICE))
-        self.gone: set[Token] = set()
         self.releasing: dict[int, list[Block]] = {}
         self.released_copies: dict[int, list[CopyUnderWay]] = {}
         self.attached: set[int] = set()
-        self.ready = False
+        self.daemon_ready = False
         if not keep:
             self.to_drop.clear()
         for request, blocks in list(self.requests.items()):
@@ -166,18 +177,21 @@ class Machine(RuleBasedStateMachine):
     def on_loaded(self, stage: int, message: Loaded) -> None:
         assert message.epoch == self.epoch
         assert message.step not in self.loaded[stage], "Loaded twice"
-        self.loaded[stage].add(message.step)
+        self.loaded[stage][message.step] = message.copy
+        if self.queued:
+            return  # the step looks when it runs
+        assert message.copy == -1
         for device_block, token in self.prefetches[message.step].items():
             if token not in self.gone:
                 assert self.memories.device[stage][device_block] == token
 
     def on_answer(self, message: ResetDone | Stored | Released) -> None:
         if isinstance(message, ResetDone):
-            assert not self.ready
+            assert not self.daemon_ready
             assert self.attached == set(range(self.num_stages))
             assert not self.memories.copies
             assert message.num_host_blocks == self.host_blocks
-            self.ready = True
+            self.daemon_ready = True
             self.drop_what_was_lost()
             assert self.core.host_blocks_used == self.host_used
             return
@@ -192,6 +206,14 @@ class Machine(RuleBasedStateMachine):
             block = self.requests[request][index]
             assert block.store_sent
             block.stored = True
+
+    @property
+    def ready(self) -> bool:
+        """The daemon has answered the reset, and so have the stages: their old steps are over."""
+        return self.daemon_ready and not any(self.old_steps(gpu) for gpu in self.gpus)
+
+    def old_steps(self, gpu: StageStreams) -> bool:
+        return any(step.epoch != self.epoch for step in gpu.steps)
 
     def give_up_device(self, block: Block) -> None:
         if block.device is not None:
@@ -340,7 +362,8 @@ class Machine(RuleBasedStateMachine):
         for _ in range(random.randint(0, self.pace)):
             missing = sorted(set(range(self.num_stages)) - self.attached)
             able = self.able()
-            kinds = [kind for kind in (missing, able, self.memories.copies) if kind]
+            moves = self.gpu_moves()
+            kinds = [kind for kind in (missing, able, moves) if kind]
             if not kinds:
                 return
             kind = random.choice(kinds)
@@ -349,7 +372,30 @@ class Machine(RuleBasedStateMachine):
             elif kind is able:
                 self.compute_on(random.choice(able))
             else:
-                self.finish_copy(random.choice(self.memories.may_end()))
+                random.choice(moves)()
+
+    def gpu_moves(self) -> list[Callable[[], None]]:
+        """What may happen next on the devices: copies and queued steps begin and end."""
+        moves: list[Callable[[], None]] = []
+        for copy in self.memories.may_end():
+            gpu = self.gpus[copy.command.stage]
+            if copy.begun:
+                moves.append(partial(self.finish_copy, copy))
+            elif gpu.may_begin_copy(copy):
+                moves.append(partial(gpu.begin_copy, copy, self.gone))
+        for stage, gpu in enumerate(self.gpus):
+            if gpu.steps and gpu.steps[0].begun:
+                moves.append(gpu.end)
+            elif gpu.may_begin() and self.rows_there(stage):
+                moves.append(partial(gpu.begin, self.gone, self.epoch))
+        return moves
+
+    def rows_there(self, stage: int) -> bool:
+        """The stage before has ended the step that this one is at, or will never."""
+        step = self.gpus[stage].steps[0]
+        if stage == 0 or step.epoch != self.epoch:
+            return True
+        return all(other.step > step.step for other in self.gpus[stage - 1].steps)
 
     def able(self) -> list[int]:
         return [stage for stage in range(self.num_stages) if self.can_compute(stage)]
@@ -357,6 +403,12 @@ class Machine(RuleBasedStateMachine):
     def compute_on(self, stage: int) -> None:
         self.computed[stage] += 1
         step = self.steps[self.computed[stage] - self.first_step]
+        if self.queued:
+            load = self.loaded[stage].get(step.step, -1) if step.wait_for_load else -1
+            event = self.gpus[stage].launch(step.step, self.epoch, load, step.reads, step.fills)
+            computed = Computed(epoch=self.epoch, step=step.step, event=event)
+            self.feed(FromStage(stage, computed))
+            return
         for device_block, token in step.reads.items():
             assert token in self.gone or self.memories.device[stage][device_block] == token
         self.memories.device[stage].update(step.fills)
@@ -382,6 +434,8 @@ class Machine(RuleBasedStateMachine):
             self.computed = [-1] * self.num_stages
         for stage in restarted:
             self.memories.restart(stage)
+            self.gpus[stage].restart()
+            self.lives[stage] += 1
         for stage in early:
             self.attach_stage(stage)
         self.feed(Reset(epoch=self.epoch, keep_host_blocks=keep))
@@ -392,6 +446,7 @@ class Machine(RuleBasedStateMachine):
         offer = AttachPool(
             epoch=self.epoch,
             stage=stage,
+            incarnation=str(self.lives[stage]),
             handle=HANDLE,
             num_blocks=NUM_DEVICE,
             block_bytes=self.block_bytes[stage],
@@ -414,19 +469,21 @@ class Machine(RuleBasedStateMachine):
             self.feed(Reset(epoch=self.epoch))
         progress = True
         while progress:
-            progress = bool(self.memories.copies)
-            for copy in self.memories.may_end():
-                self.finish_copy(copy)
+            moves = self.gpu_moves()
+            progress = bool(moves)
+            if moves:
+                self.random.choice(moves)()
             for stage in range(self.num_stages):
                 while self.can_compute(stage):
                     self.compute_on(stage)
                     progress = True
         assert self.ready
+        assert not any(gpu.steps for gpu in self.gpus)
         assert not self.core.busy
         assert not self.releasing
         for stage in range(self.num_stages):
             assert self.computed[stage] == self.first_step + len(self.steps) - 1
-            assert self.loaded[stage] >= set(self.prefetches)
+            assert self.loaded[stage].keys() >= set(self.prefetches)
         assert all(block.stored for block in self.blocks() if block.store_sent)
         assert self.core.host_blocks_used == self.host_used
         assert self.core.queued_load_bytes() == (0,) * self.num_stages
