@@ -182,7 +182,10 @@ def config_of(config: EngineConfig, part: Part, info: ModelInfo) -> tuple[Engine
         for layers in split
     )
     cuda = config.cuda and msgspec.structs.replace(
-        config.cuda, gpus=(config.cuda.gpus[0],) * len(split), block_bytes=block_bytes
+        config.cuda,
+        gpus=(config.cuda.gpus[0],) * len(split),
+        block_bytes=block_bytes,
+        kv_copies="stage",  # there is no daemon
     )
     changed = msgspec.structs.replace(
         config,
@@ -199,14 +202,15 @@ def config_of(config: EngineConfig, part: Part, info: ModelInfo) -> tuple[Engine
 
 def main() -> int:
     """Only the result goes to standard output: libraries may print what they like."""
-    result = os.dup(sys.stdout.fileno())
+    result = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         costs = measure(msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig))
     except PipemaxError as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return EXIT_REFUSED
-    os.write(result, msgspec.json.encode(costs))
+    with result:
+        result.write(msgspec.json.encode(costs))
     return 0
 
 
