@@ -5,8 +5,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
+# gpu-check needs no installation: a PYTHON that was asked for, else .venv where there is one.
+GPU_PYTHON := $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(BIN)/python,$(PYTHON))
 STAMP := $(VENV)/installed
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c ops/constraints-cpu.txt)
 
@@ -15,13 +18,15 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint format check clean
+.PHONY: help install demo test test-full gpu-check lint format check clean
 
 help:
 	@echo "make demo    run a small model through two stages, with KV offloading"
 	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it)"
 	@echo "make lint    ruff and mypy"
 	@echo "make test-full  the whole of matrices that the suite runs a part of"
+	@echo "make gpu-check  right and fast on this machine's GPU? PYTHON=python3 where .venv is not used;"
+	@echo "                GPU_CHECK_ARGS='--only copies' for a part, --rehearse without a GPU"
 	@echo "make check   lint, then test"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove .venv and everything generated"
@@ -44,6 +49,9 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	@$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+
+gpu-check:
+	@$(GPU_PYTHON) ops/gpu_check $(GPU_CHECK_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check --quiet .

@@ -37,7 +37,7 @@ def test_tests_mirror_the_tree() -> None:
     folders = {
         entry.name for entry in (ROOT / "tests").iterdir() if any(entry.glob("**/test_*.py"))
     }
-    assert folders <= {*FOLDERS, "repo", "system", "gpu"}
+    assert folders <= {*FOLDERS, "ops", "repo", "system", "gpu"}
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -1,0 +1,9 @@
+"""Scripts of `ops/` import each other by their names alone."""
+
+import sys
+
+from support.source_tree import ROOT
+
+for _folder in ("ops", "ops/benchmarks"):
+    if str(ROOT / _folder) not in sys.path:
+        sys.path.append(str(ROOT / _folder))

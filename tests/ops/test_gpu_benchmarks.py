@@ -1,0 +1,124 @@
+"""What the benchmarks of `make gpu-check` compute, without a GPU."""
+
+from pathlib import Path
+
+import gpu_common
+import gpu_device
+import gpu_throughput
+import offload_cuda
+import pytest
+import torch
+from gpu_common import SHAPE_8B, SHAPE_SMALL, kv_token_bytes, weights_bytes, write_model
+from single_process_cuda import PlainLoop, Work, load
+
+from pipemax.services.tiny_model import ModelShape
+from pipemax.stage_worker.attention.device.paged import DevicePagedAttention
+
+CPU = torch.device("cpu")
+
+
+def test_the_8b_shape_has_8_billion_parameters() -> None:
+    assert weights_bytes(SHAPE_8B) == 2 * 8_030_261_248  # as Llama 3 8B has
+    assert kv_token_bytes(SHAPE_8B) == 128 * 1024
+
+
+def test_weights_are_counted_as_they_are_loaded(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path, SHAPE_SMALL), "reference", CPU)
+    assert model.weights_bytes == weights_bytes(SHAPE_SMALL)
+    geometry = model.geometry
+    assert geometry.block_bytes == kv_token_bytes(SHAPE_SMALL) * geometry.block_size
+
+
+def test_the_plain_loop_computes_what_the_model_says(tmp_path: Path) -> None:
+    """Its tokens are those of one prompt with all of them in it."""
+    shape = ModelShape(
+        num_layers=2, hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2,
+        vocab_size=512,
+    )  # fmt: skip
+    directory = write_model(tmp_path, shape)
+    work = Work(requests=3, prompt_tokens=21, output_tokens=24)
+    loop = PlainLoop(directory, "reference", CPU, work)
+    loop.prefill()
+    tokens = [loop._next.tolist()]
+    for steps in range(1, work.output_tokens):
+        loop.decode(steps)  # from the first token again
+        tokens.append(loop._batch.token_ids[0].tolist())
+    model = load(directory, "reference", CPU)
+    model.bind_pool(torch.zeros(8, *model.geometry.block_shape))
+    attention = model.attention
+    assert isinstance(attention, DevicePagedAttention)
+    from support.paged_run import Item, step_plan
+
+    for request in range(work.requests):
+        prompt = [3 + (7 * request + 11 * at) % 251 for at in range(work.prompt_tokens)]
+        answer = [step[request] for step in tokens]
+        assert len(set(answer)) > 3
+        whole = prompt + answer[:-1]
+        for end in range(work.prompt_tokens, len(whole) + 1):
+            step = attention.prepare(step_plan([Item(whole[:end], 0, [0, 1, 2])]))
+            expected = int(model.forward(step, None).argmax())
+            assert answer[end - work.prompt_tokens] == expected, (request, end)
+
+
+def test_as_many_requests_as_there_is_room_for() -> None:
+    assert gpu_throughput.size_for(SHAPE_8B, 80 * 10**9) == gpu_throughput.FULL
+    assert gpu_throughput.size_for(SHAPE_8B, 16 * 10**9) is None
+    size = gpu_throughput.size_for(SHAPE_8B, 24 * 10**9)
+    assert size is not None
+    kv_bytes = size.requests * (size.prompt_tokens + size.output_tokens) * 128 * 1024
+    assert 16_060_522_496 + kv_bytes < 22 * 10**9
+
+
+def test_only_steps_of_the_whole_batch_count() -> None:
+    """[seconds, stage, decoding requests, context tokens, prompt tokens, pairs, compute seconds]"""
+    steps = [
+        [0.0, 0, 4, 40, 0, 0, 0.1],  # before the run
+        [1.0, 0, 2, 20, 16, 0, 0.1],
+        [1.5, 0, 4, 40, 0, 0, 0.1],
+        [1.6, 0, 4, 44, 0, 0, 0.1],
+        [1.8, 0, 4, 48, 0, 0, 0.1],
+        [2.4, 0, 3, 40, 0, 0, 0.1],
+        [9.0, 0, 4, 40, 0, 0, 0.1],  # behind it
+    ]
+    assert gpu_throughput.full_batch_rate(steps, (0.5, 3.0), 4) == pytest.approx(8 / 0.3)
+    assert gpu_throughput.full_batch_rate(steps, (0.5, 3.0), 5) == 0
+
+
+def test_the_middle_of_a_run_is_steady() -> None:
+    slow_ends = [(0.0, 0.0), (10.0, 100.0), (11.0, 500.0), (20.0, 500.0)]
+    assert offload_cuda.reached_s(slow_ends, 100.0) == 10.0
+    assert offload_cuda.reached_s(slow_ends, 300.0) == 10.5
+    assert offload_cuda.window_rate(slow_ends) == pytest.approx(300 / 0.75)
+    assert offload_cuda.window_rate([]) == 0
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_the_imitated_card_has_24_gb(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_cuda, "free_bytes", lambda: 80 * 10**9)
+    given = offload_cuda.setting(stages, rehearse=False)
+    assert given is not None
+    assert weights_bytes(given.shape) + given.kv_bytes == 24 * 10**9
+    assert sum(one.prompt_tokens for one in given.work) / len(given.work) == pytest.approx(344, 0.1)
+    assert sum(one.output_tokens for one in given.work) / len(given.work) == pytest.approx(237, 0.1)
+    need = sum(one.prompt_tokens + one.output_tokens for one in given.work)
+    assert need * kv_token_bytes(given.shape) > 3 * given.kv_bytes  # memory is short
+    monkeypatch.setattr(offload_cuda, "free_bytes", lambda: 18 * 10**9)
+    assert offload_cuda.setting(stages, rehearse=False) is None
+
+
+def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\n[ "$2" = 1 ] && echo "NVIDIA A, 81559" || echo "no device"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_device.query("1", ["name", "memory.total"]) == ["NVIDIA A", "81559"]
+    assert gpu_device.query("0", ["name", "memory.total"]) is None
+    assert gpu_device.used_mib("1") is None  # two values for one name
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert gpu_device.chosen() == "3"
+
+
+def test_all_stages_are_on_the_one_gpu(tmp_path: Path) -> None:
+    options = gpu_common.engine_options(tmp_path, 4, rehearse=False)
+    assert (options.device, options.gpus, options.load_format) == ("cuda", "0,0,0,0", "dummy")
+    assert gpu_common.engine_options(tmp_path, 2, rehearse=True).device == "cpu"
