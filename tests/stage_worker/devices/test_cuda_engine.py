@@ -3,17 +3,19 @@
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipemax.proto.config import EngineConfig
+from pipemax.proto.cuda.runtime import Stream
+from pipemax.stage_worker.devices.cuda import engine as cuda_engine
+from pipemax.stage_worker.devices.cuda.torch_side import Graph
 from pipemax.stage_worker.engine import StageEngine
-from pipemax.stage_worker.kv_end import MappedPool
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.torch_engine import TorchEngine
+from support import capturable_attention
 from support.cuda_stage import Done, FakeLinks, open_stage, ready_queue, simulated, stage_config
+from support.fake_cuda.torch_side import FakeTorch
 from support.local_system import small_config
 from support.model_zoo import build_model
 from support.slot_driver import Request, SlotDriver
@@ -30,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driver(num_slots: int = 3) -> SlotDriver:
     """Two requests a slot: greedy ones, drawn ones, and such with banned tokens."""
     draw = random.Random(3)
-    ids = draw.sample(range(60), 60)
+    ids = draw.sample(range(1, 61), 60)
     slots: list[list[Request]] = []
     for slot in range(num_slots):
         slots.append([])
@@ -56,7 +58,8 @@ def run(engine: StageEngine, queue: StepQueue, work: SlotDriver) -> FakeLinks:
     return links
 
 
-def cpu_tokens(model_dir: Path) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def expected(model_dir: Path) -> list[list[int]]:
     config = small_config(model_dir, stages=1, block_size=BLOCK, max_model_len=128)
     engine = TorchEngine(config, 0)
     queue = StepQueue(takes_activations=False)
@@ -67,15 +70,46 @@ def cpu_tokens(model_dir: Path) -> list[list[int]]:
     return work.tokens
 
 
-def test_tokens_equal_the_cpus(model_dir: Path, tmp_path: Path) -> None:
+def test_tokens_equal_the_cpus(model_dir: Path, expected: list[list[int]], tmp_path: Path) -> None:
     """Steps of several slots in flight at once, each over one of the versions of all buffers."""
     with simulated(tmp_path / "gpu", delay_s=0.002) as process:
         with open_stage(stage_config(model_dir)) as engine:
             work = driver()
             process.blocking_calls.clear()
-            links = run(engine, ready_queue(engine, takes_activations=False), work)
+            run(engine, ready_queue(engine, takes_activations=False), work)
             waits = [call for call in process.blocking_calls if call.thread == "MainThread"]
         assert process.machine.held_bytes(0) == 0
         process.close()
-    assert work.tokens == cpu_tokens(model_dir)
+    assert work.tokens == expected
     assert waits == []
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_graphs_give_the_same_tokens(
+    model_dir: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    enforce_eager: bool,
+) -> None:
+    """Batches of two in a graph of two, of one in a graph of one; a few rows of padding in the
+    graph of four."""
+    monkeypatch.setattr(cuda_engine, "open_attention", capturable_attention.open_attention)
+    replayed: list[int] = []
+    replay = FakeTorch.replay
+
+    def count(side: FakeTorch, stream: Stream, graph: Graph) -> None:
+        replayed.append(stream)
+        replay(side, stream, graph)
+
+    monkeypatch.setattr(FakeTorch, "replay", count)
+    config = stage_config(model_dir, cuda={"enforce_eager": enforce_eager})
+    with simulated(tmp_path / "gpu", delay_s=0.002) as process:
+        with open_stage(config) as engine:
+            work = driver()
+            work.slots[1].append(work.slots[2].pop())  # three in one slot, one in another
+            run(engine, ready_queue(engine, takes_activations=False), work)
+        process.close()
+    assert sorted(work.tokens) == sorted(expected)
+    assert (len(replayed) >= 3 * (LENGTH - 1)) is not enforce_eager
+    assert not (enforce_eager and replayed)

@@ -84,15 +84,17 @@ class DecodeGraphs:
         return len(self._buckets)
 
     def obstacle(self, compute: Stream) -> str | None:
-        """Why steps cannot be recorded, in words; None: they can. Runs the largest one."""
+        """Why steps cannot be recorded, in words; None: they can. Runs the largest."""
         backend = self.attention.backend
         if not backend.graphs:
             return f"the attention backend {backend.name} cannot be recorded"
         self._clear(compute)
         step = self._step(self.max_rows, compute)
+        kernels = self._kernels(step)
         with self._torch.scope(compute):
             self.attention.plan(step)
-        return self._torch.host_waits(compute, self._kernels(step))
+            kernels()  # what compiles or loads, does so now, and may wait
+        return self._torch.host_waits(compute, kernels)
 
     def capture(self, sizes: list[int], compute: Stream) -> None:
         """Records a graph of each size, the largest first: those after it find its memory. Raises

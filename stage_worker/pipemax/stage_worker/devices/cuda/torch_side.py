@@ -103,14 +103,14 @@ class _RealTorch:
         """Other threads go on calling CUDA meanwhile (they pin memory, wait for events), which the
         default mode would take for an error of ours."""
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # a graph freed during a capture would end it
+        recording = torch.cuda.graph(
+            graph,
+            pool=self._pool,
+            stream=self._stream(stream),
+            capture_error_mode="thread_local",
+        )
         try:
-            with torch.cuda.graph(
-                graph,
-                pool=self._pool,
-                stream=self._stream(stream),
-                capture_error_mode="thread_local",
-            ):
+            with _no_garbage_collection(), recording:
                 kernels()
         except RuntimeError as error:
             raise NotCapturableError(_first_line(error)) from error
@@ -147,6 +147,16 @@ class _RealTorch:
     def release_unused(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """GPU memory that it happened to free would end the recording."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager
