@@ -5,14 +5,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import zmq
 
+from pipemax.coordinator.assembly import Resumed
 from pipemax.coordinator.events import Cancelled, FinishRequest, ToStages
-from pipemax.coordinator.shell import CoordinatorShell
+from pipemax.coordinator.shell import CoordinatorShell, check_capacity
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
-from pipemax.proto.config import EngineConfig
+from pipemax.proto.config import CudaDevice, EngineConfig
 from pipemax.proto.errors import ConfigError, PipemaxError
 from pipemax.proto.messages import control, ingest
 from pipemax.proto.messages.registry import CONTROL, INGEST
@@ -140,3 +142,28 @@ def test_a_plan_leaves_before_results_are_turned_into_text(
     monkeypatch.setattr(shell, "_send_frame", lambda identity, frame: order.append("plan"))
     shell._tell(Cancelled(1))
     assert order == ["plan", "result"]
+
+
+def test_pools_too_small_for_the_longest_request_name_the_flag_that_sizes_them() -> None:
+    cuda = CudaDevice(gpus=(0,), block_bytes=(2**20,), gpu_memory_utilization=0.8)
+    config = EngineConfig(
+        model="m",
+        served_model_name="m",
+        layer_split=(1,),
+        max_model_len=100,  # 7 blocks and a spare one
+        device="cuda",
+        cuda=cuda,
+        kv_cache_memory_bytes=None,
+    )
+
+    def resumed(num_blocks: int) -> Resumed:
+        return Resumed(1, num_blocks, 0, [2**20], device_kept=False, host_kept=False, sweeps=[])
+
+    check_capacity(config, resumed(8))
+    with pytest.raises(ConfigError, match=r"holds 7 blocks, .* needs 8: .*") as refused:
+        check_capacity(config, resumed(7))
+    assert "raise --gpu-memory-utilization above 0.8 or" in str(refused.value)
+    assert "lower --max-model-len to 96" in str(refused.value)
+    fixed = msgspec.structs.replace(config, kv_cache_memory_bytes=7 * 2**20)
+    with pytest.raises(ConfigError, match=r"raise --kv-cache-memory-bytes to 8\.0 MiB or lower"):
+        check_capacity(fixed, resumed(7))

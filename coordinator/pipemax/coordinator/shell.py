@@ -242,24 +242,12 @@ class CoordinatorShell:
                     log.warning("paused: waiting for %s", ", ".join(self._assembly.missing))
                     self._tell(action)
                 case Resumed():
-                    self._check_capacity(action)
+                    check_capacity(self._config, action)
                     log.info("ready, epoch %d", action.epoch)
                     self._tell(action)
                     if self._launcher:
                         ready = control.SystemReady(epoch=action.epoch)
                         self._send_control(identity_of("launcher"), ready)
-
-    def _check_capacity(self, resumed: Resumed) -> None:
-        config = self._config
-        needed = blocks_for(config.max_model_len, config.block_size) + 1
-        if resumed.num_device_blocks < needed:
-            largest = max(resumed.block_bytes)
-            raise ConfigError(
-                f"the device KV pool holds {resumed.num_device_blocks} blocks, one request of "
-                f"max_model_len {config.max_model_len} needs {needed}: raise "
-                f"--kv-cache-memory-bytes to {format_size(needed * largest)} or lower "
-                "--max-model-len"
-            )
 
     # Clients
 
@@ -389,3 +377,21 @@ class CoordinatorShell:
 
 def _refused(request_id: str | None, code: str, message: str) -> ingest.Refused:
     return ingest.Refused(request_id=request_id, code=code, message=message[:4096])
+
+
+def check_capacity(config: EngineConfig, resumed: Resumed) -> None:
+    """Raises ConfigError when the device pools, whose size only the stages know, cannot hold one
+    request of the greatest length."""
+    needed = blocks_for(config.max_model_len, config.block_size) + 1
+    if resumed.num_device_blocks >= needed:
+        return
+    if config.cuda is not None and config.kv_cache_memory_bytes is None:
+        more = f"--gpu-memory-utilization above {config.cuda.gpu_memory_utilization:g}"
+    else:
+        more = f"--kv-cache-memory-bytes to {format_size(needed * max(resumed.block_bytes))}"
+    fitting = max(0, resumed.num_device_blocks - 1) * config.block_size
+    raise ConfigError(
+        f"the device KV pool holds {resumed.num_device_blocks} blocks, one request of "
+        f"--max-model-len {config.max_model_len} needs {needed}: raise {more} or lower "
+        f"--max-model-len to {fitting}"
+    )
