@@ -9,7 +9,9 @@ import torch
 
 from pipemax.proto.cuda.runtime import Stream
 from pipemax.proto.errors import PipemaxSystemError
+from support.attention_cases import CASES, Case, check, prepare, run
 from support.fake_cuda import FakeCuda, FakeCudaProcess, FakeMachine
+from support.fake_cuda.attention import RecordableBackend
 from support.fake_cuda.torch_side import FakeTorch
 
 
@@ -73,6 +75,15 @@ def test_what_makes_the_host_wait(gpu: FakeCuda, stream: Stream) -> None:
         lambda: nothing("positive" if values[3] > 0 else "not"),
     ):
         assert side.host_waits(stream, kernels) is not None
+
+
+@pytest.mark.parametrize("case", CASES[::9], ids=str)
+def test_attention_that_may_be_recorded(gpu: FakeCuda, stream: Stream, case: Case) -> None:
+    """It is right, and waits for nothing."""
+    side, cpu = FakeTorch(gpu), torch.device("cpu")
+    assert check(RecordableBackend(), case, cpu) < 0.1
+    prepared = prepare(case, cpu)
+    assert side.host_waits(stream, lambda: nothing(run(RecordableBackend(), prepared))) is None
 
 
 def test_a_view_is_the_memory(gpu: FakeCuda) -> None:

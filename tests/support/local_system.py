@@ -132,6 +132,14 @@ class LocalSystem:
         process.join()
         process.close()
 
+    def revive(self) -> list[str]:
+        """Starts again what has ended by itself, as the launcher does; says what that was."""
+        ended = [name for name, process in self.processes.items() if not process.is_alive()]
+        for name in ended:
+            self.processes.pop(name).close()
+            self.start(name)
+        return ended
+
     def client(self) -> Client:
         return Client(self.config.name)
 

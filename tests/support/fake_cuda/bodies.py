@@ -11,11 +11,18 @@ from pathlib import Path
 
 from pipemax.kv_daemon import main as kv_daemon_main
 from pipemax.proto import cuda
+from pipemax.proto.config import load_config
 from pipemax.stage_worker import main as stage_main
+from pipemax.stage_worker.attention.device import select
+from pipemax.stage_worker.devices.cuda import copies
 from pipemax.stage_worker.devices.cuda import torch_side as real_torch_side
 from support.fake_cuda import torch_side
+from support.fake_cuda.attention import RecordableBackend
 from support.fake_cuda.machine import FakeMachine, gpu_dir
 from support.fake_cuda.process import BlockingCall, FakeCudaProcess
+
+DRAIN_S = 3.0
+"""Steps in flight are over in milliseconds here, or never."""
 
 
 def blocking_calls(run_dir: Path, process: str) -> list[BlockingCall]:
@@ -25,6 +32,12 @@ def blocking_calls(run_dir: Path, process: str) -> list[BlockingCall]:
 
 
 def stage(run_dir: Path, index: int) -> None:
+    """Plain attention is replaced by one that graphs may hold, unless there are to be none."""
+    settings = load_config(run_dir).cuda
+    assert settings is not None
+    if not settings.enforce_eager:
+        select.ReferenceBackend = RecordableBackend  # type: ignore[misc, assignment]
+    copies.DRAIN_S = DRAIN_S
     with _simulated(run_dir, f"stage-{index}"):
         stage_main.body(run_dir, index)
 

@@ -22,7 +22,6 @@ _WAITING = frozenset(
         "is_nonzero",
         "masked_select",
         "nonzero",
-        "repeat_interleave",
         "unique_dim",
     )
 )
@@ -107,9 +106,15 @@ class _Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
-        if self.first is None and (name in _WAITING or _indexes_by_mask(name, args)):
+        waits = name in _WAITING or _indexes_by_mask(name, args) or _repeats_unknown(name, kwargs)
+        if self.first is None and waits:
             self.first = f"{name} needs what only the GPU knows"
         return func(*args, **(kwargs or {}))
+
+
+def _repeats_unknown(name: str, kwargs: Any) -> bool:
+    """`repeat_interleave` asks for its result's size unless told."""
+    return name == "aten.repeat_interleave" and (kwargs or {}).get("output_size") is None
 
 
 def _indexes_by_mask(name: str, args: Any) -> bool:
