@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from pipemax.proto import config
-from pipemax.proto.config import CONFIG_FILE, EngineConfig, load_config, save_config
+from pipemax.proto.config import CONFIG_FILE, CudaDevice, EngineConfig, load_config, save_config
 from pipemax.proto.errors import ConfigError
 
 _MINIMAL: dict[str, Any] = {
@@ -47,6 +47,16 @@ def test_a_bad_value_is_refused_by_name(tmp_path: Path, change: dict[str, Any], 
     (tmp_path / CONFIG_FILE).write_bytes(msgspec.json.encode(_MINIMAL | change))
     with pytest.raises(ConfigError, match=named):
         load_config(tmp_path)
+
+
+def test_a_stage_says_what_it_computes_on() -> None:
+    cuda = CudaDevice(gpus=(3, 1), block_bytes=(1, 1))
+    named = msgspec.structs.replace(cuda, names=("Some GPU", "Another"))
+    assert EngineConfig(**_MINIMAL).device_name(0) == "cpu"
+    assert EngineConfig(**_MINIMAL, device="cuda", cuda=cuda).device_name(0) == "GPU 3"
+    assert EngineConfig(**_MINIMAL, device="cuda", cuda=named).device_name(1) == "GPU 1 Another"
+    with pytest.raises(ValueError, match=r"cuda\.names"):
+        EngineConfig(**_MINIMAL, device="cuda", cuda=msgspec.structs.replace(cuda, names=("a",)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"model": "\xff"}'])

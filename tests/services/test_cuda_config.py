@@ -23,6 +23,7 @@ GIB = 2**30
 LAYERS, HIDDEN, VOCAB = 32, 4096, 128_256
 TOKEN_BYTES = 2 * 8 * 128 * 2
 """On one layer."""
+NAMES = ("Simulated GPU",) * 2
 
 
 @pytest.fixture
@@ -82,7 +83,9 @@ def build(model: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 def test_defaults(build: Build) -> None:
     config = build()
     assert config.device == "cuda"
-    assert config.cuda == CudaDevice(gpus=(0, 1), block_bytes=(16 * 16 * TOKEN_BYTES,) * 2)
+    assert config.cuda == CudaDevice(
+        gpus=(0, 1), names=NAMES, block_bytes=(16 * 16 * TOKEN_BYTES,) * 2
+    )
     assert config.layer_split == (16, 16)
     assert config.block_size == 16
     assert config.kv_cache_memory_bytes is None
@@ -108,6 +111,7 @@ def test_every_flag_reaches_the_configuration(build: Build) -> None:
     )
     assert config.cuda == CudaDevice(
         gpus=(3, 1),
+        names=NAMES,
         block_bytes=(20 * 32 * TOKEN_BYTES, 12 * 32 * TOKEN_BYTES),
         gpu_memory_utilization=0.8,
         attention_backend="triton",

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -86,6 +87,16 @@ def test_a_stage_that_has_not_reported_has_no_layers() -> None:
         "–",
         "0",
     ]
+
+
+def test_stages_on_gpus_say_on_which_and_who_copies() -> None:
+    on_gpu = msgspec.structs.replace(
+        stage(compute=1.0), device="GPU 1 Simulated", activation_transport="ipc", kv_copies="stage"
+    )
+    heading, row = text(stage_table(status(stages=(on_gpu,)))).splitlines()
+    assert heading.split()[-6:] == ["device", "activations", "by", "KV", "copied", "by"]
+    assert row.split()[-5:] == ["GPU", "1", "Simulated", "ipc", "stage"]
+    assert "device" not in text(stage_table(status()))
 
 
 def test_missing_processes_and_recoveries_are_named() -> None:

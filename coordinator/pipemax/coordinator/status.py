@@ -126,6 +126,8 @@ class StatusView:
             state_seconds={s: now.get(s, 0.0) + before.get(s, 0.0) for s in now | before},
             steps=self._steps[index],
             activation_transport=ready.activation_transport if ready else "",
+            device=self._config.device_name(index),
+            kv_copies="" if self._config.cuda is None else self._config.cuda.kv_copies,
         )
 
 

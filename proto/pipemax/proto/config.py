@@ -23,6 +23,8 @@ class CudaDevice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     gpus: tuple[NotNegative, ...]
     """Ordinal of each stage's GPU; stages may share one."""
+    names: tuple[str, ...] = ()
+    """Of those GPUs, for people; empty where nobody looked."""
     block_bytes: tuple[Positive, ...]
     """Of a KV block, by stage: the host pool is laid out, and pinned, before stages are loaded."""
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = 0.9
@@ -111,6 +113,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     client_credits: Positive = 4096
     """Most unfinished requests of one client; the next one is refused, not queued."""
 
+    def device_name(self, stage: int) -> str:
+        """What this stage computes on, in words."""
+        if self.cuda is None:
+            return self.device if self.modelled is None else f"modelled {self.modelled.gpu.name}"
+        name = f" {self.cuda.names[stage]}" if self.cuda.names else ""
+        return f"GPU {self.cuda.gpus[stage]}{name}"
+
     @property
     def num_slots(self) -> int:
         """Micro-batches in flight: one per stage. When weights dominate the step time, every
@@ -148,7 +157,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.activation_transport == "ipc" and self.cuda is None:
             raise ValueError("`activation_transport` `ipc` goes with device `cuda`")
         if self.cuda is not None:
-            for name in ("gpus", "block_bytes"):
+            for name in ("gpus", "block_bytes", *(("names",) if self.cuda.names else ())):
                 if len(getattr(self.cuda, name)) != self.pipeline_parallel_size:
                     raise ValueError(f"`cuda.{name}` must have one entry for each stage")
 

@@ -79,7 +79,9 @@ def cuda_config(
     config = msgspec.structs.replace(
         config,
         device=CUDA,
-        cuda=msgspec.structs.replace(fields, gpus=gpus),
+        cuda=msgspec.structs.replace(
+            fields, gpus=gpus, names=tuple(found[gpu].name for gpu in gpus)
+        ),
         kv_cache_memory_bytes=config.kv_cache_memory_bytes if fixed else None,
         kv_offloading_bytes=_host_bytes(options, config, found, gpus, notice),
         activation_transport="ipc"

@@ -131,7 +131,7 @@ def _config_for(config: EngineConfig, device: StageDevice, info: ModelInfo) -> E
     cuda = config.cuda
     if cuda is not None:
         assert device.gpu is not None
-        cuda = msgspec.structs.replace(cuda, gpus=(device.gpu,), block_bytes=(1,))
+        cuda = msgspec.structs.replace(cuda, gpus=(device.gpu,), names=(), block_bytes=(1,))
     return msgspec.structs.replace(
         config,
         pipeline_parallel_size=1,

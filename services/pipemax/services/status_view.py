@@ -27,6 +27,9 @@ def stage_table(status: Status, previous: Status | None = None) -> Table:
     for heading in ("layers", "steps", *STATES):
         table.add_column(heading, justify="right", overflow="fold")
     before = {} if previous is None else {(s.stage, s.pid): s for s in previous.stages}
+    on_gpus = any(stage.kv_copies for stage in status.stages)
+    for heading in ("device", "activations by", "KV copied by") if on_gpus else ():
+        table.add_column(heading, overflow="fold")
     for stage in status.stages:
         first, end = stage.layers
         shares = state_shares(stage, before.get((stage.stage, stage.pid)))
@@ -35,6 +38,7 @@ def stage_table(status: Status, previous: Status | None = None) -> Table:
             f"{first}–{end - 1}" if end > first else "–",
             str(stage.steps),
             *(f"{shares.get(state, 0.0):.1%}" for state in STATES),
+            *((stage.device, stage.activation_transport, stage.kv_copies) if on_gpus else ()),
         )
     return table
 

@@ -184,6 +184,7 @@ def config_of(config: EngineConfig, part: Part, info: ModelInfo) -> tuple[Engine
     cuda = config.cuda and msgspec.structs.replace(
         config.cuda,
         gpus=(config.cuda.gpus[0],) * len(split),
+        names=(),
         block_bytes=block_bytes,
         kv_copies="stage",  # there is no daemon
     )

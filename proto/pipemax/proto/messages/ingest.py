@@ -117,6 +117,11 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     state_seconds: dict[str, float]
     steps: int
     activation_transport: str
+    """How its activations reach the next stage."""
+    device: str = ""
+    """What it computes on, in words."""
+    kv_copies: str = ""
+    """Whose streams carry its KV; empty where there is no choice."""
 
 
 class Status(Message, frozen=True, kw_only=True, tag="status"):
