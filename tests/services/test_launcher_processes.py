@@ -5,6 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from pipemax.proto.config import CudaDevice
 from pipemax.services.launcher.processes import system_processes
 from support.fake_system import fake_config
 
@@ -25,3 +26,16 @@ def test_how_threads_wait_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     specs = system_processes(fake_config(), Path("/run"))
     assert {spec.env["OMP_WAIT_POLICY"] for spec in specs} == {"ACTIVE"}
+
+
+def test_what_opens_cuda_counts_gpus_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    cuda = CudaDevice(gpus=(0,), block_bytes=(1,))
+    config = msgspec.structs.replace(
+        fake_config(), pipeline_parallel_size=1, device="cuda", cuda=cuda
+    )
+    by_name = {spec.name: spec for spec in system_processes(config, Path("/run"))}
+    order = {name: spec.env.get("CUDA_DEVICE_ORDER") for name, spec in by_name.items()}
+    assert order == {"coordinator": None, "kv-daemon": "PCI_BUS_ID", "stage-0": "PCI_BUS_ID"}
+    on_cpu = system_processes(fake_config(), Path("/run"))
+    assert not any("CUDA_DEVICE_ORDER" in spec.env for spec in on_cpu)

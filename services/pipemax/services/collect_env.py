@@ -2,13 +2,16 @@
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
+from pipemax.kv_daemon.numa import num_nodes
 from pipemax.proto.rundir import runtime_root
 from pipemax.proto.sizes import format_size
+from pipemax.services.gpus import look_at_gpus
 from pipemax.services.machine import (
     available_memory_bytes,
     cpu_quota_cores,
@@ -29,9 +32,20 @@ PACKAGES = (
     "msgspec",
     "cupy-cuda12x",
     "cupy-cuda13x",
+    "triton",
+    "flashinfer-python",
 )
 _NVIDIA_SMI_TIMEOUT_S = 20
-_SHOWN_PREFIXES = ("PIPEMAX_", "OMP_", "MKL_", "CUDA_", "HF_HUB_OFFLINE")
+_SHOWN_PREFIXES = (
+    "PIPEMAX_",
+    "OMP_",
+    "MKL_",
+    "CUDA_",
+    "NVIDIA_",
+    "PYTORCH_",
+    "TRITON_",
+    "HF_HUB_OFFLINE",
+)
 
 
 def describe_environment() -> Iterator[tuple[str, str]]:
@@ -49,7 +63,10 @@ def describe_environment() -> Iterator[tuple[str, str]]:
     yield "memory", f"{memory}, {available} available"
     limit = memory_limit_bytes()
     yield "cgroup memory limit", "none" if limit is None else format_size(limit)
-    yield "GPUs", _gpus()
+    yield "memory nodes", str(num_nodes())
+    yield "pinned memory", _memlock()
+    yield "GPU driver", _driver()
+    yield from _gpus()
     yield "run directories", str(runtime_root())
     for name in sorted(os.environ):
         if name.startswith(_SHOWN_PREFIXES):
@@ -60,11 +77,36 @@ def _or_none(value: float | None, unit: str) -> str:
     return "none" if value is None else f"{value:g} {unit}"
 
 
-def _gpus() -> str:
-    """What nvidia-smi says: it needs neither torch nor a working CUDA runtime."""
+def _memlock() -> str:
+    """What RLIMIT_MEMLOCK lets a process pin."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = soft == resource.RLIM_INFINITY
+    return "no limit" if unlimited else f"at most {format_size(soft)} (ulimit -l)"
+
+
+def _gpus() -> Iterator[tuple[str, str]]:
+    """What PipeMax's processes will see of them."""
+    found = look_at_gpus()
+    if found.error is not None:
+        yield "GPUs", f"none: {found.error}"
+    for gpu in found.gpus:
+        major, minor = gpu.compute_capability
+        node = "" if gpu.numa_node is None else f", memory node {gpu.numa_node}"
+        peers = ", ".join(map(str, gpu.peers)) or "none"
+        yield (
+            f"GPU {gpu.ordinal}",
+            f"{gpu.name}, {format_size(gpu.free_bytes)} of {format_size(gpu.total_bytes)} free, "
+            f"compute capability {major}.{minor}, {gpu.pci_bus_id}{node}, reads the memory of: "
+            f"{peers}",
+        )
+
+
+def _driver() -> str:
+    """What nvidia-smi says: it needs neither torch nor a working CUDA runtime. One line for each
+    GPU, or why there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return "none (no nvidia-smi)"
+        return "no nvidia-smi"
     query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(
@@ -72,4 +114,4 @@ def _gpus() -> str:
         )
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi failed: {' '.join(str(error).split())}"
-    return "; ".join(answer.stdout.strip().splitlines()) or "none"
+    return "; ".join(answer.stdout.strip().splitlines()) or "no GPU"
