@@ -7,9 +7,8 @@ import torch
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
-from pipemax.proto.messages.control import SampleRow, StepPlan
-from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.attention.interface import StageAttention, Step
+from pipemax.stage_worker.attention.probe import probe_plan
 from pipemax.stage_worker.model.inspect import ModelInfo
 
 
@@ -72,7 +71,7 @@ class StageModel:
         compiles nothing. Call it after `bind_pool`, before the pool holds
         anything."""
         self._attention.warm_up()
-        step = self._attention.prepare(_warm_up_plan())
+        step = self._attention.prepare(probe_plan())
         shape = (step.num_tokens, self.hidden_size)
         hidden = None
         if not self.is_first:
@@ -112,19 +111,3 @@ class StageModel:
                 f"activations of shape {shape} for {batch.num_tokens} tokens of {self.hidden_size}"
             )
         return {"inputs_embeds": hidden[None]}
-
-
-def _warm_up_plan() -> StepPlan:
-    """A decode and a prompt of two tokens: devices have a kernel for each."""
-    return StepPlan(
-        epoch=0,
-        step=0,
-        slot=0,
-        wait_for_load=False,
-        num_tokens=pack_i32([1, 2]),
-        context_lens=pack_i32([0, 0]),
-        block_counts=pack_i32([1, 2]),
-        block_tables=pack_i32([0, 0, 0]),
-        token_ids=pack_i32([0, 0, 0]),
-        sample=(SampleRow(0, 0, 0, 0.0, 0, 1.0, 0.0),),
-    )

@@ -69,6 +69,8 @@ class BatchLayout:
     """Rows that logits are made of."""
     table_blocks: int
     """Room for device block ids, of all items together."""
+    fixed: bool = False
+    """Whether the buffer is filled again and again, and read by a CUDA graph."""
 
     @classmethod
     def of_step(cls, columns: PlanColumns, tile_tokens: int) -> "BatchLayout":
@@ -87,7 +89,7 @@ class BatchLayout:
     def of_decodes(cls, rows: int, table_blocks: int) -> "BatchLayout":
         """Room for every step of at most `rows` items, each of one token, that has no more than
         `table_blocks` device blocks: the layout of a CUDA graph. Logits are made of every row."""
-        return cls(rows, rows, rows, 0, rows, table_blocks)
+        return cls(rows, rows, rows, 0, rows, table_blocks, fixed=True)
 
     @property
     def token_ids(self) -> Field:

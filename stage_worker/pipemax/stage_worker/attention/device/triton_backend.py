@@ -16,10 +16,10 @@ from pipemax.stage_worker.attention.device.launch import (
     prefill_launch,
 )
 from pipemax.stage_worker.attention.device.layout import tile_tokens
+from pipemax.stage_worker.attention.device.write import dense_heads, write_kv
 
 _LOG2_E: Final = math.log2(math.e)
 _NO_WINDOW: Final = 2**31 - 1
-_WRITE_WIDTH: Final = 1024
 
 
 class TritonBackend:
@@ -67,7 +67,7 @@ class TritonBackend:
         if self._pool is None:
             raise InvariantError("attention before a pool was bound")
         call = _Call(self._pool, layer, step, query, scaling, window, softcap)
-        _write(call, key, value)
+        write_kv(self._pool, layer, step.batch.slots, key, value)
         out = torch.empty_like(call.query, memory_format=torch.contiguous_format)
         assert self._decode is not None
         assert self._prefill is not None
@@ -98,7 +98,7 @@ class _Call:
         self.keys, self.values = pool[:, layer, 0], pool[:, layer, 1]
         self.block_stride = pool.stride(0)
         self.block_size, self.kv_heads, self.head_dim = pool.shape[3:]
-        self.query = _dense_heads(query)
+        self.query = dense_heads(query)
         self.group = query.shape[1] // self.kv_heads
         self.window = window or _NO_WINDOW
         self.softcap = softcap > 0.0
@@ -118,34 +118,6 @@ class _Call:
             "SOFTCAP": self.softcap,
             "PRECISION": self.precision,
         }
-
-
-def _dense_heads(tensor: torch.Tensor) -> torch.Tensor:
-    """The kernels take any stride between rows and heads, none between numbers."""
-    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
-
-
-def _write(call: _Call, key: torch.Tensor, value: torch.Tensor) -> None:
-    key, value = _dense_heads(key), _dense_heads(value)
-    row = call.kv_heads * call.head_dim
-    width = min(_WRITE_WIDTH, padded(row))
-    kernels.write_kv[(key.shape[0], -(-row // width))](
-        key,
-        value,
-        call.keys,
-        call.values,
-        call.batch.slots,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        call.block_stride,
-        KV_HEADS=call.kv_heads,
-        HEAD_DIM=call.head_dim,
-        BLOCK_SIZE=call.block_size,
-        WIDTH=width,
-        num_warps=4,
-    )
 
 
 def _attend_decodes(call: _Call, out: torch.Tensor, launch: Launch, splits: int) -> None:
