@@ -32,6 +32,7 @@ LIGHT_MODULES = (
     "pipemax.client",
     "pipemax.coordinator.main",
     "pipemax.kv_daemon.main",
+    "pipemax.stage_worker.devices.cuda.list_gpus",
 )
 
 BANNED_MODULES = {

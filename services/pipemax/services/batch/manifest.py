@@ -56,6 +56,7 @@ def settings_of(config: EngineConfig) -> dict[str, Setting]:
     return {
         "model": config.model,
         "served_model_name": config.served_model_name,
+        "load_format": config.load_format,
         "dtype": config.dtype,
         "seed": config.seed,
     }
