@@ -11,8 +11,7 @@ import torch
 from pipemax.proto.messages.control import SampleRow, StepPlan
 from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.attention.paged import Backend
-from pipemax.stage_worker.batch import prepare_batch
-from pipemax.stage_worker.model.load import StageModel, load_stage_model
+from pipemax.stage_worker.model.load import AttentionFactory, StageModel, load_stage_model
 from pipemax.stage_worker.sampling import sample
 from support.model_zoo import EOS_TOKEN_ID
 
@@ -54,6 +53,7 @@ def load_stages(
     num_blocks: int,
     dtype: str = "auto",
     backend: Backend = "kernel",
+    open_attention: AttentionFactory | None = None,
 ) -> list[StageModel]:
     """Every stage, with a pool full of NaN: a read of what was never written then shows."""
     stages = []
@@ -65,6 +65,7 @@ def load_stages(
             dtype=dtype,  # type: ignore[arg-type]
             block_size=block_size,
             backend=backend,
+            open_attention=open_attention,
         )
         model.bind_pool(
             torch.full((num_blocks, *model.geometry.block_shape), torch.nan, dtype=model.dtype)
@@ -77,7 +78,7 @@ def run_step(stages: Sequence[StageModel], plan: StepPlan) -> torch.Tensor:
     """The last stage's output."""
     hidden = None
     for stage in stages:
-        hidden = stage.forward(prepare_batch(plan, stage.geometry.block_size), hidden)
+        hidden = stage.forward(stage.attention.prepare(plan), hidden)
     assert hidden is not None
     return hidden
 
