@@ -143,6 +143,8 @@ class CudaEngine:
         start = StartUp(self._gpu, config, self._model, self._compute)
         if self._graphs is not None and not start.usable(self._graphs):
             self._drop_graphs()
+        if self._cuda.kv_copies == "daemon":
+            self._regions.wait_answered(_LET_GO_S)
         if config.kv_cache_memory_bytes is not None:
             self.num_blocks = pool_blocks(
                 geometry.block_bytes, geometry.block_size, config.kv_cache_memory_bytes, self._stage
@@ -152,8 +154,6 @@ class CudaEngine:
             request_blocks = blocks_for(config.max_model_len, config.block_size)
             self.num_blocks = blocks_left(use, geometry.block_bytes, request_blocks, self._stage)
             log.info("KV pool: %s", use)
-        if self._cuda.kv_copies == "daemon":
-            self._regions.wait_answered(_LET_GO_S)
         self._pool = DeviceBuffer(self._gpu, self.num_blocks * geometry.block_bytes)
         self._runtime.fill_zero(self._pool.pointer, self._pool.size_bytes, self._compute)
         shape = (self.num_blocks, *geometry.block_shape)
