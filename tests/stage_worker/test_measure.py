@@ -22,6 +22,7 @@ from pipemax.stage_worker.measure import (
 )
 from pipemax.stage_worker.model.inspect import inspect_model
 from pipemax.stage_worker.model.parts import ModelParts, model_parts
+from support.cuda_stage import simulated
 from support.model_zoo import build_model
 
 STEP = PartCost(fixed_s=2e-3, request_s=1e-5)
@@ -154,20 +155,48 @@ def test_a_part_is_a_stage_with_as_many_blocks_as_the_others(tmp_path: Path) -> 
     assert counts == {5 * 32}  # of 512 tokens each
 
 
-def test_a_real_stage_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = build_model("llama", tmp_path / "built")
-    (tmp_path / "bare").mkdir()
-    shutil.copy(folder / "config.json", tmp_path / "bare")
+def small_shape(folder: Path) -> Path:
+    built = build_model("llama", folder / "built")
+    (folder / "bare").mkdir()
+    shutil.copy(built / "config.json", folder / "bare")
+    return folder / "bare"
+
+
+SMALL: dict[str, Any] = {
+    "load_format": "dummy",
+    "max_model_len": 64,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 16,
+}
+
+
+def test_stages_on_the_cpu_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_SWEEP_S", 0.05)
     config = EngineConfig(
-        model=str(tmp_path / "bare"),
-        load_format="dummy",
-        served_model_name="m",
-        layer_split=(4,),
-        max_model_len=64,
-        max_num_seqs=2,
-        max_num_batched_tokens=16,
+        model=str(small_shape(tmp_path)), served_model_name="m", layer_split=(4,), **SMALL
     )
     found = measure(config)
     assert len(found.layers) == len(found.layer_bytes) == 4
-    assert max(cost.fixed_s + cost.request_s for cost in found.layers) > 0
+
+
+@pytest.mark.parametrize("copies", ["stage", "daemon"])
+def test_stages_on_a_gpu_are_measured_and_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: str
+) -> None:
+    """As its launcher would have it: the pool's size open, a host pool, no run directory."""
+    monkeypatch.setattr(measuring, "_SWEEP_S", 0.05)
+    cuda = CudaDevice(gpus=(0,), block_bytes=(1,), attention_backend="reference", kv_copies=copies)
+    config = EngineConfig(
+        model=str(small_shape(tmp_path)),
+        served_model_name="m",
+        layer_split=(4,),
+        device="cuda",
+        cuda=cuda,
+        kv_cache_memory_bytes=None,
+        **SMALL,
+    )
+    with simulated(tmp_path / "gpu") as process:
+        found = measure(config)
+        assert len(found.layers) == 4
+        assert process.machine.held_bytes(0) == 0
+        process.close()
