@@ -25,6 +25,8 @@ RESULTS = ROOT / "ops" / "benchmarks" / "results"
 EXIT_PASSED, EXIT_FAILED, EXIT_CANNOT_RUN = 0, 1, 2
 HELD_MIB = 64.0
 """More GPU memory than this in use after a part than before it, and the part left something."""
+REHEARSAL_FACTOR = 5.0
+"""A rehearsal's sizes are small, but its processes share whatever CPU there is."""
 FREED_WITHIN_S = 3.0
 """What the driver may take to free the memory of a process that has ended."""
 
@@ -97,14 +99,15 @@ def parse(argv: Sequence[str] | None, parts: Sequence[Part]) -> Options:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the result goes; else a "
                         "file in ops/benchmarks/results (of a rehearsal: in build)")  # fmt: skip
     parser.add_argument("--commit", help="of the sources, where there is no git to ask")
-    parser.add_argument("--limit-factor", type=float, default=1.0, metavar="X",
-                        help="multiplies what each part may take")  # fmt: skip
+    parser.add_argument("--limit-factor", type=float, metavar="X", help="multiplies what each "
+                        f"part may take; else 1, of a rehearsal {REHEARSAL_FACTOR:g}")  # fmt: skip
     asked = parser.parse_args(argv)
-    if not asked.limit_factor > 0:
+    factor = asked.limit_factor
+    if factor is None:
+        factor = REHEARSAL_FACTOR if asked.rehearse else 1.0
+    if not factor > 0:
         parser.error("--limit-factor: must be more than 0")
-    return Options(
-        tuple(asked.only), asked.rehearse, asked.gpu, asked.json, asked.commit, asked.limit_factor
-    )
+    return Options(tuple(asked.only), asked.rehearse, asked.gpu, asked.json, asked.commit, factor)
 
 
 def why_not(options: Options) -> str:

@@ -1,6 +1,6 @@
 """What is kept of a check: one JSON file, complete after each part, and a table for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ from gpu_findings import encode, write_json
 from gpu_check.runner import Outcome
 
 FORMAT = "pipemax-gpu-check-1"
+_TABLE_WIDTH = 160
+"""Longer lines are cut in the table; the JSON has all of it."""
 
 
 class Report:
@@ -47,17 +49,11 @@ class Report:
 
 
 def table(report: Report) -> str:
-    """A line for each part, and one for each figure."""
+    """A line for each part, and one for each thing it found."""
     lines = ["", f"{'part':<12}{'result':<8}{'seconds':>8}"]
     for outcome in report.outcomes:
         lines.append(f"{outcome.name:<12}{outcome.status:<8}{outcome.seconds:>8.1f}")
-        lines += [f"    {figure.text()}" for figure in outcome.findings.figures]
-        if outcome.status == "skip":
-            lines.append(f"    skipped: {outcome.reason}")
-        else:
-            lines += [f"    skipped: {text}" for text in outcome.findings.skips]
-        if outcome.status == "fail":
-            lines.append(f"    FAILED: {outcome.reason}")
+        lines += [_cut(line) for line in _details(outcome)]
     counts = dict.fromkeys(("pass", "fail", "skip"), 0)
     for outcome in report.outcomes:
         counts[outcome.status] += 1
@@ -68,6 +64,21 @@ def table(report: Report) -> str:
         f"in {seconds:.0f} s",
     ]
     return "\n".join(lines)
+
+
+def _details(outcome: Outcome) -> Iterator[str]:
+    found = outcome.findings
+    for figure in found.figures:
+        yield figure.text()
+    for text in found.skips or ([outcome.reason] if outcome.status == "skip" else []):
+        yield f"skipped: {text}"
+    if outcome.status == "fail":
+        yield f"FAILED: {outcome.reason}"
+        yield from (f"FAILED: {text}" for text in found.failures[1:])
+
+
+def _cut(line: str) -> str:
+    return "    " + (line if len(line) <= _TABLE_WIDTH else line[: _TABLE_WIDTH - 1] + "…")
 
 
 def _part(outcome: Outcome) -> dict[str, Any]:

@@ -14,8 +14,7 @@ def world(rehearsal: bool, tmp_path: Path) -> Iterator[CudaWorld]:
     if not rehearsal:
         yield CudaWorld(open_real("0"), "support.cuda_semantics:open_real", "0")
         return
-    machine = FakeMachine(str(tmp_path), gpu_bytes=128 * 2**20)
-    machine.save()
+    machine = FakeMachine(gpu_bytes=128 * 2**20).at(tmp_path)
     process = FakeCudaProcess(machine)
     opener = "support.fake_cuda.opening:open_first_gpu"
     yield CudaWorld(process.open_runtime(0), opener, machine.directory)

@@ -1,14 +1,17 @@
 """What the benchmarks of `make gpu-check` compute, without a GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import gpu_common
 import gpu_device
 import gpu_throughput
+import host_gap_cuda
 import offload_cuda
 import pytest
 import torch
 from gpu_common import SHAPE_8B, SHAPE_SMALL, kv_token_bytes, weights_bytes, write_model
+from gpu_recording_stage import Step, calls_of_thread
 from single_process_cuda import PlainLoop, Work, load
 
 from pipemax.services.tiny_model import ModelShape
@@ -122,3 +125,47 @@ def test_all_stages_are_on_the_one_gpu(tmp_path: Path) -> None:
     options = gpu_common.engine_options(tmp_path, 4, rehearse=False)
     assert (options.device, options.gpus, options.load_format) == ("cuda", "0,0,0,0", "dummy")
     assert gpu_common.engine_options(tmp_path, 2, rehearse=True).device == "cpu"
+
+
+def _step(number: int, launched: float, landed: float, **more: Any) -> Step:
+    values: dict[str, Any] = {"ready_at_s": launched - 0.01, "decodes": 4, "compute_s": 0.05}
+    return Step(step=number, launched_at_s=launched, landed_at_s=landed, **(values | more))
+
+
+def test_a_gap_is_what_the_stage_itself_is_late() -> None:
+    steps = [
+        _step(1, 1.00, 1.10),
+        _step(2, 1.05, 1.20, ahead=True, late_s=2e-5),  # timed by the GPU
+        _step(3, 1.30, 1.40, ready_at_s=1.29),  # its plan came late: from then on
+        _step(4, 1.45, 1.50, ready_at_s=1.35),  # from the end of the step before
+        _step(5, 1.60, 1.70, decodes=0),  # a prompt
+        _step(6, 1.80, 1.90),  # behind it
+    ]
+    assert host_gap_cuda.gaps_s(steps) == pytest.approx([2e-5, 0.01, 0.05])
+    assert host_gap_cuda.idle_s(steps) == pytest.approx([0.05, 0.15, 0.05])
+
+
+def test_what_was_profiled_does_not_count() -> None:
+    steps = [_step(n, n, n + 0.5, profiled=n in (3, 4)) for n in range(25)]
+    kept = [step.step for step in host_gap_cuda.steady(steps)]
+    assert kept == list(range(7, 23))  # from 5 on, without a tenth at each end
+
+
+def test_calls_that_wait_are_found_in_a_trace() -> None:
+    def call(name: str, at: float, thread: int = 7, category: str = "cuda_runtime") -> Any:
+        return {"cat": category, "name": name, "ts": at, "tid": thread}
+
+    events = [
+        call("cudaDeviceSynchronize", 1),  # the profiler's own
+        call("cudaGraphLaunch", 2),
+        call("cudaEventRecord", 3),
+        call("cudaStreamSynchronize", 4),
+        call("cudaEventSynchronize", 4, thread=8),  # a thread that may wait
+        call("cudaMemcpyAsync", 5),
+        call("cudaStreamSynchronize", 5, category="cpu_op"),
+        call("cuLaunchKernel", 6, category="cuda_driver"),
+        call("cudaDeviceSynchronize", 7),
+    ]
+    found = calls_of_thread(events, 7)
+    assert found == {"calls": 5, "waiting": {"cudaStreamSynchronize": 1}}
+    assert calls_of_thread(events[:1], 7) == {"calls": 0, "waiting": {}}

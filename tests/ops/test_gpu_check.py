@@ -57,7 +57,14 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
 
     def run_parts(*parts: Part, only: tuple[str, ...] = ()) -> tuple[int, Any, str]:
         path = tmp_path / "result.json"
-        argv = ["--rehearse", "--json", str(path), *(["--only", *only] if only else [])]
+        argv = [
+            "--rehearse",
+            "--limit-factor",
+            "1",
+            "--json",
+            str(path),
+            *(["--only", *only] if only else []),
+        ]
         status = check.main(argv, parts)
         return status, json.loads(path.read_text()), capsys.readouterr().out
 

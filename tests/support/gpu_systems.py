@@ -77,8 +77,11 @@ def make_work(
 def answers(
     model_dir: Path, device: torch.device, prompts: list[list[int]], outputs: list[int]
 ) -> list[list[int]]:
-    """See `model_zoo.reference_tokens`, but on `device`."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    """See `model_zoo.reference_tokens`, but on `device`. By plain attention: the default is torch's
+    in some versions of transformers, which leaves soft-caps out."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype="auto", attn_implementation="eager"
+    )
     model = model.to(device).eval()
     found = []
     for prompt, limit in zip(prompts, outputs, strict=True):
