@@ -30,6 +30,7 @@ def make_requests(
             min_tokens=draw.choice([0, 0, draw.randint(0, output)]),
             stop_token_ids=tuple(draw.sample(range(VOCAB), draw.choice([0, 0, 3]))),
             ignore_eos=draw.random() < 0.5,
+            presence_penalty=draw.choice([0.0, 0.0, 1.0]),  # this world's tokens do not heed it
         )
         yield key, [draw.randrange(VOCAB) for _ in range(prompt_len)], sampling
 
@@ -97,6 +98,8 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     assert not world.host
     assert not state.releasing
     assert not state.by_kv_key
+    kept = world.rules_kept
+    assert kept.epoch < world.epoch or set(kept.outputs) == set(state.ended_rules)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

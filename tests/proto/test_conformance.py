@@ -51,7 +51,7 @@ def _all_codecs() -> list[Codec]:
 
 def _plain(message: Message) -> dict[str, Any]:
     """`message` as the plain msgpack package decodes it."""
-    decoded = msgpack.unpackb(encode(message))
+    decoded = msgpack.unpackb(encode(message), strict_map_key=False)  # logit_bias: by token id
     assert isinstance(decoded, dict)
     return decoded
 

@@ -22,6 +22,12 @@ _SAMPLING = ingest.SamplingParams(
     stop_token_ids=(1, 2),
     min_tokens=2,
     max_tokens=None,
+    presence_penalty=0.5,
+    frequency_penalty=-0.5,
+    repetition_penalty=1.1,
+    logit_bias={5: 1.5},
+    allowed_token_ids=(5, 6),
+    bad_words=("worse",),
     ignore_eos=True,
     include_stop_str_in_output=True,
     skip_special_tokens=False,
@@ -35,6 +41,20 @@ _ROW = control.SampleRow(
     top_p=0.95,
     min_p=0.01,
     banned_token_ids=(0, 2),
+    extras=control.RowExtras(
+        3,
+        control.SampleRules(
+            0.5,
+            -0.5,
+            1.1,
+            pack_i32([4, 5]),
+            pack_i32([6]),
+            pack_i32([5]),
+            (1.5,),
+            pack_i32([5, 6]),
+            (pack_i32([7, 8]),),
+        ),
+    ),
 )
 _STATES = {"compute": 1.5, "wait_kv": 0.25}
 
@@ -131,6 +151,7 @@ EXAMPLES: tuple[Message, ...] = (
         block_tables=pack_i32([4, 9, 2]),
         token_ids=pack_i32([10, 11, 12, 13]),
         sample=(_ROW,),
+        ended=(2,),
     ),
     control.StepDone(
         epoch=2, step=11, stage=1, compute_s=0.01, state_seconds=_STATES, tokens=pack_i32([42])

@@ -107,6 +107,31 @@ class Stage:
     loads_left: dict[int, int] = field(default_factory=dict)
 
 
+class RulesKept:
+    """What the last stage keeps of requests with SampleRules: all their output tokens."""
+
+    def __init__(self) -> None:
+        self.epoch = -1
+        self.outputs: dict[int, list[int]] = {}
+
+    def check(self, plan: StepPlan, histories: list[list[int]], sampled: list[int]) -> None:
+        """What is kept, with what was sent, is what each row's request has produced so far."""
+        if plan.epoch != self.epoch:
+            self.epoch, self.outputs = plan.epoch, {}
+        for request in plan.ended:
+            del self.outputs[request]
+        for row, token in zip(plan.sample, sampled, strict=True):
+            if row.extras is None:
+                continue
+            request, rules = row.extras.request, row.extras.rules
+            if rules is not None:
+                assert request not in self.outputs
+                self.outputs[request] = list(unpack_i32(rules.output_token_ids))
+            history = histories[row.item]
+            assert self.outputs[request] == history[len(history) - row.position :]
+            self.outputs[request].append(token)
+
+
 class World:
     """`link_blocks`: blocks the link carries in the time of a step, as measurements will say; None
     leaves the prefetch budget unlimited."""
@@ -149,6 +174,7 @@ class World:
         self.now = 0.0
         self.events = 0
         self.loaded_blocks = 0
+        self.rules_kept = RulesKept()
         self.longest_wait = 0.0
         """Turns a decoding request waited, over what fair shares would make it wait."""
         self.lost: list[int | None] = []
@@ -320,6 +346,7 @@ class World:
             self._measure(index, plan.step, compute_s, self.link_blocks)
         if index == len(self.stages) - 1:
             sampled = [next_token(histories[row.item], row.banned_token_ids) for row in plan.sample]
+            self.rules_kept.check(plan, histories, sampled)
             self.inbox["stages"].append(StepReturned(plan.step, sampled))
 
     def _measure(self, stage: int, step: int, compute_s: float, link_blocks: float) -> None:

@@ -12,6 +12,12 @@ from support.local_system import LocalSystem, small_config
 from support.model_zoo import build_model
 
 COUNT = 16
+RULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"presence_penalty": 0.8, "frequency_penalty": 0.4},
+    {"repetition_penalty": 1.4, "logit_bias": {5: 4.0, 9: -100.0}},
+    {"allowed_token_ids": tuple(range(2, 512, 3)), "frequency_penalty": -0.5},
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,7 @@ def submits() -> list[Submit]:
                 seed=index if index % 2 else None,
                 max_tokens=draw.randrange(8, 48),
                 min_tokens=4,
+                **(draw.choice(RULES)),
             ),
         )
         for index in range(COUNT)

@@ -86,7 +86,9 @@ class Scheduler:
 
     def _submit(self, event: Submitted, now: float) -> None:
         prompt = event.prompt_token_ids
-        request = Request(event.key, prompt, event.sampling, event.seed, now, event.job)
+        request = Request(
+            event.key, prompt, event.sampling, event.seed, now, event.job, event.bad_words
+        )
         self.state.waiting[request.key] = request
 
     def _cancel(self, key: int) -> list[Command]:
@@ -175,6 +177,8 @@ class Scheduler:
         self, request: Request, reason: FinishReason, stop_reason: int | str | None
     ) -> FinishRequest:
         self.state.counters.finished += 1
+        if request.rules_epoch == self.state.epoch:
+            self.state.ended_rules.append(request.key)
         return FinishRequest(
             request.key,
             request.output_token_ids,

@@ -18,6 +18,8 @@ class Submitted:
     """Unsigned 64 bit; the request's own, or derived from the system's."""
     job: int = 0
     """Requests of one job have outputs of similar length: lengths are forecast by job."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """The sampling parameters' bad words as token ids."""
 
 
 @dataclass(frozen=True, slots=True)

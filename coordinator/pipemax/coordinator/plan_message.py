@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Item
 from pipemax.proto.geometry import blocks_for
-from pipemax.proto.messages.control import SampleRow, StepPlan
+from pipemax.proto.messages.control import RowExtras, SampleRow, SampleRules, StepPlan
 from pipemax.proto.messages.types import pack_i32
 
 
@@ -19,9 +19,17 @@ def build_step_plan(
     wait_for_load: bool,
     block_size: int,
     eos_token_ids: frozenset[int],
+    ended: Sequence[int] = (),
 ) -> StepPlan:
-    """Columns of one step; see StepPlan for their shapes."""
+    """Columns of one step; see StepPlan for their shapes. Sample rules travel with a request's
+    first row of an epoch, and what has `ended` with the next row that has rules: the last stage
+    then reads both when it samples."""
     counts = [blocks_for(item.end, block_size) for item in items]
+    sample = tuple(
+        _sample_row(index, item.request, epoch, eos_token_ids)
+        for index, item in enumerate(items)
+        if item.samples
+    )
     return StepPlan(
         epoch=epoch,
         step=step,
@@ -32,11 +40,8 @@ def build_step_plan(
         block_counts=pack_i32(counts),
         block_tables=pack_i32(_tables(items, counts)),
         token_ids=pack_i32(_tokens(items)),
-        sample=tuple(
-            _sample_row(index, item.request, eos_token_ids)
-            for index, item in enumerate(items)
-            if item.samples
-        ),
+        sample=sample,
+        ended=tuple(ended) if ended and any(row.extras for row in sample) else (),
     )
 
 
@@ -59,7 +64,9 @@ def _tokens(items: Sequence[Item]) -> "array[int]":
     return token_ids
 
 
-def _sample_row(index: int, request: Request, eos_token_ids: frozenset[int]) -> SampleRow:
+def _sample_row(
+    index: int, request: Request, epoch: int, eos_token_ids: frozenset[int]
+) -> SampleRow:
     sampling = request.sampling
     banned: tuple[int, ...] = ()
     if request.num_outputs < sampling.min_tokens:
@@ -74,4 +81,30 @@ def _sample_row(index: int, request: Request, eos_token_ids: frozenset[int]) -> 
         sampling.top_p,
         sampling.min_p,
         banned,
+        _extras(request, epoch) if request.has_rules else None,
+    )
+
+
+def _extras(request: Request, epoch: int) -> RowExtras:
+    """Remembers what was said."""
+    if request.rules_epoch == epoch:
+        return RowExtras(request.key)
+    request.rules_epoch = epoch
+    return RowExtras(request.key, _rules(request))
+
+
+def _rules(request: Request) -> SampleRules:
+    sampling = request.sampling
+    repeats = sampling.repetition_penalty != 1.0
+    biases = sampling.logit_bias or {}
+    return SampleRules(
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        sampling.repetition_penalty,
+        pack_i32(sorted(set(request.tokens[: request.num_prompt]))) if repeats else b"",
+        pack_i32(request.tokens[request.num_prompt :]),
+        pack_i32(biases),
+        tuple(biases.values()),
+        pack_i32(sampling.allowed_token_ids or ()),
+        tuple(map(pack_i32, request.bad_words)),
     )

@@ -84,7 +84,10 @@ class Planner:
             wait_for_load=state.staged_step == step,
             block_size=state.limits.block_size,
             eos_token_ids=state.limits.eos_token_ids,
+            ended=state.ended_rules,
         )
+        if plan.ended:
+            state.ended_rules.clear()
         self._commands.append(ToStages(plan))
         flight = state.in_flight[step] = StepInFlight(slot, items)
         self._prefill.planned(flight.features.prefill_tokens, state.held_tokens)

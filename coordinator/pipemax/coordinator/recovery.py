@@ -23,6 +23,7 @@ def restart_from(state: SchedulerState, event: Resumed) -> list[Command]:
     state.epoch = event.epoch
     state.paused = False
     state.in_flight.clear()
+    state.ended_rules.clear()
     state.staged_step = NO_STEP
     state.num_host_blocks = event.num_host_blocks
     state.budget = LinkBudget(event.block_bytes)

@@ -29,10 +29,12 @@ class Request:
     __slots__ = (
         "admitted_at",
         "arrived_at",
+        "bad_words",
         "cancelled",
         "computed",
         "evicting",
         "first_token_at",
+        "has_rules",
         "host",
         "in_flight",
         "job",
@@ -48,6 +50,7 @@ class Request:
         "num_prompt",
         "planned",
         "prompt_counted",
+        "rules_epoch",
         "sampling",
         "seed",
         "staged_for",
@@ -63,6 +66,7 @@ class Request:
         seed: int,
         now: float,
         job: int = 0,
+        bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         assert sampling.max_tokens is not None
         self.key = key
@@ -73,6 +77,12 @@ class Request:
         self.max_tokens = sampling.max_tokens
         self.seed = seed
         self.job = job
+        self.bad_words = bad_words
+        """Token ids."""
+        self.has_rules = _has_rules(sampling)
+        """Its tokens are picked by SampleRules."""
+        self.rules_epoch = -1
+        """Epoch in which the last stage was last told the request's SampleRules."""
         self.arrived_at = now
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
@@ -141,3 +151,14 @@ class Request:
                 break
             count += 1
         return count
+
+
+def _has_rules(sampling: SamplingParams) -> bool:
+    return bool(
+        sampling.presence_penalty
+        or sampling.frequency_penalty
+        or sampling.repetition_penalty != 1.0
+        or sampling.logit_bias
+        or sampling.allowed_token_ids
+        or sampling.bad_words
+    )

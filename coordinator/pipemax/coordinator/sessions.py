@@ -88,7 +88,9 @@ class Sessions:
             limit,
             len(prompt),
             has_tokenizer=self._text.has_tokenizer,
+            eos_token_ids=self._text.eos_token_ids,
         )
+        bad_words = self._text.encode_bad_words(sampling.bad_words)
         key = self._next_key
         self._next_key += 1
         decoder = self._text if self._text.has_tokenizer else None
@@ -98,7 +100,7 @@ class Sessions:
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
-        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job_of(client))
+        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job_of(client), bad_words)
 
     def key_of(self, client: ClientId, request_id: str) -> int | None:
         """Our number of a client's unfinished request."""

@@ -127,6 +127,8 @@ class SchedulerState:
     releasing: dict[int, Releasing] = field(default_factory=dict)
     staged_step: int = NO_STEP
     """Step that a prefetch was ordered for and that is not planned yet; NO_STEP for none."""
+    ended_rules: list[int] = field(default_factory=list)
+    """Keys of requests that ended, and whose SampleRules the last stage still keeps."""
     counters: Counters = field(default_factory=Counters)
     forecast: Forecast = field(init=False)
     rosters: Rosters = field(default_factory=Rosters)

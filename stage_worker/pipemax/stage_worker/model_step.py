@@ -11,7 +11,7 @@ from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.executor import StepResult
 from pipemax.stage_worker.model.stage_model import StageModel
-from pipemax.stage_worker.sampling import sample
+from pipemax.stage_worker.sampling import Sampler
 
 
 class ModelStep:
@@ -22,6 +22,7 @@ class ModelStep:
         self._model = model
         self._device = device
         self._num_blocks = num_blocks
+        self._sampler = Sampler()
 
     def prepare(self, plan: StepPlan) -> StepBatch:
         batch = prepare_batch(plan, self._model.geometry.block_size)
@@ -41,4 +42,4 @@ class ModelStep:
         self._device.synchronize()
         if not self._model.is_last:
             return StepResult(rows=output)
-        return StepResult(tokens=sample(output, plan.sample))
+        return StepResult(tokens=self._sampler.sample(plan, output))

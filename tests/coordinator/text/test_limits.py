@@ -9,7 +9,7 @@ from pipemax.proto.messages.ingest import SamplingParams
 
 def check(prompt_len: int = 10, **fields: object) -> SamplingParams:
     params = SamplingParams(**fields)  # type: ignore[arg-type]
-    return check_sampling(params, vocab_size=100, max_model_len=64, prompt_len=prompt_len)
+    return check_sampling(params, 100, 64, prompt_len, eos_token_ids=frozenset({2}))
 
 
 def test_max_tokens_is_resolved() -> None:
@@ -32,6 +32,13 @@ def test_the_rest_stays() -> None:
         ({"min_tokens": 17}, "invalid_sampling", "min_tokens 17"),
         ({"min_tokens": 55, "max_tokens": None}, "invalid_sampling", "54 tokens"),
         ({"stop_token_ids": (5, 100)}, "invalid_sampling", "100 is not in the vocabulary"),
+        ({"allowed_token_ids": (5, 101)}, "invalid_sampling", "allowed_token_ids: 101 is not"),
+        ({"logit_bias": {100: 1.0}}, "invalid_sampling", "logit_bias: 100 is not"),
+        (
+            {"allowed_token_ids": (2, 7), "min_tokens": 1, "stop_token_ids": (7,)},
+            "invalid_sampling",
+            "nothing but tokens that end",
+        ),
     ],
 )
 def test_refusals(fields: dict[str, object], code: str, words: str) -> None:
@@ -40,6 +47,13 @@ def test_refusals(fields: dict[str, object], code: str, words: str) -> None:
     assert caught.value.code == code
 
 
-def test_stop_strings_need_a_tokenizer() -> None:
+def test_what_ends_the_output_may_be_all_that_is_allowed() -> None:
+    fields = {"allowed_token_ids": (2, 7), "stop_token_ids": (7,)}
+    check(**fields)
+    check(**fields | {"min_tokens": 1, "ignore_eos": True, "stop_token_ids": ()})
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_words_need_a_tokenizer(name: str) -> None:
     with pytest.raises(RequestError, match=r"tokenizer\.json"):
-        check_sampling(SamplingParams(stop=("x",)), 100, 64, 10, has_tokenizer=False)
+        check_sampling(SamplingParams(**{name: ("x",)}), 100, 64, 10, has_tokenizer=False)

@@ -241,3 +241,21 @@ def test_ids_the_model_lacks_are_refused_from_text_too(tmp_path: Path) -> None:
     tokenizer: Tokenizer = byte_level_tokenizer()
     folder = write_model_dir(tmp_path, tokenizer, config={"vocab_size": 10, "eos_token_id": 1})
     assert refusal(TextProcessor(folder), prompt("water")).code == "vocabulary"
+
+
+def test_bad_words_with_and_without_a_space(processor: TextProcessor, reference: Any) -> None:
+    """As vLLM does: the spaced form only where it is another token, and no more of them."""
+    words = ["water", " water", "pump", "é", "水", "the pipe"]
+    expected = []
+    for word in words:
+        bare = reference.encode(word.lstrip(), add_special_tokens=False)
+        spaced = reference.encode(" " + word.lstrip(), add_special_tokens=False)
+        expected.append(tuple(bare))
+        if spaced[0] != bare[0] and len(spaced) == len(bare):
+            expected.append(tuple(spaced))
+    assert processor.encode_bad_words(words) == tuple(expected)
+
+
+def test_bad_words_without_tokens_are_refused(processor: TextProcessor) -> None:
+    with pytest.raises(RequestError, match="'   ' has no tokens"):
+        processor.encode_bad_words(["water", "   "])

@@ -68,12 +68,19 @@ def test_every_sampling_field_is_taken() -> None:
         "stop_token_ids": [3],
         "min_tokens": 2,
         "max_tokens": 9,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "logit_bias": {"5": 1, "7": -100},
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["worse"],
         "ignore_eos": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
     }
     assert fields.keys() == set(SamplingParams.__struct_fields__)
-    expected = SamplingParams(**{**fields, "stop": ("a", "b"), "stop_token_ids": (3,)})
+    tuples = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
+    expected = SamplingParams(**{**fields, **tuples, "logit_bias": {5: 1.0, 7: -100.0}})
     for url in (CHAT_URL, COMPLETIONS_URL):
         assert parse(line(url, **fields)).submit.sampling == expected
         assert parse(line(url, **dict.fromkeys(fields))).submit.sampling == SamplingParams(
@@ -132,12 +139,8 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         (COMPLETIONS_URL, "suffix", "x"),
         (COMPLETIONS_URL, "best_of", 3),
         (COMPLETIONS_URL, "stream", True),
-        (COMPLETIONS_URL, "logit_bias", {"5": 1}),
-        (COMPLETIONS_URL, "presence_penalty", 0.1),
-        (COMPLETIONS_URL, "repetition_penalty", 1.2),
         (COMPLETIONS_URL, "user", "me"),
         (CHAT_URL, "logprobs", True),
-        (CHAT_URL, "frequency_penalty", -1),
         (CHAT_URL, "tools", [{"type": "function"}]),
         (CHAT_URL, "response_format", {"type": "json_object"}),
         (CHAT_URL, "chat_template_kwargs", {"enable_thinking": False}),
@@ -171,6 +174,12 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(stop=[""]), "invalid_field", "stop"),
         (line(stop=5), "invalid_field", "stop"),
         (line(stop_token_ids=[-1]), "invalid_field", "stop_token_ids"),
+        (line(presence_penalty=2.1), "invalid_field", "presence_penalty"),
+        (line(repetition_penalty=0), "invalid_field", "repetition_penalty"),
+        (line(logit_bias={"5": 101}), "invalid_field", "logit_bias"),
+        (line(logit_bias={"x": 1}), "invalid_field", "logit_bias"),
+        (line(allowed_token_ids=[]), "invalid_field", "allowed_token_ids"),
+        (line(bad_words=[""]), "invalid_field", "bad_words"),
         (line(CHAT_URL, max_tokens=4, max_completion_tokens=5), "invalid_field", "differ"),
         (line(prompt=["a", "b"]), "not_implemented", "2 prompts in one line"),
         (line(prompt=[[1], [2]]), "not_implemented", "2 prompts in one line"),

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from pipemax.proto.messages.control import SampleRow
-from pipemax.stage_worker.sampling import sample, uniform
+from pipemax.stage_worker.sampling import sample
+from pipemax.stage_worker.sampling.draw import uniform
+from support.sampling_reference import probabilities
 
 _DRAWS = 4000
 
@@ -21,27 +23,6 @@ def _row(
     banned: tuple[int, ...] = (),
 ) -> SampleRow:
     return SampleRow(0, seed, position, temperature, top_k, top_p, min_p, banned)
-
-
-def _expected(logits: torch.Tensor, row: SampleRow) -> np.ndarray:
-    """Probabilities by the documented order: temperature, min_p, top_k, top_p; one rule at a time,
-    by sorting."""
-    scaled = logits.double().numpy().copy()
-    scaled[list(row.banned_token_ids)] = -np.inf
-    scaled /= row.temperature
-    p = np.exp(scaled - scaled.max())
-    p /= p.sum()
-    p[p < row.min_p * p.max()] = 0.0
-    order = np.argsort(-p, kind="stable")
-    if row.top_k > 0:
-        p[order[row.top_k :]] = 0.0
-    p /= p.sum()
-    mass = 0.0
-    for token in order:
-        if mass >= row.top_p:
-            p[token] = 0.0
-        mass += p[token]
-    return p / p.sum()
 
 
 _SETTINGS = [
@@ -65,7 +46,7 @@ def test_draws_follow_the_distribution(settings: dict) -> None:
     logits = torch.randn(20, generator=torch.Generator().manual_seed(4)) * 1.5
     rows = [_row(seed, **settings) for seed in range(_DRAWS)]
     tokens = sample(logits.expand(_DRAWS, 20).contiguous(), rows)
-    expected = _expected(logits, rows[0]) * _DRAWS
+    expected = probabilities(logits.numpy(), rows[0]) * _DRAWS
     counts = np.bincount(tokens, minlength=20)
     assert (counts[expected == 0] == 0).all()
     possible = expected > 0

@@ -13,6 +13,7 @@ def check_sampling(
     prompt_len: int,
     *,
     has_tokenizer: bool = True,
+    eos_token_ids: frozenset[int] = frozenset(),
 ) -> SamplingParams:
     """`params` with `max_tokens` filled in: given, or all that is left of `max_model_len`.
 
@@ -35,11 +36,17 @@ def check_sampling(
             f"min_tokens {params.min_tokens} is more than the {max_tokens} tokens the request may "
             "produce"
         )
-    for token_id in params.stop_token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise _invalid(
-                f"stop_token_ids: {token_id} is not in the vocabulary (0 to {vocab_size - 1})"
-            )
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        wrong = [i for i in getattr(params, name) or () if not 0 <= i < vocab_size]
+        if wrong:
+            raise _invalid(f"{name}: {wrong[0]} is not in the vocabulary (0 to {vocab_size - 1})")
+    _check_allowed(params, eos_token_ids)
+    if params.bad_words and not has_tokenizer:
+        raise RequestError(
+            "no_tokenizer",
+            "bad_words need a tokenizer, and the model folder has no tokenizer.json; "
+            "use logit_bias",
+        )
     if params.stop and not has_tokenizer:
         raise RequestError(
             "no_tokenizer",
@@ -47,6 +54,18 @@ def check_sampling(
             "use stop_token_ids",
         )
     return msgspec.structs.replace(params, max_tokens=max_tokens)
+
+
+def _check_allowed(params: SamplingParams, eos_token_ids: frozenset[int]) -> None:
+    """Something must be left to pick before `min_tokens` as well."""
+    if params.allowed_token_ids is None or not params.min_tokens:
+        return
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
+    if ends.issuperset(params.allowed_token_ids):
+        raise _invalid(
+            f"allowed_token_ids holds nothing but tokens that end the output, and min_tokens "
+            f"{params.min_tokens} forbids these at first"
+        )
 
 
 def check_prompt_length(prompt_len: int, max_model_len: int) -> None:

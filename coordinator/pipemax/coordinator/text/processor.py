@@ -100,6 +100,28 @@ class TextProcessor:
             )
         return tuple(token_ids)
 
+    def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of `words` as vLLM takes them: each at the begin of a text, and behind a space
+        where that gives another first token and no more of them. What the model has no token for
+        it cannot write. Needs a tokenizer. Raises RequestError with code `bad_words` for a word
+        that has no tokens."""
+        found: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = self._tokens_of(word.lstrip()), self._tokens_of(" " + word.lstrip())
+            if not bare:
+                raise RequestError("bad_words", f"bad_words: {word!r:.80} has no tokens")
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
+                found.append(spaced)
+        return tuple(ids for ids in found if max(ids) < self.vocab_size)
+
+    def _tokens_of(self, word: str) -> tuple[int, ...]:
+        assert self._tokenizer is not None
+        try:
+            return tuple(self._tokenizer.encode(word, add_special_tokens=False).ids)
+        except Exception as error:  # see _encode_text
+            raise RequestError("bad_words", f"bad_words: {word!r:.80}: {error!s:.300}") from error
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Text of `token_ids`; empty without a tokenizer. Ids the tokenizer does not have (a
         model's vocabulary may be padded) read as nothing."""

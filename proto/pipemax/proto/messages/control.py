@@ -103,6 +103,35 @@ class ResetDone(Message, frozen=True, kw_only=True, tag="reset_done"):
     """From the daemon: blocks the host pool holds, each with every stage's part."""
 
 
+class SampleRules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What changes a request's logits, and the tokens that it depends on. Neutral where not given:
+    penalties 0, 0 and 1, no ids."""
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    prompt_token_ids: I32 = b""
+    """For the repetition penalty: each of the prompt's tokens once."""
+    output_token_ids: I32 = b""
+    """All output tokens so far."""
+    biased_token_ids: I32 = b""
+    biases: tuple[float, ...] = ()
+    """Of `biased_token_ids`."""
+    allowed_token_ids: I32 = b""
+    """Empty: all."""
+    bad_words: tuple[I32, ...] = ()
+    """Token ids, the last of which may not follow the others."""
+
+
+class RowExtras(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What only some requests ask of a sample row."""
+
+    request: RequestKey
+    rules: SampleRules | None = None
+    """Given with the request's first row of an epoch. The last stage keeps them, adds the tokens
+    that it samples, and forgets them when a plan says that the request has `ended`."""
+
+
 class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Sample one token after item `item` of the plan."""
 
@@ -117,6 +146,7 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     min_p: float
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that may not be picked (end-of-sequence before min_tokens)."""
+    extras: RowExtras | None = None
 
 
 class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
@@ -145,6 +175,8 @@ class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
     token_ids: I32
     """[sum(num_tokens)]"""
     sample: tuple[SampleRow, ...]
+    ended: tuple[RequestKey, ...] = ()
+    """Requests whose SampleRules the last stage need not keep."""
 
 
 class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):

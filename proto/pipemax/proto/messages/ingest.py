@@ -12,6 +12,11 @@ RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+AllowedIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to pick tokens and when to stop. Names and meanings are vLLM's."""
 
@@ -34,6 +39,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     strings are not looked for."""
     max_tokens: Annotated[int, Meta(ge=1)] | None = 16
     """None: up to the model's length limit."""
+    presence_penalty: Penalty = 0.0
+    """Taken once from the logit of every token in the output."""
+    frequency_penalty: Penalty = 0.0
+    """Taken from a token's logit as often as the token is in the output."""
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    """Divides positive logits of tokens in prompt or output, and multiplies negative ones."""
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=4096)] | None = None
+    """Added to the logits of these tokens, before the penalties."""
+    allowed_token_ids: AllowedIds | None = None
+    """No other token is picked."""
+    bad_words: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=1024)
+    ] = ()
+    """The token that would complete one of these in the output is not picked. Each is looked for
+    as the tokenizer writes it at the begin of a text, and behind a space if that is as long."""
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True

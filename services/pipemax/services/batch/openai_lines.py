@@ -26,10 +26,6 @@ _PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "stream": (False,),
     "stream_options": (),
     "response_format": ({"type": "text"},),
@@ -189,7 +185,7 @@ def _sampling(fields: dict[str, Any]) -> SamplingParams:
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
     try:
-        return msgspec.convert(fields, SamplingParams)
+        return msgspec.convert(fields, SamplingParams, str_keys=True)  # of logit_bias
     except msgspec.ValidationError as error:
         match = _VALIDATION_PATH.fullmatch(str(error))
         if match is None:

@@ -22,6 +22,7 @@ from pipemax.stage_worker.attention.device.batch import DeviceStep, view_batch
 from pipemax.stage_worker.attention.device.layout import BatchLayout, pack_step
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.plan_columns import PlanColumns
+from pipemax.stage_worker.sampling import is_plain_greedy
 
 _ALIGNMENT_BYTES: Final = 64
 MAX_BANS: Final = 4096
@@ -175,7 +176,7 @@ def _sort_rows(sample: Sequence[SampleRow], vocab_size: int) -> tuple[list[int],
     drawn: list[int] = []
     for index, row in enumerate(sample):
         banned = [token for token in row.banned_token_ids if 0 <= token < vocab_size]
-        if row.temperature > 0.0 or len(bans) + len(banned) > MAX_BANS:
+        if not is_plain_greedy(row) or len(bans) + len(banned) > MAX_BANS:
             drawn.append(index)
         else:
             bans += [index * vocab_size + token for token in banned]

@@ -204,7 +204,7 @@ class CudaSteps:
         tokens: list[int] | None = None
         if self._token_exit is not None and flight.tokens is not None:
             if wanted:
-                tokens = self._token_exit.tokens(flight.tokens, flight.plan.sample)
+                tokens = self._token_exit.tokens(flight.tokens, flight.plan)
             else:
                 self._token_exit.forget(flight.tokens)
         elif self._token_exit is not None:

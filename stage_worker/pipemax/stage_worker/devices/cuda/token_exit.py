@@ -1,11 +1,11 @@
 """From logits to tokens, as far as the GPU does it, and the way of both to the host.
 
-Greedy rows are answered by the device: only token ids travel. Rows with a temperature send their
-logits to pinned memory, where `sampling.sample` draws once the step has ended. Both travel on a
+Plain greedy rows are answered by the device: only token ids travel. All others send their logits
+to pinned memory, where a `Sampler` draws once the step has ended. Both travel on a
 stream of their own: on the kernels' they would wait for their turn among the KV on the link.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from pipemax.proto.cuda.runtime import CudaEvent, Stream
-from pipemax.proto.messages.control import SampleRow
+from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.devices.cuda.inputs import SampleInputs
-from pipemax.stage_worker.sampling import sample
+from pipemax.stage_worker.sampling import Sampler
 
 _DRAW_BUFFERS: Final = 2
 """The host draws from one while the next step's logits arrive in the other."""
@@ -77,6 +77,7 @@ class TokenExit:
             PinnedBuffer.create(runtime, "pipemax-logits", logits_bytes)
             for _ in range(_DRAW_BUFFERS)
         ]
+        self._sampler = Sampler()
         self._free_buffers = list(self._buffers)
         self._free_logits = list(self._logits)
 
@@ -121,15 +122,17 @@ class TokenExit:
         runtime.record(self._sent, self.stream)
         return PendingTokens(buffer, inputs.drawn_rows, arriving)
 
-    def tokens(self, pending: PendingTokens, rows: Sequence[SampleRow]) -> list[int]:
-        """One per row. The step has ended."""
-        tokens: list[int] = pending.buffer.pinned.bytes.view(np.int64)[: len(rows)].tolist()
+    def tokens(self, pending: PendingTokens, plan: StepPlan) -> list[int]:
+        """One per sample row. The step has ended."""
+        count = len(plan.sample)
+        tokens: list[int] = pending.buffer.pinned.bytes.view(np.int64)[:count].tolist()
         if pending.logits is not None:
             count = len(pending.drawn_rows)
             logits = pending.logits.bytes.view(np.float32)[: count * self._vocab_size]
-            drawn = sample(
+            drawn = self._sampler.sample(
+                plan,
                 torch.from_numpy(logits.reshape(count, self._vocab_size)),
-                [rows[index] for index in pending.drawn_rows],
+                pending.drawn_rows,
             )
             for index, token in zip(pending.drawn_rows, drawn, strict=True):
                 tokens[index] = token

@@ -1,9 +1,9 @@
 """Picks tokens from logits.
 
 Order and meaning of the parameters are vLLM's (its v1 sampler): banned tokens, temperature, min_p,
-top_k, top_p. What is left
-is drawn from by one uniform number per (seed, position) and the inverse of the cumulative
-distribution, so that a draw depends on nothing else: not on the batch, the stages or the time.
+top_k, top_p (what else changes logits is in `rules`). What is left is drawn from by one uniform
+number per (seed, position) and the inverse of the cumulative distribution, so that a draw depends
+on nothing else: not on the batch, the stages or the time.
 
 The number comes from Philox, a counter-based generator (Salmon et al., "Parallel random numbers: as
 easy as 1, 2, 3", 2011), with the seed as key and the position as counter.
@@ -48,6 +48,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         for index, token in zip(part, picked, strict=True):
             tokens[index] = token
     return tokens
+
+
+def is_plain_greedy(row: SampleRow) -> bool:
+    """The row's token is the likeliest of those not banned, and nothing else is asked for."""
+    return row.temperature == 0.0 and row.extras is None
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,0 +1,6 @@
+"""From logits to tokens."""
+
+from pipemax.stage_worker.sampling.draw import is_plain_greedy, sample
+from pipemax.stage_worker.sampling.sampler import Sampler
+
+__all__ = ["Sampler", "is_plain_greedy", "sample"]
