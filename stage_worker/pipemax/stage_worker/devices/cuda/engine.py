@@ -1,5 +1,6 @@
 """The stage that computes on a GPU."""
 
+import contextlib
 import logging
 import os
 import time
@@ -11,6 +12,8 @@ import torch
 
 from pipemax.proto import cuda
 from pipemax.proto.config import CudaDevice, EngineConfig
+from pipemax.proto.cuda.runtime import Stream
+from pipemax.proto.errors import PipemaxError
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.attention.device.layout import BatchLayout
@@ -65,12 +68,27 @@ class CudaEngine:
         self._config = config
         self._cuda: CudaDevice = config.cuda
         self._stage = stage
+        self._opened = contextlib.ExitStack()
+        self._busy: list[Stream] = []
+        """Streams that have to be empty before anything is given back."""
+        self._graphs: DecodeGraphs | None = None
         torch.set_num_threads(config.threads_per_stage)
-        self._runtime = cuda.open_runtime(self._cuda.gpus[stage])
+        try:
+            self._open(run_dir or _NOWHERE)
+        except BaseException:
+            with contextlib.suppress(PipemaxError):
+                self.close()
+            raise
+
+    def _open(self, run_dir: Path) -> None:
+        self._runtime = cuda.open_runtime(self._cuda.gpus[self._stage])
         self._gpu = Gpu(self._runtime, torch_side.open_torch(self._runtime))
-        self._regions = HostRegions(self._runtime, run_dir or _NOWHERE, stage)
         self._streams = StepStreams(self._runtime)
+        self._opened.callback(self._streams.close)
         self._compute = self._streams.compute
+        self._busy += [self._streams.upload, self._compute]
+        self._regions = HostRegions(self._runtime, run_dir, self._stage)
+        self._opened.callback(self._regions.close)
         self._model = self._load_model()
         self._open_buffers()
         self._open_pool()
@@ -108,6 +126,7 @@ class CudaEngine:
         """All that has one address for life, but the KV pool."""
         config, gpu, model = self._config, self._gpu, self._model
         self._rings = CudaRings(gpu, config, self._stage, self.ring_shape, self._compute)
+        self._opened.callback(self._rings.close)
         seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         table_blocks = seqs * blocks_for(config.max_model_len, config.block_size)
         tokens = config.max_num_batched_tokens
@@ -122,12 +141,15 @@ class CudaEngine:
         self._versions = InputVersions(
             [InputVersion(gpu, inputs_bytes(largest)) for _ in range(INPUT_VERSIONS)]
         )
-        self._token_exit = (
-            TokenExit(gpu, max_rows=seqs, vocab_size=model.vocab_size, steps=MAX_IN_FLIGHT)
-            if model.is_last
-            else None
-        )
-        self._graphs: DecodeGraphs | None = None
+        self._opened.callback(self._versions.close)
+        self._token_exit: TokenExit | None = None
+        if model.is_last:
+            self._token_exit = TokenExit(
+                gpu, max_rows=seqs, vocab_size=model.vocab_size, steps=MAX_IN_FLIGHT
+            )
+            self._opened.callback(self._token_exit.free)
+        self._busy.append(self._way_out.stream)
+        self._opened.callback(self._drop_graphs)
         if not self._cuda.enforce_eager:
             self._graphs = DecodeGraphs(gpu, model, max_rows=seqs, table_blocks=table_blocks)
 
@@ -155,6 +177,7 @@ class CudaEngine:
             self.num_blocks = blocks_left(use, geometry.block_bytes, request_blocks, self._stage)
             log.info("KV pool: %s", use)
         self._pool = DeviceBuffer(self._gpu, self.num_blocks * geometry.block_bytes)
+        self._opened.callback(self._pool.close)
         self._runtime.fill_zero(self._pool.pointer, self._pool.size_bytes, self._compute)
         shape = (self.num_blocks, *geometry.block_shape)
         self._model.bind_pool(self._pool.tensor(shape, self._model.dtype))
@@ -164,6 +187,7 @@ class CudaEngine:
         self._record_graphs()
         pool = DevicePool(self._pool.pointer, self.num_blocks, geometry.block_bytes)
         self._kv = open_kv_end(config, self._runtime, pool, self._regions)
+        self._opened.callback(self._kv.close)
 
     def _record_graphs(self) -> None:
         if self._graphs is None:
@@ -175,10 +199,10 @@ class CudaEngine:
             self._drop_graphs()
 
     def _drop_graphs(self) -> None:
-        assert self._graphs is not None
-        self._runtime.synchronize(self._compute)
-        self._graphs.free()
-        self._graphs = None
+        if self._graphs is not None:
+            self._runtime.synchronize(self._compute)
+            self._graphs.free()
+            self._graphs = None
 
     @property
     def layers(self) -> tuple[int, int]:
@@ -236,22 +260,13 @@ class CudaEngine:
         if not self._drained():
             log.warning("steps in flight do not end; they wait for a process that is gone")
             return
-        self._kv.close()
-        self._regions.close()
-        if self._graphs is not None:
-            self._graphs.free()
-        if self._token_exit is not None:
-            self._token_exit.free()
-        self._rings.close()
-        self._versions.close()
-        self._pool.close()
-        self._streams.close()
+        self._opened.close()
 
     def _drained(self) -> bool:
         """Everything queued has run, within a few seconds."""
         give_up_s = time.monotonic() + _DRAIN_S
         events = []
-        for stream in (self._streams.upload, self._compute, self._way_out.stream):
+        for stream in self._busy:
             event = self._runtime.create_event()
             self._runtime.record(event, stream)
             events.append(event)
