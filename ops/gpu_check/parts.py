@@ -76,20 +76,26 @@ PARTS = (
     Part(
         "runtime",
         "CUDA IPC memory, events, streams, pinning and errors, across processes",
-        30,
+        25,
         tests("test_runtime.py"),
     ),
     Part(
         "kernels",
         "attention kernels against a float64 reference",
-        70,
+        60,
         tests("test_kernels.py"),
         needs=("triton",),
     ),
     Part(
+        "attention",
+        "decode attention against the card's copy bandwidth",
+        40,
+        benchmark("attention_cuda.py"),
+    ),
+    Part(
         "exactness",
         "the whole system's greedy tokens and logits against transformers",
-        120,
+        130,
         tests("test_logits.py", "test_exactness.py"),
     ),
     Part(
@@ -101,19 +107,19 @@ PARTS = (
     Part(
         "throughput",
         "an 8B-shaped model, one stage, against a plain single-process loop",
-        80,
+        85,
         benchmark("gpu_throughput.py"),
     ),
     Part(
         "offload",
         "offloading on against off in 24 GB, 2 and 4 stages, beside the simulator",
-        130,
+        145,
         benchmark("offload_cuda.py"),
     ),
     Part(
         "gap",
         "time between decode steps on a stage, and that nothing there waits for the GPU",
-        35,
+        40,
         benchmark("host_gap_cuda.py"),
     ),
 )
