@@ -100,6 +100,8 @@ class Machine(RuleBasedStateMachine):
         self.memories = Memories(num_stages, host_blocks, depth, queued=queued)
         self.gpus = [StageStreams(stage, self.memories) for stage in range(num_stages)]
         self.lives = [0] * num_stages
+        self.stalled = 0
+        """Looks at the devices before the next step moves: one may take long to end."""
         self.laid_out = False
         self.gone: set[Token] = set()
         """Dropped or released, ever."""
@@ -383,6 +385,9 @@ class Machine(RuleBasedStateMachine):
                 moves.append(partial(self.finish_copy, copy))
             elif gpu.may_begin_copy(copy):
                 moves.append(partial(gpu.begin_copy, copy, self.gone))
+        if self.stalled:
+            self.stalled -= 1
+            return moves
         for stage, gpu in enumerate(self.gpus):
             if gpu.steps and gpu.steps[0].begun:
                 moves.append(gpu.end)
@@ -432,6 +437,7 @@ class Machine(RuleBasedStateMachine):
         ):  # whether steps are numbered on or anew is the coordinator's choice
             self.first_step = 0
             self.computed = [-1] * self.num_stages
+        self.stalled = random.choice([0, 0, 20, 60])
         for stage in restarted:
             self.memories.restart(stage)
             self.gpus[stage].restart()
@@ -462,6 +468,7 @@ class Machine(RuleBasedStateMachine):
         """Left alone, everything asked for is done."""
         if not hasattr(self, "core"):
             return
+        self.stalled = 0
         for stage in range(self.num_stages):
             if stage not in self.attached:
                 self.attach_stage(stage)

@@ -44,6 +44,8 @@ class PinnedMemory:
             try:
                 self._runtime.register_host(address, size)
             except PipemaxSystemError as error:
+                for pinned, _ in chunks:
+                    self._runtime.unregister_host(pinned)
                 raise ConfigError(_failure(end - begin, error)) from error
             chunks.append((address, size))
         self._chunks = tuple(sorted((*self._chunks, *chunks)))

@@ -187,7 +187,11 @@ class HostRegions:
             memory = SharedMemory.open(target.handle)
         except PipemaxSystemError:
             return  # gone in this moment: the next look sees it
-        pinned = self._pin(target, memory)
+        try:
+            pinned = self._pin(target, memory)
+        except BaseException:
+            memory.close()
+            raise
         with self._changed:
             self._pinned = pinned
             self._wake()
