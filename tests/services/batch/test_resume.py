@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -208,17 +209,6 @@ def test_input_that_ends_in_the_middle(client: Client, tmp_path: Path) -> None:
         run_files(client, files, SETTINGS)
 
 
-def test_two_runs_of_one_output(client: Client, tmp_path: Path) -> None:
-    write_lines(tmp_path / "in", request("a"))
-    with (
-        Batch(files_of(tmp_path), SETTINGS).opened(),
-        pytest.raises(ConfigError, match="another run writes"),
-        Batch(files_of(tmp_path), SETTINGS).opened(),
-    ):
-        raise AssertionError
-    run_files(client, files_of(tmp_path, overwrite=True), SETTINGS)
-
-
 KILLED = """
 import sys
 from pathlib import Path
@@ -228,6 +218,62 @@ folder = Path(sys.argv[2])
 with Client(endpoint=sys.argv[1]) as client:
     run_files(client, BatchFiles(inputs=(folder / "in",), outputs=(folder / "out",)), {})
 """
+LIMITED = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+"""
+
+
+def test_no_room_in_the_middle_of_a_line(runtime_dir: Path, tmp_path: Path) -> None:
+    """A limit on the file's size ends a write in the middle, as a full disk does."""
+    write_lines(tmp_path / "in", *many())
+    with FakeCoordinator(runtime_dir / "ingest.sock", answer, credits=3) as fake:
+        command = [sys.executable, "-c", LIMITED + KILLED, fake.endpoint, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "cannot write" in done.stderr
+        assert "File too large" in done.stderr
+        out = (tmp_path / "out").read_bytes()
+        assert len(out) == 3000
+        assert not out.endswith(b"\n"), "the case this test is about"
+        with Client(endpoint=fake.endpoint) as client:
+            run_files(client, files_of(tmp_path), {})
+    check_complete(read_lines(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("way", ["removed", "replaced"])
+def test_an_output_that_vanishes_is_noticed(client: Client, tmp_path: Path, way: str) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    source = write_lines(tmp_path / "in", *many())
+    files = BatchFiles(inputs=(source,), outputs=(folder / "out",))
+
+    class Vanish(StopAfter):
+        def finished(self, num_tokens: int) -> None:
+            if self.left == 12:
+                shutil.rmtree(folder)
+                if way == "replaced":
+                    folder.mkdir()
+                    (folder / "out").touch()
+            self.left -= 1
+
+    with pytest.raises(PipemaxSystemError, match=r"cannot write .*out: No such|was replaced"):
+        run_files(client, files, SETTINGS, Vanish(16))
+    client_drain(client)
+    folder.mkdir(exist_ok=True)
+    run_files(client, files, SETTINGS)
+    check_complete(read_lines(folder / "out"))
+
+
+def test_two_runs_of_one_output(client: Client, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in", request("a"))
+    with (
+        Batch(files_of(tmp_path), SETTINGS).opened(),
+        pytest.raises(ConfigError, match="another run writes"),
+        Batch(files_of(tmp_path), SETTINGS).opened(),
+    ):
+        raise AssertionError
+    run_files(client, files_of(tmp_path, overwrite=True), SETTINGS)
 
 
 def test_killed_again_and_again(runtime_dir: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import importlib
 import io
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ class ResultFile:
     def sync(self) -> None:
         """Returns once everything written is on disk, where there is one."""
         self._synced_at = self._clock()
+        self._check_still_there()
         if not self._unsynced:
             return
         self._unsynced = False
@@ -102,12 +104,27 @@ class ResultFile:
             finally:
                 self._file.close()
 
+    def _check_still_there(self) -> None:
+        """A file that was removed takes lines without a word, and they are gone with this
+        process."""
+        mine = os.fstat(self._file.fileno())
+        if not stat.S_ISREG(mine.st_mode) or self.path == STDOUT:
+            return
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise self._failed(error) from error
+        if (found.st_dev, found.st_ino) != (mine.st_dev, mine.st_ino):
+            raise PipemaxSystemError(
+                f"{self.path} was replaced by another file while the batch ran; run the batch again"
+            )
+
     def _is_regular(self) -> bool:
         return self.path != STDOUT and self.path.is_file()
 
     def _failed(self, error: OSError) -> PipemaxSystemError:
         return PipemaxSystemError(
-            f"cannot write {self.path}: {error.strerror}; make room and run the batch again: it "
+            f"cannot write {self.path}: {error.strerror}; see to it and run the batch again: it "
             "goes on where it stopped"
         )
 
