@@ -10,6 +10,7 @@ is zeros, so that a CUDA graph recorded for so many rows replays any decode step
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -53,9 +54,10 @@ class Field:
         return buffer[self.offset : self.offset + self.num_bytes].view(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchLayout:
-    """Sizes of a step's columns. Equal layouts place everything at equal offsets."""
+    """Sizes of a step's columns. Equal layouts place everything at equal offsets, which are worked
+    out once for each: on the way to a step, every microsecond counts."""
 
     rows: int
     """Tokens, padding included."""
@@ -91,51 +93,51 @@ class BatchLayout:
         `table_blocks` device blocks: the layout of a CUDA graph. Logits are made of every row."""
         return cls(rows, rows, rows, 0, rows, table_blocks, fixed=True)
 
-    @property
+    @cached_property
     def token_ids(self) -> Field:
         return Field(0, self.rows, np.int64)
 
-    @property
+    @cached_property
     def position_ids(self) -> Field:
         return _after(self.token_ids, self.rows, np.int64)
 
-    @property
+    @cached_property
     def slots(self) -> Field:
         return _after(self.position_ids, self.rows, np.int64)
 
-    @property
+    @cached_property
     def sample_rows(self) -> Field:
         return _after(self.slots, self.samples, np.int64)
 
-    @property
+    @cached_property
     def seq_lens(self) -> Field:
         return _after(self.sample_rows, self.items, np.int32)
 
-    @property
+    @cached_property
     def query_starts(self) -> Field:
         return _after(self.seq_lens, self.items + 1, np.int32)
 
-    @property
+    @cached_property
     def table_starts(self) -> Field:
         return _after(self.query_starts, self.items, np.int32)
 
-    @property
+    @cached_property
     def decode_items(self) -> Field:
         return _after(self.table_starts, self.decodes, np.int32)
 
-    @property
+    @cached_property
     def tile_items(self) -> Field:
         return _after(self.decode_items, self.tiles, np.int32)
 
-    @property
+    @cached_property
     def tile_starts(self) -> Field:
         return _after(self.tile_items, self.tiles, np.int32)
 
-    @property
+    @cached_property
     def block_tables(self) -> Field:
         return _after(self.tile_starts, self.table_blocks, np.int32)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Of a buffer with this layout."""
         return self.block_tables.offset + self.block_tables.num_bytes
