@@ -8,7 +8,6 @@ from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import SharedMemory
 from pipemax.stage_worker.channels.ring import RingShape
 from pipemax.stage_worker.devices.cpu import CpuDevice
-from pipemax.stage_worker.devices.registry import open_device
 from pipemax.stage_worker.engine import pool_blocks
 
 GEOMETRY = BlockGeometry(num_layers=2, block_size=4, num_kv_heads=3, head_dim=8, dtype="bfloat16")
@@ -70,8 +69,3 @@ def test_the_pool_takes_what_fits() -> None:
     assert pool_blocks(96, 4, 96 * 11 - 1, 0) == 10
     with pytest.raises(ConfigError, match="stage 2 takes 96 bytes"):
         pool_blocks(96, 4, 95, 2)
-
-
-def test_an_unknown_device_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="--device cuda is not implemented"):
-        open_device("cuda")

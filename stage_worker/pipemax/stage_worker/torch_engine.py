@@ -8,7 +8,8 @@ import torch
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
-from pipemax.stage_worker.devices.registry import open_device
+from pipemax.stage_worker.devices.base import Device
+from pipemax.stage_worker.devices.cpu import CpuDevice
 from pipemax.stage_worker.dtypes import dtype_name
 from pipemax.stage_worker.engine import WorkLoop, pool_blocks
 from pipemax.stage_worker.executor import Executor, Links
@@ -25,7 +26,7 @@ class TorchEngine:
 
     def __init__(self, config: EngineConfig, stage: int) -> None:
         self._config = config
-        self._device = open_device(config.device)
+        self._device: Device = CpuDevice()
         self._device.set_threads(config.threads_per_stage)
         self._model = load_stage_model(
             Path(config.model),

@@ -6,6 +6,7 @@ from typing import cast
 import torch
 
 from pipemax.proto.cuda.runtime import Stream
+from pipemax.stage_worker.attention.device.batch import DeviceBatch, view_batch
 from pipemax.stage_worker.attention.device.layout import BatchLayout
 from pipemax.stage_worker.attention.device.paged import DevicePagedAttention
 from pipemax.stage_worker.devices.cuda.graphs import DecodeGraphs
@@ -33,9 +34,15 @@ class ForwardPass:
         return cast(DevicePagedAttention, self._model.attention)
 
     def layout(self, columns: PlanColumns) -> BatchLayout:
-        """How the step is to be packed: by it `queue` knows how to run it."""
+        """How the step is to be packed."""
         graph = None if self._graphs is None else self._graphs.layout(columns)
         return graph or BatchLayout.of_step(columns, self.attention.tile_tokens)
+
+    def batch(self, layout: BatchLayout, version: InputVersion) -> DeviceBatch:
+        """What the kernels of a step of this layout, packed into `version`, will read: a graph's
+        own inputs, which it is copied to, or those of the version."""
+        graph = None if self._graphs is None else self._graphs.batch(layout)
+        return graph or view_batch(version.device.bytes, layout)
 
     def queue(
         self,
@@ -47,7 +54,7 @@ class ForwardPass:
     ) -> None:
         """Behind everything on `compute`, where `inputs` and `hidden` are valid by then."""
         graphs = self._graphs
-        if graphs is not None and graphs.has(inputs.step.batch.layout):
+        if graphs is not None and graphs.batch(inputs.step.batch.layout) is inputs.step.batch:
             graphs.queue(inputs, version, hidden, compute)
             self._torch.launch(compute, lambda: deliver(graphs.output))
             return

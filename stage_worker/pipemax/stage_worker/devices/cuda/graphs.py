@@ -75,6 +75,8 @@ class DecodeGraphs:
         self._hidden = self._hidden_buffer.tensor((max_rows, width), dtype)
         self._buckets: dict[BatchLayout, _Bucket] = {}
         self._sizes: list[int] = []
+        self._layouts: list[BatchLayout] = []
+        """Of each size."""
 
     @property
     def attention(self) -> DevicePagedAttention:
@@ -110,11 +112,13 @@ class DecodeGraphs:
             graph = self._torch.capture(compute, kernels)
             layout = step.batch.layout
             self._buckets[layout] = _Bucket(layout, step.batch, graph)
-        self._sizes = sorted({*self._sizes, *sizes})
+        self._layouts = sorted(self._buckets, key=lambda layout: layout.rows)
+        self._sizes = [layout.rows for layout in self._layouts]
 
     def forget(self) -> None:
         """All graphs; what they held is free once torch gives it back."""
         self._buckets.clear()
+        self._layouts.clear()
         self._sizes.clear()
 
     def _clear(self, compute: Stream) -> None:
@@ -157,10 +161,12 @@ class DecodeGraphs:
         at = bisect.bisect_left(self._sizes, rows)
         if at == len(self._sizes):
             return None
-        return BatchLayout.of_decodes(self._sizes[at], self._table_blocks)
+        return self._layouts[at]
 
-    def has(self, layout: BatchLayout) -> bool:
-        return layout in self._buckets
+    def batch(self, layout: BatchLayout) -> DeviceBatch | None:
+        """The inputs of the graph of this layout; None when there is none."""
+        bucket = self._buckets.get(layout)
+        return None if bucket is None else bucket.batch
 
     def queue(
         self,
@@ -169,16 +175,15 @@ class DecodeGraphs:
         hidden: torch.Tensor | None,
         compute: Stream,
     ) -> None:
-        """Runs the graph of the layout that the step was packed by; see `output`."""
+        """Runs the graph whose inputs the step was packed for; see `output`."""
         bucket = self._buckets[inputs.step.batch.layout]
         self._runtime.copy(self._inputs.pointer, version.device.pointer, inputs.num_bytes, compute)
-        step = DeviceStep(bucket.batch, inputs.step.columns)
 
         def before() -> None:
             with torch.inference_mode():
                 if hidden is not None:
                     self._hidden[: hidden.shape[0]].copy_(hidden)
-                self.attention.plan(step)
+                self.attention.plan(inputs.step)
 
         self._torch.launch(compute, before)
         self._torch.replay(compute, bucket.graph)

@@ -18,10 +18,9 @@ import torch
 from pipemax.proto.cuda.runtime import CudaEvent, CudaRuntime, Stream
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import SampleRow
-from pipemax.stage_worker.attention.device.batch import DeviceStep, view_batch
+from pipemax.stage_worker.attention.device.batch import DeviceStep
 from pipemax.stage_worker.attention.device.layout import BatchLayout, pack_step
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
-from pipemax.stage_worker.plan_columns import PlanColumns
 from pipemax.stage_worker.sampling import is_plain_greedy
 
 _ALIGNMENT_BYTES: Final = 64
@@ -34,10 +33,10 @@ beyond them is sampled on the host."""
 class SampleInputs:
     """How the last stage comes to its tokens. Rows are those of the logits, one per sample row."""
 
-    banned: torch.Tensor
-    """int64 [bans] on the device: row · vocabulary + token."""
-    drawn: torch.Tensor
-    """int64 [len(drawn_rows)] on the device: rows whose logits go to the host."""
+    banned: torch.Tensor | None
+    """int64 [bans] on the device: row · vocabulary + token; None where there is none."""
+    drawn: torch.Tensor | None
+    """int64 [len(drawn_rows)] on the device: rows whose logits go to the host; None likewise."""
     drawn_rows: tuple[int, ...]
 
 
@@ -46,7 +45,6 @@ class StepInputs:
     """What was packed, and is being copied to the device."""
 
     step: DeviceStep
-    """Views on the version's device buffer."""
     num_bytes: int
     """Of the batch, from the device buffer's begin on."""
     sample: SampleInputs | None
@@ -98,31 +96,42 @@ class InputVersion:
 
     def pack(
         self,
-        columns: PlanColumns,
-        layout: BatchLayout,
+        step: DeviceStep,
         tile_tokens: int,
         sample: Sequence[SampleRow],
         vocab_size: int,
         upload: Stream,
     ) -> StepInputs:
-        """Writes a step and queues its copy on `upload`. `sample` is empty but on the last stage.
+        """Writes `step` and queues the copy on `upload`: as its batch is laid out, whose views are
+        on this version or on what it is copied to later. `sample` is empty but on the last stage.
         Raises InvariantError when it does not fit."""
+        layout, columns = step.batch.layout, step.columns
         needed = layout.num_bytes + 8 * (MAX_BANS + len(sample)) + 2 * _ALIGNMENT_BYTES
         if needed > self._size_bytes:
             raise InvariantError(f"a step of {needed} bytes for inputs of {self._size_bytes}")
         num_bytes = pack_step(columns, layout, tile_tokens, self._pinned.bytes)
-        bans, drawn = _sort_rows(sample, vocab_size)
-        begin = _align(layout.num_bytes)
-        banned_view, end = self._append(np.array(bans, np.int64), begin)
-        drawn_view, end = self._append(np.array(drawn, np.int64), end)
         self._upload(0, num_bytes, upload)
-        if bans or drawn:
-            self._upload(begin, end - begin, upload)
+        sampling = self._pack_sampling(sample, vocab_size, layout.num_bytes, upload)
         self._runtime.record(self.uploaded, upload)
         return StepInputs(
-            DeviceStep(view_batch(self.device.bytes, layout), columns),
+            step,
             num_bytes,
-            SampleInputs(banned_view, drawn_view, tuple(drawn)) if sample else None,
+            sampling if sample else None,
+        )
+
+    def _pack_sampling(
+        self, sample: Sequence[SampleRow], vocab_size: int, begin: int, upload: Stream
+    ) -> SampleInputs:
+        """Behind the batch, which ends at `begin`."""
+        bans, drawn = _sort_rows(sample, vocab_size)
+        if not bans and not drawn:
+            return SampleInputs(None, None, ())
+        begin = _align(begin)
+        banned_view, end = self._append(np.array(bans, np.int64), begin)
+        drawn_view, end = self._append(np.array(drawn, np.int64), end)
+        self._upload(begin, end - begin, upload)
+        return SampleInputs(
+            banned_view if bans else None, drawn_view if drawn else None, tuple(drawn)
         )
 
     def _append(self, values: npt.NDArray[np.int64], begin: int) -> tuple[torch.Tensor, int]:

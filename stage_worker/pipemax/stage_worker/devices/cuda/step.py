@@ -7,6 +7,7 @@ import torch
 from pipemax.proto.cuda.runtime import CudaEvent, CudaRuntime, Stream
 from pipemax.proto.errors import WireError
 from pipemax.proto.messages.control import StepPlan
+from pipemax.stage_worker.attention.device.batch import DeviceStep
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.devices.cuda.copies import CudaKvEnd
 from pipemax.stage_worker.devices.cuda.forward import ForwardPass
@@ -108,9 +109,9 @@ class CudaSteps:
                 f"step {plan.step} uses block {columns.max_block}; this pool has "
                 f"{self._num_blocks}",
             )
+        batch = self._forward.batch(self._forward.layout(columns), version)
         inputs = version.pack(
-            columns,
-            self._forward.layout(columns),
+            DeviceStep(batch, columns),
             self._forward.attention.tile_tokens,
             plan.sample if self._model.is_last else (),
             self._model.vocab_size,
@@ -201,13 +202,14 @@ class CudaSteps:
 
     def land(self, flight: Flight, *, wanted: bool) -> list[int] | None:
         """The step has ended: its tokens, on the last stage, if they are `wanted`."""
-        tokens: list[int] | None = None
-        if self._token_exit is not None and flight.tokens is not None:
-            if wanted:
-                tokens = self._token_exit.tokens(flight.tokens, flight.plan)
-            else:
-                self._token_exit.forget(flight.tokens)
-        elif self._token_exit is not None:
-            tokens = []
         self._versions.give_back(flight.version)
-        return tokens
+        if self._token_exit is None:
+            return None
+        if not wanted:
+            if flight.tokens is not None:
+                self._token_exit.forget(flight.tokens)
+            return None
+        self._token_exit.note_ended(flight.plan)
+        if flight.tokens is None:
+            return []
+        return self._token_exit.tokens(flight.tokens, flight.plan)

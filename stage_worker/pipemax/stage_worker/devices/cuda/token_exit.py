@@ -104,10 +104,10 @@ class TokenExit:
         def pick() -> None:
             with torch.inference_mode():
                 rows = logits()[:num_rows]
-                if inputs.banned.shape[0]:
+                if inputs.banned is not None:
                     rows.view(-1).index_fill_(0, inputs.banned, _NEVER)
                 ids.copy_(rows.argmax(dim=-1))  # the first of equal ones, on a GPU as well
-                if num_drawn:
+                if inputs.drawn is not None:
                     torch.index_select(rows, 0, inputs.drawn, out=drawn)
 
         self._torch.launch(compute, pick)
@@ -138,6 +138,11 @@ class TokenExit:
                 tokens[index] = token
         self.forget(pending)
         return tokens
+
+    def note_ended(self, plan: StepPlan) -> None:
+        """For the sampler, which a step without drawn rows does not ask."""
+        if plan.ended:
+            self._sampler.sample(plan, torch.empty(0, self._vocab_size), ())
 
     def forget(self, pending: PendingTokens) -> None:
         """The step has ended, and nobody wants its tokens any more."""
