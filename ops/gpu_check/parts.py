@@ -93,6 +93,12 @@ PARTS = (
         benchmark("attention_cuda.py"),
     ),
     Part(
+        "copies",
+        "KV blocks both ways through the daemon, against large pinned copies",
+        25,
+        benchmark("copies_cuda.py"),
+    ),
+    Part(
         "exactness",
         "the whole system's greedy tokens and logits against transformers",
         130,
