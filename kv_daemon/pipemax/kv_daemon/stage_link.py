@@ -17,6 +17,8 @@ from pipemax.proto.messages.kv import Loaded
 
 Merge = Callable[[Sequence[Move]], tuple[Run, ...]]
 
+MAX_PIECE_BLOCKS = 4096
+"""However small blocks are: an order names each run, and messages are limited in size."""
 KEPT_EVENTS = 32
 """Steps of which a stage's link knows the event. A stage has a few steps in flight; what is older
 is over. Less than the length of a ring (see kv.Events), so that no number kept has fallen out."""
@@ -110,7 +112,7 @@ class StageLink:
         lane = self.lanes[direction]
         if not lane.ready or not self.attached:
             return
-        limit = max(1, self._piece_bytes // self.block_bytes)
+        limit = min(max(1, self._piece_bytes // self.block_bytes), MAX_PIECE_BLOCKS)
         while len(lane.running) < self._depth and (job := lane.first()) is not None:
             moves = self._take_piece(direction, job, limit)
             if moves:
