@@ -28,9 +28,11 @@ def _nothing_outlives_the_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """`$PIPEMAX_RUNTIME_DIR` for this test: private, and short enough for Unix sockets."""
+    """`$PIPEMAX_RUNTIME_DIR` for this test, with `$PIPEMAX_STATE_DIR` in it: private, and short
+    enough for Unix sockets."""
     path = Path(tempfile.mkdtemp(prefix="pm", dir="/tmp"))
     monkeypatch.setenv(RUNTIME_DIR_VARIABLE, str(path))
+    monkeypatch.setenv("PIPEMAX_STATE_DIR", str(path / "state"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

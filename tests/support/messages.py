@@ -57,6 +57,20 @@ _ROW = control.SampleRow(
     ),
 )
 _STATES = {"compute": 1.5, "wait_kv": 0.25}
+_REFUSED = ingest.Refused(request_id="r-2", code="too_long", message="prompt of 9 tokens")
+_JOB = ingest.JobInfo(
+    name="night",
+    state="running",
+    about=b"lines",
+    model_name="tiny",
+    created_at=1.5,
+    ended_at=2.5,
+    num_requests=9,
+    num_results=8,
+    num_failed=7,
+    prompt_tokens=6,
+    output_tokens=5,
+)
 
 EXAMPLES: tuple[Message, ...] = (
     ingest.ClientHello(protocol=1, client="example"),
@@ -83,7 +97,30 @@ EXAMPLES: tuple[Message, ...] = (
         total_s=1.25,
         error="none, this is an example",
     ),
-    ingest.Refused(request_id="r-2", code="too_long", message="prompt of 9 tokens"),
+    _REFUSED,
+    ingest.OpenJob(number=1, job="night", about=b"lines"),
+    ingest.AddRequests(
+        number=2,
+        job="night",
+        first_seq=3,
+        requests=(
+            ingest.JobRequest(note=b"n", request=ingest.Submit(request_id="r-1", prompt="hello")),
+            ingest.JobRequest(request=_REFUSED),
+        ),
+    ),
+    ingest.CloseJob(number=3, job="night", num_requests=5),
+    ingest.ListJobs(number=4, job="night"),
+    ingest.FetchResults(number=5, job="night", position=2),
+    ingest.CancelJob(number=6, job="night"),
+    ingest.DeleteJob(number=7, job="night"),
+    ingest.JobList(number=4, jobs=(_JOB,)),
+    ingest.JobResults(
+        number=5,
+        job=_JOB,
+        position=2,
+        results=(ingest.JobResult(seq=4, note=b"n", finished_at=2.5, result=_REFUSED),),
+    ),
+    ingest.JobRefused(number=6, code="unknown_job", message="no job has the name 'night'"),
     ingest.StatusQuery(),
     ingest.Status(
         instance_id="a1",

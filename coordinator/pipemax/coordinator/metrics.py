@@ -6,13 +6,15 @@ scheduling loop pays nothing for them; only the latency histograms are fed as re
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from pipemax.proto.messages.ingest import Finished, Status
+from pipemax.coordinator.jobs import JobTotals
+from pipemax.proto.messages.ingest import Finished, JobState, Status
 
 _LATENCY_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
@@ -66,6 +68,8 @@ class StatusCollector(Collector):
         self.finished: Counter[str] = Counter()
         """Requests finished, by reason."""
         self.undelivered = 0
+        self.jobs = JobTotals()
+        """Replaced, never changed."""
 
     def collect(self) -> Iterator[Metric]:
         status = self._snapshot()
@@ -81,6 +85,7 @@ class StatusCollector(Collector):
             counter.add_metric(model, read(status))
             yield counter
         yield from self._requests(model)
+        yield from self._jobs(model)
         yield from self._stages(status)
 
     def _requests(self, model: list[str]) -> Iterator[Metric]:
@@ -99,6 +104,31 @@ class StatusCollector(Collector):
         )
         lost.add_metric(model, self.undelivered)
         yield lost
+
+    def _jobs(self, model: list[str]) -> Iterator[Metric]:
+        totals = self.jobs
+        jobs = GaugeMetricFamily(
+            "pipemax_jobs", "Durable jobs, by state.", labels=["model_name", "state"]
+        )
+        for state in get_args(JobState):
+            jobs.add_metric([*model, state], totals.jobs[state])
+        yield jobs
+        for name, text, value in (
+            (
+                "job_requests_pending",
+                "Requests of durable jobs that have no result yet.",
+                totals.requests_pending,
+            ),
+            (
+                "job_requests_finished",
+                "Results in the journal, errors among them.",
+                totals.requests_finished,
+            ),
+            ("journal_bytes", "What durable jobs take on the disk.", totals.journal_bytes),
+        ):
+            gauge = GaugeMetricFamily(f"pipemax_{name}", text, labels=["model_name"])
+            gauge.add_metric(model, value)
+            yield gauge
 
     def _stages(self, status: Status) -> Iterator[Metric]:
         seconds = CounterMetricFamily(

@@ -34,7 +34,8 @@ class Session:
 class Entry:
     """One accepted request, from the client's side."""
 
-    client: ClientId
+    client: ClientId | None
+    """None: it is a durable job's."""
     request_id: str
     num_prompt_tokens: int
     submitted_at: float
@@ -80,6 +81,16 @@ class Sessions:
                     f"more than {self._config.client_credits} unfinished requests; "
                     "wait for results before sending more",
                 )
+        event = self._enter(client, submit, job_of(client), now)
+        self._sessions.setdefault(client, Session()).keys[submit.request_id] = event.key
+        return event
+
+    def accept_for_job(self, job: int, submit: Submit, now: float) -> Submitted:
+        """The same for a request of the durable job of this number: `finish` returns its result,
+        and there is nothing to deliver."""
+        return self._enter(None, submit, -job, now)  # connections are positive numbers
+
+    def _enter(self, client: ClientId | None, submit: Submit, job: int, now: float) -> Submitted:
         limit = self._config.max_model_len
         prompt = self._text.encode(submit, limit)
         sampling = check_sampling(
@@ -95,12 +106,11 @@ class Sessions:
         self._next_key += 1
         decoder = self._text if self._text.has_tokenizer else None
         checker = StopChecker(decoder, sampling)
-        self._sessions.setdefault(client, Session()).keys[submit.request_id] = key
         self._entries[key] = Entry(client, submit.request_id, len(prompt), now, checker)
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
-        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job_of(client), bad_words)
+        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words)
 
     def key_of(self, client: ClientId, request_id: str) -> int | None:
         """Our number of a client's unfinished request."""
@@ -112,7 +122,7 @@ class Sessions:
         return self._entries[key].text.append(token_id)
 
     def finish(self, result: FinishRequest, now: float) -> Finished:
-        """Turn a result into the client's message, queued for delivery."""
+        """Turn a result into the client's message, queued for delivery if it is a client's."""
         entry = self._entries.pop(result.key)
         admitted = result.admitted_at if result.admitted_at is not None else now
         first = result.first_token_at if result.first_token_at is not None else now
@@ -128,6 +138,8 @@ class Sessions:
             first_token_s=first - entry.submitted_at,
             total_s=now - entry.submitted_at,
         )
+        if entry.client is None:
+            return message
         session = self._sessions[entry.client]
         del session.keys[entry.request_id]
         session.outbox.append(message)

@@ -31,6 +31,9 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.jobs import JobLimits, Jobs
+from pipemax.coordinator.jobs_round import JobMessage
+from pipemax.coordinator.journal_file import journal_path
 from pipemax.coordinator.liveness import Liveness
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
@@ -61,6 +64,8 @@ long at worst, with every step while clients submit."""
 ANSWERS_QUEUED = 1000
 """Answers that wait in the socket for one client; further results wait in its session."""
 IDLE_POLL_MS = 200
+JOB_SLICE_S = 0.002
+"""The same for tokenising the requests of jobs."""
 SNAPSHOT_INTERVAL_S = 0.2
 
 
@@ -85,6 +90,16 @@ class CoordinatorShell:
         self._assembly = Assembly(config.pipeline_parallel_size)
         self._liveness = Liveness(config.hung_after_s)
         self._sessions = Sessions(config, text, self._send_client)
+        self._jobs = Jobs(
+            journal_path(config.name),
+            _settings_of(config),
+            config.served_model_name,
+            JobLimits(
+                most_running=config.client_credits,
+                most_waiting=config.max_num_seqs * config.num_slots,
+            ),
+            lambda job, submit: self._sessions.accept_for_job(job, submit, time.monotonic()),
+        )
         self._view = StatusView(config, self._instance_id, self._scheduler.state, self._assembly)
         self.metrics = Metrics(config.served_model_name, lambda: self._view.latest)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -110,17 +125,25 @@ class CoordinatorShell:
 
     def run(self) -> None:
         """Serve until stopped. Raises PipemaxError when the system cannot work as configured."""
+        stopped = False
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
         poller.register(self._ingest, zmq.POLLIN)
         more = False
         try:
+            self._jobs.open()
             while not self._stopping:
-                poller.poll(0 if more else IDLE_POLL_MS)
+                poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
                 self._receive_control()
                 more = self._receive_ingest()
+                self._serve_jobs()
                 self._finish_round()
+            stopped = True
+        except ConfigError:
+            stopped = True  # no request is to blame
+            raise
         finally:
+            self._jobs.close(clean=stopped)
             self._context.destroy(linger=200)
 
     # Control
@@ -154,8 +177,7 @@ class CoordinatorShell:
             case control.Hello():
                 self._on_hello(identity, message)
             case control.Drain() if identity == identity_of("launcher"):
-                log.info("draining: no new requests are accepted")
-                self._draining = self._view.draining = True
+                self._drain()
             case _ if identity not in self._names:
                 log.error("control message of unknown process %r", identity)
             case control.StepDone() if self._names[identity] == stage_name(message.stage):
@@ -265,6 +287,8 @@ class CoordinatorShell:
                 self._on_client(identity, self._ingest_codec.decode(single_frame(frames, INGEST)))
             except WireError as error:
                 self._answer(identity, _refused(None, error.code, str(error)))
+            if self._jobs.has_messages:
+                break
         return True
 
     def _on_client(self, client: ClientId, message: Message) -> None:
@@ -286,6 +310,8 @@ class CoordinatorShell:
                     self._tell(Cancelled(key))
             case ingest.StatusQuery():
                 self._answer(client, self._view.refresh())
+            case _ if isinstance(message, JobMessage):
+                self._jobs.receive(client, message)
             case _:
                 raise WireError("unknown_type", f"{type(message).__name__} is not expected here")
 
@@ -298,6 +324,26 @@ class CoordinatorShell:
             self._answer(client, _refused(submit.request_id, error.code, str(error)))
             return
         self._tell(event)
+
+    def _serve_jobs(self) -> None:
+        """What is known of jobs goes to the journal; then answers leave, and requests start."""
+        waiting = self._scheduler.state.waiting
+        answers, unwanted = self._jobs.write(waiting, may_start=self._assembly.running)
+        for client, answer in answers:
+            self._answer(client, answer)
+        for key in unwanted:
+            self._tell(Cancelled(key))
+        until = time.monotonic() + JOB_SLICE_S
+        while time.monotonic() < until and (event := self._jobs.start()) is not None:
+            self._tell(event)
+
+    def _drain(self) -> None:
+        """No new requests. Of jobs those are finished that run."""
+        log.info("draining: no new requests are accepted")
+        self._draining = self._view.draining = True
+        waiting = self._scheduler.state.waiting.items()
+        for key in self._jobs.drain({k for k, r in waiting if r.admitted_at is None}):
+            self._tell(Cancelled(key))
 
     def _server_hello(self) -> ingest.ServerHello:
         return ingest.ServerHello(
@@ -320,7 +366,9 @@ class CoordinatorShell:
             else:
                 self._carry_out(command)
         for result in results:
-            self.metrics.request_finished(self._sessions.finish(result, time.monotonic()))
+            finished = self._sessions.finish(result, time.monotonic())
+            self.metrics.request_finished(finished)
+            self._jobs.finished(result.key, finished)
 
     def _carry_out(self, command: ToStages | ToDaemon) -> None:
         match command:
@@ -335,7 +383,8 @@ class CoordinatorShell:
         for key in self._sessions.deliver():
             self._tell(Cancelled(key))
         self.metrics.collector.undelivered = self._sessions.undelivered
-        if self._draining and not self._drained and self._sessions.is_idle:
+        idle = self._sessions.is_idle and self._jobs.is_idle
+        if self._draining and not self._drained and idle:
             self._drained = True
             self._send_control(identity_of("launcher"), control.Drained())
         now = time.monotonic()
@@ -345,6 +394,7 @@ class CoordinatorShell:
             self._send_control(identity_of("launcher"), hung)
         if now >= self._next_snapshot:
             self._view.refresh()
+            self.metrics.collector.jobs = self._jobs.totals()
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
 
     def _send_control(self, identity: bytes, message: Message) -> None:
@@ -395,3 +445,9 @@ def check_capacity(config: EngineConfig, resumed: Resumed) -> None:
         f"--max-model-len {config.max_model_len} needs {needed}: raise {more} or lower "
         f"--max-model-len to {fitting}"
     )
+
+
+def _settings_of(config: EngineConfig) -> str:
+    """That results depend on: jobs that were submitted under others are held."""
+    names = ("model", "served_model_name", "dtype", "seed")
+    return " ".join(f"{name}={getattr(config, name)!r}" for name in names)

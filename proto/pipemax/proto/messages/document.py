@@ -37,6 +37,10 @@ directory, and `activation_ready` has a second frame that holds the rows.
 **A client** sends `client_hello`, gets `server_hello`, then sends `submit` as often as it likes (up
 to `credits` unfinished requests) and gets one `finished` or `refused` for each, in any order.
 
+**A job** outlives its client, the coordinator and the system: `open_job`, `add_requests` as often
+as needed, `close_job`, and later, from anywhere, `fetch_results` page by page. Each message gets
+one answer with its `number` and may be sent again when none comes.
+
 | socket | bound by | connected by | largest message |
 |---|---|---|---|
 """

@@ -10,6 +10,10 @@ from pipemax.proto.messages.types import Count, ErrorText, Message, Seconds, Sho
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 FinishReason = Literal["stop", "length", "abort", "error"]
+JobName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+JobState = Literal["open", "running", "finished", "cancelled", "held"]
+JobNote = Annotated[bytes, Meta(max_length=8192)]
+CallNumber = Count
 
 
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -188,3 +192,140 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     missing: tuple[str, ...]
     """Processes the system waits for."""
     stages: tuple[StageStatus, ...]
+
+
+class JobInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One job and how far it is."""
+
+    name: JobName
+    state: JobState
+    """`open` may get more requests, `running` is closed and has unfinished ones, `held` was opened
+    for another model than the one that is served now, and waits for its own."""
+    about: JobNote
+    """As the client that opened it gave it."""
+    model_name: str
+    """Under which the model was served when the job was opened."""
+    created_at: Seconds
+    """Unix time."""
+    ended_at: Seconds | None
+    """Unix time of the last result, or of cancelling; None before."""
+    num_requests: Count
+    """Accepted so far: the next one has this `seq`."""
+    num_results: Count
+    """Requests with a result; their positions are those below this number."""
+    num_failed: Count
+    """Of these, errors and refusals."""
+    prompt_tokens: Count
+    output_tokens: Count
+
+
+class JobRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request of a job."""
+
+    note: JobNote = b""
+    """Comes back with the result."""
+    request: Submit | Refused
+    """A Submit is run. A Refused is taken for its own result, for what was to be a request and
+    turned out to be none, so that it has its place among the results. Ids need not be unique."""
+
+
+class JobResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What became of one request of a job."""
+
+    seq: Count
+    note: JobNote
+    finished_at: Seconds
+    """Unix time."""
+    result: Finished | Refused
+
+
+class OpenJob(Message, frozen=True, kw_only=True, tag="open_job"):
+    """Makes a job, or finds the one that was opened with the same `name` and `about`.
+
+    Jobs are kept on disk and go on when the coordinator, or the whole system, is started again.
+    Every message about jobs may be sent again when no answer comes: doing it twice is doing it
+    once."""
+
+    number: CallNumber
+    """Chosen by the client; the answer carries it."""
+    job: JobName
+    about: JobNote = b""
+
+
+class AddRequests(Message, frozen=True, kw_only=True, tag="add_requests"):
+    """More requests for an open job; answered when they are kept."""
+
+    number: CallNumber
+    job: JobName
+    first_seq: Count
+    """Of the first one; the others follow. Those that the job has already are passed over, a gap
+    is refused."""
+    requests: Annotated[tuple[JobRequest, ...], Meta(max_length=1024)]
+
+
+class CloseJob(Message, frozen=True, kw_only=True, tag="close_job"):
+    """The job has all its requests, and on the disk when this is answered."""
+
+    number: CallNumber
+    job: JobName
+    num_requests: Count
+
+
+class ListJobs(Message, frozen=True, kw_only=True, tag="list_jobs"):
+    """Asks about one job, or about all, oldest first."""
+
+    number: CallNumber
+    job: JobName | None = None
+
+
+class FetchResults(Message, frozen=True, kw_only=True, tag="fetch_results"):
+    """Asks for a job's results from a position on. They have positions in the order in which they
+    were finished, keep them, and may be fetched again until the job is deleted."""
+
+    number: CallNumber
+    job: JobName
+    position: Count
+
+
+class CancelJob(Message, frozen=True, kw_only=True, tag="cancel_job"):
+    """The job's unfinished requests are given up and get no results; what has one keeps it."""
+
+    number: CallNumber
+    job: JobName
+
+
+class DeleteJob(Message, frozen=True, kw_only=True, tag="delete_job"):
+    """Forgets a job, finished or cancelled, and its results. There may be none of that name."""
+
+    number: CallNumber
+    job: JobName
+
+
+class JobList(Message, frozen=True, kw_only=True, tag="job_list"):
+    """Answer to all messages about jobs but FetchResults: the job as it is now, or all."""
+
+    number: CallNumber
+    jobs: tuple[JobInfo, ...]
+
+
+class JobResults(Message, frozen=True, kw_only=True, tag="job_results"):
+    """Answer to FetchResults: the next results, as many as fit in a message."""
+
+    number: CallNumber
+    job: JobInfo
+    position: Count
+    """Of the first one."""
+    results: tuple[JobResult, ...]
+    """None: there are no more now. There will be none at all if the job is finished or
+    cancelled."""
+
+
+class JobRefused(Message, frozen=True, kw_only=True, tag="job_refused"):
+    """A message about jobs could not be carried out, and changed nothing."""
+
+    number: CallNumber
+    code: ShortText
+    """`unknown_job`, `other_job` (the name is taken), `too_many_jobs`, `journal_full`, `journal`
+    (cannot be written now), `damaged` (a result is not readable), `gap`, `closed`, `unfinished`,
+    `draining`."""
+    message: ErrorText

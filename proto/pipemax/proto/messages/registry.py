@@ -32,8 +32,28 @@ INGEST = Channel(
     binder="coordinator",
     peers="clients",
     max_message_bytes=16 * 2**20,
-    to_binder=(ingest.ClientHello, ingest.Submit, ingest.Cancel, ingest.StatusQuery),
-    to_peer=(ingest.ServerHello, ingest.Finished, ingest.Refused, ingest.Status),
+    to_binder=(
+        ingest.ClientHello,
+        ingest.Submit,
+        ingest.Cancel,
+        ingest.StatusQuery,
+        ingest.OpenJob,
+        ingest.AddRequests,
+        ingest.CloseJob,
+        ingest.ListJobs,
+        ingest.FetchResults,
+        ingest.CancelJob,
+        ingest.DeleteJob,
+    ),
+    to_peer=(
+        ingest.ServerHello,
+        ingest.Finished,
+        ingest.Refused,
+        ingest.Status,
+        ingest.JobList,
+        ingest.JobResults,
+        ingest.JobRefused,
+    ),
     binder_queue_messages=32,  # messages can be large and clients are not ours
 )
 CONTROL = Channel(
