@@ -74,23 +74,25 @@ class CudaEngine:
         self._graphs: DecodeGraphs | None = None
         torch.set_num_threads(config.threads_per_stage)
         try:
-            self._open(run_dir or _NOWHERE)
+            self._open(run_dir)
         except BaseException:
             with contextlib.suppress(PipemaxError):
                 self.close()
             raise
 
-    def _open(self, run_dir: Path) -> None:
+    def _open(self, run_dir: Path | None) -> None:
         self._runtime = cuda.open_runtime(self._cuda.gpus[self._stage])
         self._gpu = Gpu(self._runtime, torch_side.open_torch(self._runtime))
         self._streams = StepStreams(self._runtime)
         self._opened.callback(self._streams.close)
         self._compute = self._streams.compute
         self._busy += [self._streams.upload, self._compute]
-        self._regions = HostRegions(self._runtime, run_dir, self._stage)
+        self._regions = HostRegions(self._runtime, run_dir or _NOWHERE, self._stage)
         self._opened.callback(self._regions.close)
         self._model = self._load_model()
         self._open_buffers()
+        if run_dir is not None and self._cuda.kv_copies == "daemon":
+            self._regions.wait_answered(_LET_GO_S)
         self._open_pool()
         self._steps = CudaSteps(
             self._runtime,
@@ -165,8 +167,6 @@ class CudaEngine:
         start = StartUp(self._gpu, config, self._model, self._compute)
         if self._graphs is not None and not start.usable(self._graphs):
             self._drop_graphs()
-        if self._cuda.kv_copies == "daemon":
-            self._regions.wait_answered(_LET_GO_S)
         if config.kv_cache_memory_bytes is not None:
             self.num_blocks = pool_blocks(
                 geometry.block_bytes, geometry.block_size, config.kv_cache_memory_bytes, self._stage

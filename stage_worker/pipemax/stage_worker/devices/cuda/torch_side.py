@@ -113,7 +113,9 @@ class _RealTorch:
             with _no_garbage_collection(), recording:
                 kernels()
         except RuntimeError as error:
-            raise NotCapturableError(_first_line(error)) from error
+            first = error.__context__  # ending a recording that failed fails as well
+            reason = first if isinstance(first, RuntimeError) else error
+            raise NotCapturableError(_first_line(reason)) from error
         return graph
 
     def replay(self, stream: Stream, graph: Graph) -> None:
