@@ -12,7 +12,9 @@ from .test_gpus import gpu
 
 
 def test_gpus_with_what_the_layout_of_a_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = GpuList(gpus=(gpu(0, peers=(1,), numa_node=1), gpu(1, free_bytes=0)))
+    found = GpuList(
+        gpus=(gpu(0, peers=(1,), numa_node=1), gpu(1, free_bytes=0), gpu(2, error="dead"))
+    )
     monkeypatch.setattr(collect_env, "look_at_gpus", lambda: found)
     lines = dict(describe_environment())
     assert lines["GPU 0"] == (
@@ -21,6 +23,7 @@ def test_gpus_with_what_the_layout_of_a_machine_decides(monkeypatch: pytest.Monk
     )
     assert lines["GPU 1"].startswith("Simulated GPU, 0 B of 22.4 GiB free")
     assert lines["GPU 1"].endswith("0000:01:00.0, reads the memory of: none")
+    assert lines["GPU 2"] == "cannot be used: dead"
     assert {"triton", "flashinfer-python", "memory nodes", "pinned memory"} <= lines.keys()
 
 

@@ -190,6 +190,11 @@ def test_blocks_are_large_enough_to_copy_fast(build: Build, stages: int, size: i
     assert min(config.cuda.block_bytes) >= 512 * 2**10 or size == 64
 
 
+def test_the_stage_with_the_smallest_blocks_counts(build: Build) -> None:
+    build.gpus(4)
+    assert build(pipeline_parallel_size=4, layer_split="20,6,3,3").block_size == 64
+
+
 def test_the_longest_request_by_default_fits_the_pool_that_is_expected(build: Build) -> None:
     build.gpus(2, total_bytes=16 * 10**9, free_bytes=16 * 10**9)
     config = build()
@@ -217,7 +222,9 @@ def test_the_host_pool_is_half_of_what_is_available_at_most(build: Build) -> Non
     assert build(kv_offloading_size="0").kv_offloading_bytes == 0
 
 
-def test_the_measured_split_is_the_default(build: Build) -> None:
+@pytest.mark.parametrize("layers", [(18, 14), (14, 18)])
+def test_the_measured_split_is_the_default(build: Build, layers: tuple[int, int]) -> None:
+    """And the weights that were measured say what is left."""
     layer = PartCost(fixed_s=1e-3)
     costs = ModelCosts(
         layers=(layer,) * LAYERS,
@@ -236,12 +243,12 @@ def test_the_measured_split_is_the_default(build: Build) -> None:
         seen.extend(devices)
         assert config.cuda is not None
         assert config.device == "cuda"
-        return Split((18, 14), 1, 1, (0.0,) * 2, (0.0,) * 2), (costs, costs)
+        return Split(layers, 1, 1, (0.0,) * 2, (0.0,) * 2), (costs, costs)
 
     build.patch.setattr(cuda_config, "measured_split", measured)
     build.gpus(1)
     config = build(layer_split=None)
-    assert config.layer_split == (18, 14)
+    assert config.layer_split == layers
     room = StageRoom(int(0.9 * 24 * 10**9) // 2 - 1_500_000_000, None)
     assert seen == [StageDevice("Simulated GPU, 24000000000 bytes", 0, 2, room)] * 2
     left = room.limit_bytes - 10**9 - 18 * 10**8

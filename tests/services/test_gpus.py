@@ -71,6 +71,18 @@ def test_what_is_not_there_is_named(asked: str, message: str) -> None:
         assign(asked, 2, 2)
 
 
+def test_a_gpu_that_cannot_be_used_is_left_out_unless_asked_for() -> None:
+    broken = gpu(1, error="cudaErrorECCUncorrectable")
+    found, said = (gpu(0), broken, gpu(2)), list[str]()
+    assert assign_gpus(None, 2, found, said.append) == (0, 2)
+    assert said == ["GPU 1 is left out: cudaErrorECCUncorrectable"]
+    assert assign_gpus("0,2", 2, found, said.append) == (0, 2)
+    with pytest.raises(ConfigError, match="--gpus 1: GPU 1 cannot be used: cudaErrorECC"):
+        assign_gpus("1", 1, found, said.append)
+    with pytest.raises(ConfigError, match="--device cuda: no GPU can be used: cudaErrorECC"):
+        assign_gpus(None, 1, (broken,), said.append)
+
+
 def test_looking_leaves_a_line_where_there_is_no_gpu() -> None:
     """On a machine with one, what it sees."""
     found = look_at_gpus()

@@ -150,7 +150,7 @@ def test_a_part_is_a_stage_with_as_many_blocks_as_the_others(tmp_path: Path) -> 
         assert found.layer_split[stage] == part.end - part.first
         assert found.cuda is not None
         assert found.cuda.gpus == (3,) * len(split)
-        assert found.cuda.kv_copies == "stage"
+        assert (found.cuda.kv_copies, found.kv_offloading_bytes) == ("stage", 0)
         counts.add(found.pool_bytes / found.cuda.block_bytes[stage])
     assert counts == {5 * 32}  # of 512 tokens each
 

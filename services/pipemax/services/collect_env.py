@@ -90,6 +90,9 @@ def _gpus() -> Iterator[tuple[str, str]]:
     if found.error is not None:
         yield "GPUs", f"none: {found.error}"
     for gpu in found.gpus:
+        if gpu.error is not None:
+            yield f"GPU {gpu.ordinal}", f"cannot be used: {gpu.error}"
+            continue
         major, minor = gpu.compute_capability
         node = "" if gpu.numa_node is None else f", memory node {gpu.numa_node}"
         peers = ", ".join(map(str, gpu.peers)) or "none"

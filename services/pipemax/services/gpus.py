@@ -61,8 +61,7 @@ def assign_gpus(
 
     asked: `--gpus`; by default the first GPUs, one for each stage.
     """
-    first = tuple(gpu.ordinal for gpu in found)[:stages]
-    given = first if asked is None else _parse(asked, found)
+    given = _usable(found, notice)[:stages] if asked is None else _parse(asked, found)
     if len(given) > stages:
         raise ConfigError(
             f"--gpus {asked} names {len(given)} GPUs, but --pipeline-parallel-size is {stages}"
@@ -84,7 +83,19 @@ def _parse(asked: str, found: Sequence[GpuReport]) -> tuple[int, ...]:
     for gpu in given:
         if gpu >= len(found):
             raise ConfigError(f"--gpus {asked}: there is no GPU {gpu}; {describe_gpus(found)}")
+        if found[gpu].error is not None:
+            raise ConfigError(f"--gpus {asked}: GPU {gpu} cannot be used: {found[gpu].error}")
     return given
+
+
+def _usable(found: Sequence[GpuReport], notice: Callable[[str], None]) -> tuple[int, ...]:
+    for gpu in found:
+        if gpu.error is not None:
+            notice(f"GPU {gpu.ordinal} is left out: {gpu.error}")
+    usable = tuple(gpu.ordinal for gpu in found if gpu.error is None)
+    if not usable:
+        raise ConfigError(f"--device cuda: no GPU can be used: {found[0].error}")
+    return usable
 
 
 def describe_gpus(found: Sequence[GpuReport]) -> str:

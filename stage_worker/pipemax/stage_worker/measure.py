@@ -44,6 +44,9 @@ _CONTEXT_TOKENS: Final = 512
 _LONGEST_TOKENS: Final = 2048
 """A longer context only makes measuring longer: its cost is taken to be proportional."""
 
+_POOL_BYTES: Final = 2 * 2**30
+"""Most that a pool takes, as good as; then contexts are shorter."""
+
 Shape = tuple[int, int, int, int]
 """A SweepSample but for its time."""
 Times = Mapping[Shape, float]
@@ -173,8 +176,14 @@ def config_of(config: EngineConfig, part: Part, info: ModelInfo) -> tuple[Engine
     stage = 1 if part.first else 0
     longest = min(config.max_model_len, _LONGEST_TOKENS)
     each = blocks_for(min(longest, _CONTEXT_TOKENS), config.block_size)
-    num_blocks = max(config.max_num_seqs * each, blocks_for(longest, config.block_size))
     dtype: Dtype = info.dtype if config.dtype == "auto" else config.dtype
+    largest = BlockGeometry(
+        _RUN_LAYERS, config.block_size, info.num_kv_heads, info.head_dim, dtype
+    ).block_bytes
+    num_blocks = max(
+        min(config.max_num_seqs * each, _POOL_BYTES // largest),
+        blocks_for(longest, config.block_size),
+    )
     block_bytes = tuple(
         BlockGeometry(
             layers, config.block_size, info.num_kv_heads, info.head_dim, dtype

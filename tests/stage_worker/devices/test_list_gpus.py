@@ -38,16 +38,26 @@ def test_no_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list_gpus() == GpuList(error="no driver")
 
 
-def test_a_gpu_that_fails_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = FakeCudaProcess(FakeMachine(str(tmp_path), num_gpus=2))
+def test_a_gpu_that_fails_is_listed_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = FakeCudaProcess(FakeMachine(str(tmp_path), num_gpus=3))
+
+    def fail() -> tuple[int, int]:
+        raise PipemaxSystemError("GPU 1: cudaErrorECCUncorrectable")
 
     def open_runtime(gpu: int) -> FakeCuda:
+        runtime = process.open_runtime(gpu)
         if gpu == 1:
-            raise PipemaxSystemError("GPU 1: set device: cudaErrorECCUncorrectable")
-        return process.open_runtime(gpu)
+            monkeypatch.setattr(runtime, "memory", fail)
+        return runtime
 
     monkeypatch.setattr(cuda, "open_runtime", open_runtime)
-    assert list_gpus() == GpuList(error="GPU 1: set device: cudaErrorECCUncorrectable")
+    found = list_gpus()
+    assert found.error is None
+    errors = [gpu.error for gpu in found.gpus]
+    assert errors == [None, "GPU 1: cudaErrorECCUncorrectable", None]
+    assert [gpu.ordinal for gpu in found.gpus] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("0", 0), ("-1\n", None), (None, None)])

@@ -122,7 +122,10 @@ def checkpoint_files(model_dir: Path) -> tuple[Path, ...]:
             f"{model_dir} has no *.safetensors; {pickled[0]} is a pickle, which can run code, and "
             "is refused; convert it to safetensors"
         )
-    raise ModelError(f"{model_dir} has no *.safetensors; download the model's weights")
+    raise ModelError(
+        f"{model_dir} has no *.safetensors; download the model's weights, or run its shape with "
+        "random ones: --load-format dummy"
+    )
 
 
 def read_index(index: Path) -> dict[str, str]:

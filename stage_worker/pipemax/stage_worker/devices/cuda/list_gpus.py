@@ -11,23 +11,25 @@ import msgspec
 
 from pipemax.proto import cuda
 from pipemax.proto.cuda.runtime import CudaRuntime
-from pipemax.proto.errors import ConfigError, PipemaxError
+from pipemax.proto.errors import ConfigError, PipemaxError, PipemaxSystemError
 
 _SYSFS = Path("/sys/bus/pci/devices")
 
 
 class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     ordinal: int
-    name: str
-    pci_bus_id: str
-    total_bytes: int
-    free_bytes: int
+    name: str = ""
+    pci_bus_id: str = ""
+    total_bytes: int = 0
+    free_bytes: int = 0
     """Less the context of the process that looked."""
-    compute_capability: tuple[int, int]
-    peers: tuple[int, ...]
+    compute_capability: tuple[int, int] = (0, 0)
+    peers: tuple[int, ...] = ()
     """Other GPUs whose memory this one reads directly."""
-    numa_node: int | None
+    numa_node: int | None = None
     """None: the machine has one node, or does not say."""
+    error: str | None = None
+    """Why it cannot be used; nothing else is known then."""
 
 
 class GpuList(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,31 +44,34 @@ def list_gpus() -> GpuList:
     runtimes: list[CudaRuntime] = []
     try:
         while True:
-            try:
-                runtimes.append(cuda.open_runtime(len(runtimes)))
-            except ConfigError:
-                if not runtimes:
-                    raise
-                break
-        return GpuList(gpus=tuple(_report(runtime, len(runtimes)) for runtime in runtimes))
-    except PipemaxError as error:
-        return GpuList(error=" ".join(str(error).split()))
+            runtimes.append(cuda.open_runtime(len(runtimes)))
+    except ConfigError as error:
+        if not runtimes:
+            return GpuList(error=_one_line(error))
+    return GpuList(gpus=tuple(_report(runtime, len(runtimes)) for runtime in runtimes))
 
 
 def _report(runtime: CudaRuntime, count: int) -> GpuReport:
-    found = runtime.properties()
-    free_bytes, _ = runtime.memory()
-    others = (gpu for gpu in range(count) if gpu != runtime.gpu)
-    return GpuReport(
-        ordinal=runtime.gpu,
-        name=found.name,
-        pci_bus_id=found.pci_bus_id,
-        total_bytes=found.total_bytes,
-        free_bytes=free_bytes,
-        compute_capability=found.compute_capability,
-        peers=tuple(gpu for gpu in others if runtime.can_access_peer(gpu)),
-        numa_node=numa_node(found.pci_bus_id),
-    )
+    try:
+        found = runtime.properties()
+        free_bytes, _ = runtime.memory()
+        others = (gpu for gpu in range(count) if gpu != runtime.gpu)
+        return GpuReport(
+            ordinal=runtime.gpu,
+            name=found.name,
+            pci_bus_id=found.pci_bus_id,
+            total_bytes=found.total_bytes,
+            free_bytes=free_bytes,
+            compute_capability=found.compute_capability,
+            peers=tuple(gpu for gpu in others if runtime.can_access_peer(gpu)),
+            numa_node=numa_node(found.pci_bus_id),
+        )
+    except PipemaxSystemError as error:
+        return GpuReport(ordinal=runtime.gpu, error=_one_line(error))
+
+
+def _one_line(error: PipemaxError) -> str:
+    return " ".join(str(error).split())
 
 
 def numa_node(pci_bus_id: str, sysfs: Path = _SYSFS) -> int | None:
