@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gpu_device
-from gpu_findings import Findings
 
 from gpu_check import machine
 from gpu_check.parts import PARTS, ROOT, Part, Settings
@@ -127,9 +126,6 @@ def why_not(options: Options) -> str:
 
 
 def run_one(part: Part, limit_s: float, folder: Path, options: Options) -> Outcome:
-    missing = machine.missing_modules({name: name for name in part.needs})
-    if missing:
-        return Outcome(part.name, "skip", f"{', '.join(missing)} is not installed", 0.0, Findings())
     findings = folder / f"{part.name}.json"
     settings = Settings(findings, limit_s, options.rehearse)
     before_mib = None if options.rehearse else gpu_device.used_mib(options.gpu)

@@ -39,8 +39,6 @@ class Part:
     shows: str
     limit_s: float
     command: Callable[[Settings], list[str]]
-    needs: tuple[str, ...] = ()
-    """Modules without which a rehearsal skips it."""
 
 
 def tests(*files: str) -> Callable[[Settings], list[str]]:
@@ -84,7 +82,6 @@ PARTS = (
         "attention kernels against a float64 reference",
         60,
         tests("test_kernels.py"),
-        needs=("triton",),
     ),
     Part(
         "attention",

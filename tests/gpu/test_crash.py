@@ -16,6 +16,7 @@ from support.local_system import LocalSystem, greedy, tokens_of
 from support.model_zoo import build_model
 
 DEADLINE_S = 60.0
+_SIZES = {"device_blocks": 40, "max_num_batched_tokens": 128, "max_num_seqs": 32}
 MORE_MIB = 64.0
 """What may differ in GPU memory of the same processes: libraries' workspaces, rounding."""
 
@@ -39,7 +40,12 @@ def test_killed_in_the_middle(
     work: Work, victims: tuple[str, ...], way: Way, rehearsal: bool, figure: Callable[..., None]
 ) -> None:
     config = gpu_config(
-        work.model_dir, way, rehearsal=rehearsal, device_blocks=40, max_num_batched_tokens=128
+        work.model_dir,
+        way,
+        rehearsal=rehearsal,
+        device_blocks=40,
+        max_num_batched_tokens=128,
+        max_num_seqs=32,
     )
     idle_mib = used_mib(None)
     system = gpu_system(config, rehearsal=rehearsal)
@@ -75,7 +81,12 @@ def test_killed_in_the_middle(
 def test_host_blocks_survive_a_stage(work: Work, rehearsal: bool) -> None:
     """The stage that was started again attaches, and what was stored is loaded, not recomputed."""
     config = gpu_config(
-        work.model_dir, Way(2), rehearsal=rehearsal, device_blocks=40, max_num_batched_tokens=128
+        work.model_dir,
+        Way(2),
+        rehearsal=rehearsal,
+        device_blocks=40,
+        max_num_batched_tokens=128,
+        max_num_seqs=32,
     )
     total = sum(len(answer) for answer in work.expected)
     system = gpu_system(config, rehearsal=rehearsal)

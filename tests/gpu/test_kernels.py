@@ -2,28 +2,22 @@
 
 import importlib.util
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from pipemax.proto.geometry import BlockGeometry
 from pipemax.stage_worker.attention.device.base import AttentionBackend
-from pipemax.stage_worker.attention.device.select import open_attention
-from support import attention_cases
 from support.attention_cases import CASES, Case
+from support.attention_errors import FAR_BLOCKS, measure, open_backend, relative_error
 
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 """‖out − expected‖ / ‖expected‖."""
 BACKENDS = ("triton", "flashinfer", "reference")
-_INTERPRETED = 12
-"""Cases of a rehearsal: Triton's interpreter is slow."""
-
-
-def _backend(name: str, case: Case, device: torch.device) -> AttentionBackend:
-    geometry = BlockGeometry(3, case.block_size, case.kv_heads, case.head_dim, case.dtype)
-    return open_attention(geometry, case.kv_heads * case.group, name, device).backend
+_REHEARSED = (0, 4, 8, 20, 29, 32)
+"""Cases for Triton's interpreter, which is slow."""
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -34,17 +28,16 @@ def test_backend_follows_the_definition(
         pytest.skip(f"{name} is not installed")
     if name == "flashinfer" and rehearsal:
         pytest.skip("flashinfer runs on GPUs only")
+    numbers = _REHEARSED if rehearsal else (FAR_BLOCKS, *range(len(CASES)))
+    processes = 1 if rehearsal or name == "reference" else min(8, os.cpu_count() or 1)
     largest: dict[str, float] = defaultdict(float)
     wrong = []
-    for case in CASES[:_INTERPRETED] if rehearsal else CASES:
-        try:
-            error = relative_error(_backend(name, case, device), case, device)
-        except AssertionError as problem:
-            wrong.append(f"{case}: {str(problem).splitlines()[0]}")
-            continue
-        largest[case.dtype] = max(largest[case.dtype], error)
-        if not error <= LARGEST_ERROR[case.dtype]:
-            wrong.append(f"{case}: error {error:.2e}")
+    for number, (error, problem) in measure(name, device.type, numbers, processes).items():
+        case = Case("float16") if number == FAR_BLOCKS else CASES[number]
+        largest[case.dtype] = max(largest[case.dtype], float(error))
+        if problem or not float(error) <= LARGEST_ERROR[case.dtype]:
+            what = "far blocks" if number == FAR_BLOCKS else str(case)
+            wrong.append(f"{what}: {problem or f'error {float(error):.2e}'}")
     for dtype, error in largest.items():
         figure(
             f"{name} {dtype}: largest relative error", error, at_most=LARGEST_ERROR[dtype],
@@ -53,44 +46,22 @@ def test_backend_follows_the_definition(
     assert not wrong, "\n".join(wrong)
 
 
-def relative_error(backend: AttentionBackend, case: Case, device: torch.device) -> float:
-    """Infinite for an output that is not finite everywhere. Raises AssertionError when the pool is
-    not what it should be, bit by bit, or an element is off."""
-    prepared = attention_cases.prepare(case, device)
-    poison(device, prepared.query)
-    attention_cases.check(backend, case, device)
-    poison(device, prepared.query)
-    out, _ = attention_cases.run(backend, prepared)
-    out = out.double()
-    if not bool(torch.isfinite(out).all()):
-        return math.inf
-    return float((out - prepared.expected).norm() / prepared.expected.norm())
+class _Spoiled:
+    """A backend whose output is off in one element."""
+
+    def __init__(self, backend: AttentionBackend, by: float) -> None:
+        self._backend, self._by = backend, by
+        self.bind_pool, self.plan = backend.bind_pool, backend.plan
+
+    def attend(self, *arguments: object, **options: object) -> torch.Tensor:
+        out = self._backend.attend(*arguments, **options).clone()  # type: ignore[arg-type]
+        out.view(-1)[3] += self._by
+        return out
 
 
-def poison(device: torch.device, like: torch.Tensor) -> None:
-    """Fills the memory that torch is about to give out with NaN, so that an output that is not
-    written shows."""
-    if device.type == "cuda":
-        spoiled = [torch.full_like(like, math.nan) for _ in range(8)]
-        spoiled += [torch.full((size,), math.nan, device=device) for size in (2**12, 2**16, 2**21)]
-        del spoiled
-
-
-def test_a_wrong_output_is_seen(device: torch.device) -> None:
-    """The yardstick itself: one element off, and one that is no number."""
+@pytest.mark.parametrize("by", [1.0, math.nan])
+def test_a_wrong_output_is_seen(device: torch.device, by: float) -> None:
+    """The yardstick itself."""
     case = Case("bfloat16")
-
-    class Spoiled:
-        def __init__(self, backend: AttentionBackend, by: float) -> None:
-            self._backend, self._by = backend, by
-            self.bind_pool, self.plan = backend.bind_pool, backend.plan
-
-        def attend(self, *arguments: object, **options: object) -> torch.Tensor:
-            out = self._backend.attend(*arguments, **options)  # type: ignore[arg-type]
-            out = out.clone()
-            out.view(-1)[3] += self._by
-            return out
-
-    for by in (1.0, math.nan):
-        with pytest.raises(AssertionError):
-            relative_error(Spoiled(_backend("reference", case, device), by), case, device)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError):
+        relative_error(_Spoiled(open_backend("reference", case, device), by), case, device)  # type: ignore[arg-type]
