@@ -26,7 +26,7 @@ from pipemax.proto.messages.control import (
 )
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import create_run_dir
-from pipemax.stage_worker.devices.cuda import copies as stage_copies
+from pipemax.stage_worker.devices.cuda import step_ring
 from support.fake_cuda import FakeMachine
 from support.kv_on_gpu import KvOnGpu
 
@@ -320,7 +320,7 @@ def test_steps_that_never_end_are_an_error(
     begin(rig, 1)
     (stage,) = rig.stages
     stage.queue_step(-1, {}, {}, takes_s=0.4)
-    monkeypatch.setattr(stage_copies, "DRAIN_S", 0.1)
+    monkeypatch.setattr(step_ring, "DRAIN_S", 0.1)
     stage.kv.detach()
     rig.feed(Reset(epoch=2))
     rig.feed(FromStage(0, stage.offer(2)))

@@ -7,6 +7,7 @@ that come before it, on the device: no call here waits for the GPU.
 """
 
 import contextlib
+import logging
 import os
 import select
 import time
@@ -29,15 +30,12 @@ from pipemax.proto.messages.kv import (
     PoolAttached,
 )
 from pipemax.stage_worker.devices.cuda.host_region import HostRegions
+from pipemax.stage_worker.devices.cuda.step_ring import RING, StepRing
 from pipemax.stage_worker.kv_end import KvEnd, PoolOffer
 
-_DIRECTIONS: Final[tuple[Direction, Direction]] = ("load", "store")
-RING = 64
-"""Events of each kind. Number n is recorded on the event at n modulo this."""
-DRAIN_S = 20.0
-"""Longest that steps queued before a reset may take to end: more means that they wait for a process
-that is gone, and that only a fresh stage goes on."""
+log = logging.getLogger(__name__)
 
+_DIRECTIONS: Final[tuple[Direction, Direction]] = ("load", "store")
 CLOSE_S = 2.0
 """Longest that copies under way may take to end when the stage leaves."""
 
@@ -67,54 +65,6 @@ class CudaKvEnd(KvEnd, Protocol):
 
     def close(self) -> None:
         """Ends the threads and gives up what was made here; the pool is the caller's."""
-
-
-class _Computed:
-    """The ring of events behind steps, and whether those before a reset have ended."""
-
-    def __init__(self, runtime: CudaRuntime, *, interprocess: bool) -> None:
-        self._runtime = runtime
-        self.events = tuple(runtime.create_event(interprocess=interprocess) for _ in range(RING))
-        self.newest = -1
-        self._drain_by_s: float | None = None
-
-    def record(self, stream: Stream) -> int:
-        self.newest += 1
-        self._runtime.record(self.events[self.newest % RING], stream)
-        return self.newest
-
-    def wait(self, stream: Stream, number: int) -> None:
-        """`stream` waits for that step; one too old for the ring was passed long ago."""
-        if number > self.newest:
-            raise WireError("unexpected", f"a copy behind step event {number} of {self.newest + 1}")
-        if number >= max(0, self.newest - RING + 1):
-            self._runtime.wait(stream, self.events[number % RING])
-
-    @property
-    def latest(self) -> CudaEvent | None:
-        return self.events[self.newest % RING] if self.newest >= 0 else None
-
-    def begin_drain(self) -> None:
-        self._drain_by_s = time.monotonic() + DRAIN_S
-
-    @property
-    def drained(self) -> bool:
-        """Everything recorded has ended. Raises PipemaxSystemError when it does not in time."""
-        if self._drain_by_s is None:
-            return True
-        if self.latest is None or self._runtime.finished(self.latest):
-            self._drain_by_s = None
-            return True
-        if time.monotonic() > self._drain_by_s:
-            raise PipemaxSystemError(
-                f"steps that were queued before a reset have not ended after {DRAIN_S:.0f} s: "
-                "they wait for what a process that is gone was to bring"
-            )
-        return False
-
-    def close(self) -> None:
-        for event in self.events:
-            self._runtime.destroy_event(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +149,7 @@ class StageCopies:
         self._pool = pool
         self._regions = regions
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._computed = _Computed(runtime, interprocess=False)
+        self._computed = StepRing(runtime, interprocess=False)
         self._lanes = {
             direction: _Lane(runtime, direction, self._wake_fd) for direction in _DIRECTIONS
         }
@@ -317,7 +267,7 @@ class DaemonCopies:
     def __init__(self, runtime: CudaRuntime, pool: DevicePool) -> None:
         self._runtime = runtime
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._computed = _Computed(runtime, interprocess=True)
+        self._computed = StepRing(runtime, interprocess=True)
         self._drain: EventWatcher[None] = EventWatcher(runtime, "kv-drain", self._wake_fd)
         self._cuda = CudaPool(
             memory=runtime.export_memory(pool.pointer),
@@ -333,10 +283,16 @@ class DaemonCopies:
         return PoolOffer(cuda=self._cuda)
 
     def attach(self, answer: PoolAttached) -> None:
-        """Raises PipemaxSystemError when the daemon that answered is gone again."""
+        """Of a daemon that is gone again, its successor will answer."""
         if answer.loaded != self._handles:
             self._forget_loaded()
-            self._loaded = tuple(map(self._runtime.open_event, answer.loaded))
+            try:
+                for handle in answer.loaded:
+                    self._loaded += (self._runtime.open_event(handle),)
+            except PipemaxSystemError as error:
+                log.warning("the daemon's events are gone: %s", error)
+                self._forget_loaded()
+                return
             self._handles = answer.loaded
         self._answered = True
 
