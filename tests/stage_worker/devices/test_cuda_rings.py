@@ -146,10 +146,15 @@ def arrivals(receiver: Stage, count: int) -> list[Arrival]:
     return found
 
 
-@pytest.mark.parametrize("transport", ["ipc", "shm", "tcp"])
-def test_rows_arrive_as_sent(tmp_path: Path, transport: str) -> None:
-    """Three steps at a time are queued ahead, then their slots are free again."""
-    with pair(tmp_path, config_of(transport=transport), delay_s=0.002) as (sender, receiver):
+@pytest.mark.parametrize(
+    ("transport", "gpus"), [("ipc", (0, 0)), ("shm", (0, 0)), ("shm", (0, 1)), ("tcp", (0, 1))]
+)
+def test_rows_arrive_as_sent(tmp_path: Path, transport: str, gpus: tuple[int, ...]) -> None:
+    """Three steps at a time are queued ahead, then their slots are free again. Between GPUs that do
+    not reach each other nothing is announced before it is there."""
+    with pair(tmp_path, config_of(gpus, transport), delay_s=0.002) as (sender, receiver):
+        assert sender.rings.outlet is not None
+        assert sender.rings.outlet.announces_ahead is (gpus == (0, 0))
         assert sender.neighbours.transport == receiver.neighbours.transport == transport
         agree(sender, receiver)
         draw = torch.Generator().manual_seed(1)

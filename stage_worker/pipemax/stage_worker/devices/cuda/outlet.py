@@ -147,23 +147,26 @@ class HostOutlet(_HostRing):
     """A ring in pinned host memory, which the next stage maps. RowWriter and Outlet."""
 
     transport: Transport = "shm"
-    announces_ahead = True
 
-    def __init__(self, gpu: Gpu, shape: RingShape) -> None:
+    def __init__(self, gpu: Gpu, shape: RingShape, *, shares_events: bool) -> None:
+        """`shares_events`: the next stage's GPU can wait for events of this one. Else its process
+        hears of rows once they are there."""
         super().__init__(gpu, shape)
-        self._written = EventRing(gpu.runtime)
+        self.announces_ahead = shares_events
+        self._written = EventRing(gpu.runtime) if shares_events else None
         self._place = RingPlace(
             self._ring.handle,
             CudaRing(
                 memory=None,
                 pci_bus_id=gpu.runtime.properties().pci_bus_id,
-                written=self._written.handles,
+                written=() if self._written is None else self._written.handles,
             ),
         )
 
     def shut(self, slot: int, count: int, compute: Stream) -> QueuedRows:
         self._copy_out(slot, count, compute)
-        return QueuedRows((count, self._shape.hidden_size), self._written.record(self.stream))
+        event = -1 if self._written is None else self._written.record(self.stream)
+        return QueuedRows((count, self._shape.hidden_size), event)
 
     def place(self) -> RingPlace:
         return self._place
@@ -176,7 +179,8 @@ class HostOutlet(_HostRing):
 
     def free(self) -> None:
         super().free()
-        self._written.close()
+        if self._written is not None:
+            self._written.close()
 
 
 class FrameOutlet(_HostRing):

@@ -45,13 +45,17 @@ class CudaRings:
         """None on the last stage."""
         if not is_last:
             wanted = config.activation_transport
-            self.outlet = self._make_outlet(self.transport(wanted, stage), shape, compute)
+            self.outlet = self._make_outlet(self.transport(wanted, stage), stage, compute)
 
-    def _make_outlet(self, transport: Transport, shape: RingShape, compute: Stream) -> Outlet:
+    def _make_outlet(self, transport: Transport, stage: int, compute: Stream) -> Outlet:
+        """GPUs that do not reach each other's memory are not known to reach each other's events:
+        CUDA may refuse to open them (cuIpcOpenEventHandle, CUDA_ERROR_PEER_ACCESS_UNSUPPORTED)."""
         if transport == "ipc":
-            return DeviceOutlet(self._gpu, shape, compute)
-        kind = HostOutlet if transport == "shm" else FrameOutlet
-        return kind(self._gpu, shape)
+            return DeviceOutlet(self._gpu, self._shape, compute)
+        if transport == "tcp":
+            return FrameOutlet(self._gpu, self._shape)
+        peers = self._runtime.can_access_peer(self._gpus[stage + 1])
+        return HostOutlet(self._gpu, self._shape, shares_events=peers)
 
     def transport(self, wanted: Literal["auto"] | Transport, sender: int) -> Transport:
         """`ipc` needs GPUs that read each other's memory. CUDA answers both ends alike."""

@@ -100,9 +100,11 @@ class StartUp:
         """Of all graphs, from what the two largest take: the first one's memory serves the others,
         each of which only adds what describes it."""
         sizes = bucket_rows(graphs.max_rows)
+        self.gpu.torch.release_unused()  # as recording does: what it gives back is no graph's
         held = [self._held_bytes()]
         for rows in sizes[:-3:-1]:
             graphs.capture([rows], self.compute)
+            self.gpu.torch.release_unused()
             held.append(self._held_bytes())
         graphs.forget()
         first_bytes = held[1] - held[0]
