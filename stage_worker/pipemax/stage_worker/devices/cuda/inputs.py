@@ -160,7 +160,8 @@ class InputVersions:
         self._idle = deque(versions)
 
     def take(self) -> InputVersion | None:
-        """One that nothing reads any more; None when there is none yet."""
+        """One that nothing reads any more; None when there is none yet. Where no step is in flight
+        that can be only for the moment in which inputs that a reset voided are still copied."""
         if not self._idle or not self._idle[0].free:
             return None
         return self._idle.popleft()

@@ -73,9 +73,9 @@ class CudaWorkLoop:
             return False
         missing = self._queue.missing(plan)
         self._clock.switch(missing or "prepare")
-        if not self._is_prepared(plan):
-            return self._prepare(plan)
-        prepared = self._prepared[plan.epoch, plan.step]
+        prepared = self._prepare(plan)
+        if prepared is None:
+            return not self._flights  # a step that lands wakes the loop; see `InputVersions.take`
         full = len(self._flights) == MAX_IN_FLIGHT or not self._steps.ready(prepared)
         if missing is not None or full:
             return self._prepare_one_ahead()
@@ -87,22 +87,21 @@ class CudaWorkLoop:
             if epoch != self._queue.epoch:
                 self._steps.forget(self._prepared.pop((epoch, step)))
 
-    def _is_prepared(self, plan: StepPlan) -> bool:
-        return (plan.epoch, plan.step) in self._prepared
-
-    def _prepare(self, plan: StepPlan) -> bool:
-        """Whether to go on at once. With all versions taken, a step that lands wakes the loop; only
-        after a reset, inputs still under way may be all that keeps a version."""
-        prepared = self._steps.prepare(plan)
-        if prepared is None:
-            return not self._flights
-        self._prepared[plan.epoch, plan.step] = prepared
-        return True
+    def _prepare(self, plan: StepPlan) -> Prepared | None:
+        """None while all versions of the inputs are taken."""
+        key = (plan.epoch, plan.step)
+        if key not in self._prepared:
+            prepared = self._steps.prepare(plan)
+            if prepared is None:
+                return None
+            self._prepared[key] = prepared
+        return self._prepared[key]
 
     def _prepare_one_ahead(self) -> bool:
+        """Whether there was something to do."""
         for plan in self._queue.plans[1:2]:
-            if not self._is_prepared(plan):
-                return self._prepare(plan)
+            if (plan.epoch, plan.step) not in self._prepared:
+                return self._prepare(plan) is not None
         return False
 
     def _launch(self, prepared: Prepared) -> None:
