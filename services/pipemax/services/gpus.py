@@ -104,5 +104,6 @@ def describe_gpus(found: Sequence[GpuReport]) -> str:
         f"{gpu.ordinal} {gpu.name} ({format_size(gpu.free_bytes)} of "
         f"{format_size(gpu.total_bytes)} free)"
         for gpu in found
+        if gpu.error is None
     )
     return f"this machine shows {', '.join(each)}"

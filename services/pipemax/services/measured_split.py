@@ -52,6 +52,7 @@ def measured_split(
 
     config: all of it but the split and what follows from it. asked_len: `--max-model-len`.
     """
+    notice("measuring layers to share them out (--layer-split even does without)")
     measured = _measure_each({device.kind: device for device in devices}, config, info)
     costs = tuple(measured[device.kind].scaled(device.stages_on_it) for device in devices)
     rooms = [device.room for device in devices]
