@@ -259,7 +259,16 @@ def unreachable(*_: object) -> None:
     raise AssertionError("flags are checked before anything is started")
 
 
-@pytest.mark.parametrize("flag", [{"kv_copies": "x"}, {"emulate_link_bandwidth": "1"}])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"kv_copies": "x"},
+        {"emulate_link_bandwidth": "1"},
+        {"max_model_len": 10**6},
+        {"layer_split": "1,2"},
+        {"pipeline_parallel_size": 33},
+    ],
+)
 def test_flags_are_checked_before_a_gpu_is_touched(
     build: Build, flag: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,14 +66,9 @@ def cuda_config(
 ) -> EngineConfig:
     """`config` with all that depends on the GPUs. Raises ConfigError for what they cannot do."""
     stages = config.pipeline_parallel_size
-    if options.emulate_link_bandwidth is not None:
-        raise ConfigError("--emulate-link-bandwidth: a GPU's link is real; leave it out")
     fields = _fields(options, stages)
     fixed = options.kv_cache_memory_bytes is not None
-    if fixed and options.gpu_memory_utilization is not None:
-        raise ConfigError(
-            "--gpu-memory-utilization and --kv-cache-memory-bytes both size the KV pool; give one"
-        )
+    _check_flags(options, info)
     found = find_gpus()
     gpus = assign_gpus(options.gpus, stages, found, notice)
     config = msgspec.structs.replace(
@@ -102,6 +97,20 @@ def cuda_config(
     return msgspec.structs.replace(
         config, max_model_len=_max_model_len(options, config, info, devices, weights)
     )
+
+
+def _check_flags(options: EngineOptions, info: ModelInfo) -> None:
+    """Those that need no look at a GPU, which takes seconds."""
+    if options.emulate_link_bandwidth is not None:
+        raise ConfigError("--emulate-link-bandwidth: a GPU's link is real; leave it out")
+    if options.kv_cache_memory_bytes is not None and options.gpu_memory_utilization is not None:
+        raise ConfigError(
+            "--gpu-memory-utilization and --kv-cache-memory-bytes both size the KV pool; give one"
+        )
+    asked, limit = options.max_model_len, info.max_position_embeddings
+    if asked is not None and asked > limit:
+        raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
+    layer_split(options, info.num_layers)
 
 
 def _fields(options: EngineOptions, stages: int) -> CudaDevice:
@@ -240,8 +249,6 @@ def _max_model_len(
     stages report."""
     asked, limit = options.max_model_len, info.max_position_embeddings
     assert config.cuda is not None
-    if asked is not None and asked > limit:
-        raise ConfigError(f"--max-model-len {asked}: the model was made for at most {limit} tokens")
     if config.kv_cache_memory_bytes is not None:
         return max_model_len(asked, limit, config, max(config.cuda.block_bytes))
     if asked is not None:
