@@ -80,13 +80,13 @@ PARTS = (
     Part(
         "kernels",
         "attention kernels against a float64 reference",
-        60,
+        55,
         tests("test_kernels.py"),
     ),
     Part(
         "attention",
         "decode attention against the card's copy bandwidth",
-        40,
+        35,
         benchmark("attention_cuda.py"),
     ),
     Part(
@@ -98,13 +98,13 @@ PARTS = (
     Part(
         "exactness",
         "the whole system's greedy tokens and logits against transformers",
-        130,
+        120,
         tests("test_logits.py", "test_exactness.py"),
     ),
     Part(
         "crash",
         "killed stages and daemons: same tokens, no GPU memory held, attached again",
-        50,
+        75,
         tests("test_crash.py"),
     ),
     Part(
@@ -116,7 +116,7 @@ PARTS = (
     Part(
         "offload",
         "offloading on against off in 24 GB, 2 and 4 stages, beside the simulator",
-        145,
+        140,
         benchmark("offload_cuda.py"),
     ),
     Part(

@@ -220,6 +220,12 @@ def test_limits_fit_the_time_there_is() -> None:
     assert sum(part.limit_s for part in PARTS) <= TOTAL_LIMIT_S
 
 
+def test_the_page_about_it_knows_every_part() -> None:
+    page = (check.RESULTS / "gpu-check.md").read_text()
+    rows = [f"| `{part.name}` | {part.limit_s:.0f} s |" for part in PARTS]
+    assert [row for row in rows if row not in page] == []
+
+
 def test_every_part_is_there(tmp_path: Path) -> None:
     """Files that the commands name exist."""
     for one in PARTS:
