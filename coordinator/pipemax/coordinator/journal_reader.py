@@ -1,14 +1,13 @@
 """Reading a journal that no system uses: results outlive the system, and what damage spares."""
 
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from pipemax.coordinator import journal_file
-from pipemax.coordinator.jobs_round import page_of
-from pipemax.coordinator.journal import JobRow, ResultRow, read_jobs, read_results
+from pipemax.coordinator.jobs_round import UNREADABLE, page_of
+from pipemax.coordinator.journal import PAGE_RESULTS, JobRow, ResultRow, read_jobs, read_results
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages import ingest
 
@@ -33,30 +32,24 @@ class JournalReader:
         list itself is damaged."""
         return [row.info(row.settings) for row in self._rows()]
 
-    def results(self, name: str, position: int) -> Iterator[tuple[int, ingest.JobResult]]:
-        """The job's results with their positions, from one on. Raises ConfigError when there is no
-        such job."""
+    def page(self, name: str, position: int) -> list[ingest.JobResult]:
+        """The job's next results from a position on; none when there are no more. In the place of
+        one that is not readable there is a refusal that says so. Raises ConfigError when there is
+        no such job."""
         row = next((row for row in self._rows() if row.name == name), None)
         if row is None:
             raise ConfigError(f"the journal {self._path} has no job {name!r}")
-        while position < row.num_results:
-            rows = self._page(row, position)
-            yield from rows
-            position = rows[-1][0] + 1 if rows else position + 1
-
-    def _page(self, row: JobRow, position: int) -> list[tuple[int, ingest.JobResult]]:
-        """Results from `position` on: at least that one, unless it is not readable."""
-        for most in (256, 1):
+        if position >= row.num_results:
+            return []
+        for most in (PAGE_RESULTS, 1):
             try:
-                found = read_results(self._db, row.job, position, most)
-                if most == 1:
-                    found = [result for result in found if result.position == position]
-                if found:
-                    return [(result.position, self._decoded(row, result)) for result in found]
-            except (sqlite3.DatabaseError, msgspec.DecodeError):
+                rows = read_results(self._db, row.job, position, most)
+                if rows and rows[0].position == position and _without_gaps(rows):
+                    return [self._decoded(row, found) for found in rows]
+            except (sqlite3.DatabaseError, *UNREADABLE):
                 continue
         self.unreadable += 1
-        return []
+        return [_unreadable(position)]
 
     def _decoded(self, row: JobRow, found: ResultRow) -> ingest.JobResult:
         page = page_of(0, row.info(row.settings), found.position, [found])
@@ -69,3 +62,13 @@ class JournalReader:
             return read_jobs(self._db)
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"the journal {self._path} cannot be read: {error}") from error
+
+
+def _without_gaps(rows: list[ResultRow]) -> bool:
+    return all(row.position == rows[0].position + n for n, row in enumerate(rows))
+
+
+def _unreadable(position: int) -> ingest.JobResult:
+    text = f"result {position} of the job could not be read: its journal is damaged there"
+    refused = ingest.Refused(request_id=f"position-{position}", code="damaged", message=text)
+    return ingest.JobResult(seq=0, note=b"", finished_at=0.0, result=refused)

@@ -11,6 +11,18 @@
 
 from pipemax.client.client import Chat, Client, Prompt
 from pipemax.client.completion import Completion
-from pipemax.proto.messages.ingest import SamplingParams, Status, Submit
+from pipemax.client.jobs import Jobs
+from pipemax.proto.messages.ingest import JobInfo, JobRequest, SamplingParams, Status, Submit
 
-__all__ = ["Chat", "Client", "Completion", "Prompt", "SamplingParams", "Status", "Submit"]
+__all__ = [
+    "Chat",
+    "Client",
+    "Completion",
+    "JobInfo",
+    "JobRequest",
+    "Jobs",
+    "Prompt",
+    "SamplingParams",
+    "Status",
+    "Submit",
+]

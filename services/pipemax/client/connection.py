@@ -84,8 +84,15 @@ class Connection:
         self._send_frame(encode(message))
 
     def send_request(self, submit: Submit) -> None:
-        """Queues a request. Raises RequestError, before anything is sent, for one that the
-        coordinator could not even read: a message it refuses does not say which request it was."""
+        """Queues a request. Raises RequestError as `check_request`, before anything is sent."""
+        self._send_frame(self._checked_frame(submit))
+
+    def check_request(self, submit: Submit) -> int:
+        """Its size in bytes. Raises RequestError for a request that the coordinator could not even
+        read: a message it refuses does not say which request it was."""
+        return len(self._checked_frame(submit))
+
+    def _checked_frame(self, submit: Submit) -> bytes:
         try:
             frame = encode(submit)
             self._checker.decode(frame)
@@ -93,7 +100,7 @@ class Connection:
             raise RequestError(error.code, str(error)) from error
         except (TypeError, ValueError, OverflowError) as error:  # not encodable
             raise RequestError("invalid_field", str(error)) from error
-        self._send_frame(frame)
+        return frame
 
     def _send_frame(self, frame: bytes) -> None:
         socket = self._open_socket()

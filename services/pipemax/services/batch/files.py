@@ -147,7 +147,7 @@ class Batch:
         stack.callback(ledger.close)
         working, errors = working_file(planned.output), self._files.errors
         if manifests.can_have_one(planned.output):
-            stack.enter_context(_locked(planned.output))
+            stack.enter_context(locked(planned.output))
         if manifests.can_have_one(planned.output):
             if planned.start == "new":
                 _empty(working)
@@ -183,7 +183,7 @@ def run_files(
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Raises ConfigError when another run writes to `output`: results would come twice. The lock is
     the kernel's and ends with the process, whatever becomes of the file."""
     path = output.with_name(output.name + ".lock")

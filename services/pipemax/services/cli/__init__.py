@@ -10,13 +10,17 @@ import sys
 import typer
 
 from pipemax.proto.errors import ConfigError, ModelError, PipemaxError
+from pipemax.services.cli.cancel import cancel
 from pipemax.services.cli.collect_env import collect_env
 from pipemax.services.cli.demo import demo
 from pipemax.services.cli.down import down
+from pipemax.services.cli.jobs import jobs
 from pipemax.services.cli.plan import plan
+from pipemax.services.cli.results import results
 from pipemax.services.cli.run_batch import run_batch
 from pipemax.services.cli.simulate import simulate
 from pipemax.services.cli.status import status
+from pipemax.services.cli.submit import submit
 from pipemax.services.cli.up import up
 from pipemax.services.cli.version import version
 
@@ -31,7 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (up, down, status, run_batch, demo, plan, simulate, collect_env, version):
+_JOBS = (submit, jobs, results, cancel)
+for _command in (up, down, status, run_batch, *_JOBS, demo, plan, simulate, collect_env, version):
     app.command(name=_command.__name__.replace("_", "-"))(_command)
 
 # What Typer raises for a flag it does not know or cannot read. Its base class moved between

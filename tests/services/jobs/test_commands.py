@@ -1,0 +1,334 @@
+"""`submit`, `jobs`, `results` and `cancel` against a coordinator's own jobs: every line of a file
+has its line among the results, once, whatever is interrupted."""
+
+import gzip
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipemax.client import Jobs
+from pipemax.client import jobs as client_jobs
+from pipemax.coordinator.journal_file import journal_path
+from pipemax.proto.errors import ConfigError, NotRunningError
+from pipemax.proto.messages import ingest
+from pipemax.services.batch.outputs import ResultFile
+from pipemax.services.cli import main
+from pipemax.services.jobs import results as results_module
+from pipemax.services.jobs import submit as submit_module
+from support.batch_lines import read_lines, request, write_lines
+from support.job_coordinator import JobCoordinator
+
+
+def pipemax(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["pipemax", *map(str, arguments)])
+    return main()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten good lines, and one of each kind that is not."""
+    return write_lines(
+        tmp_path / "in.jsonl",
+        *(request(f"id-{n}", "w" * (n + 1)) for n in range(10)),
+        b"not JSON",
+        b"",
+        request("id-3"),
+        request("other", model="other"),
+        request("refused", "refuse"),
+        request("failed", "fail"),
+        request("ids", [5, 6, 7]),
+        request("negative", max_tokens=-5),
+    )
+
+
+def check_all(lines: list[dict[str, Any]]) -> None:
+    """That these are the results of `source`."""
+    good = {line["custom_id"]: line["response"]["body"] for line in lines if not line["error"]}
+    assert set(good) == {*(f"id-{n}" for n in range(10)), "ids"}
+    assert good["id-2"]["choices"][0]["text"] == "WWW"
+    assert "token_ids" not in good["id-2"]["choices"][0]
+    assert good["ids"]["choices"][0]["token_ids"] == [5, 6, 7]
+    assert {body["model"] for body in good.values()} == {"fake"}
+    assert all(body["created"] > 1.6e9 for body in good.values())
+    errors = Counter(
+        (line["custom_id"], line["error"]["line"], line["error"]["code"])
+        for line in lines
+        if line["error"]
+    )
+    assert errors == {
+        (None, 11, "invalid_json"): 1,
+        ("id-3", 13, "duplicate_custom_id"): 1,
+        ("other", 14, "model_not_found"): 1,
+        ("refused", 15, "too_long"): 1,
+        ("failed", 16, "failed"): 1,
+        ("negative", 18, "invalid_field"): 1,
+    }
+    statuses = {e["custom_id"]: e["response"]["status_code"] for e in lines if e["error"]}
+    assert (statuses["other"], statuses["failed"], statuses["refused"]) == (404, 500, 400)
+
+
+def test_from_files_to_results(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with JobCoordinator():
+        assert pipemax(monkeypatch, "submit", "-i", source) == 0
+        name, said = capsys.readouterr()
+        assert name.startswith("in-")
+        assert "17 requests submitted" in said
+        job = name.strip()
+        assert pipemax(monkeypatch, "results", job, "-o", out, "--follow") == 0
+        assert f"17 results in {out}, 6 of them error lines" in capsys.readouterr().out
+        check_all(read_lines(out))
+        assert pipemax(monkeypatch, "submit", "-i", source) == 0
+        assert f"{job} was submitted before and is finished" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "jobs") == 0
+        table = capsys.readouterr().out
+        assert job in table
+        assert "17 (100%)" in table
+        assert pipemax(monkeypatch, "jobs", "--json") == 0
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["state"], found["num_results"], found["num_failed"]) == ("finished", 17, 6)
+        assert pipemax(monkeypatch, "results", job, "-o", out) == 0
+        assert f"0 results in {out}; 17 were there" in capsys.readouterr().out
+        assert pipemax(monkeypatch, "jobs", "--delete", job) == 0
+        capsys.readouterr()
+        assert pipemax(monkeypatch, "jobs", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("results", "ghost", "-o", "/dev/null"), "no job has the name 'ghost'"),
+        (("cancel", "ghost"), "no job has the name 'ghost'"),
+        (("jobs", "--delete", "ghost"), "no job has the name 'ghost'"),
+        (("submit", "-i", "/no/such"), "cannot read /no/such"),
+        (("submit", "-i", __file__, "--job", "a b"), "'a b' is no name of a job"),
+        (("results", "ghost", "-o", "/no/such/out"), "cannot write /no/such/out"),
+        (("results", "a", "-o", "x", "--journal", "/no/such"), "there is no journal /no/such"),
+    ],
+)
+def test_what_the_user_can_correct(
+    arguments: tuple[str, ...],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with JobCoordinator():
+        assert pipemax(monkeypatch, *arguments) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_without_a_system(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        ("submit", "-i", source),
+        ("jobs",),
+        ("cancel", "a"),
+        ("results", "a", "-o-"),
+    ):
+        assert pipemax(monkeypatch, *arguments) == 1
+        assert "system 'default' is not running" in capsys.readouterr().err
+
+
+def test_cancelling(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with JobCoordinator() as system:
+        system.paused = True
+        assert pipemax(monkeypatch, "submit", "-i", source, "--job", "a") == 0
+        assert pipemax(monkeypatch, "jobs", "--delete", "a") == 2
+        assert "cancel it first" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "results", "a", "-o", out) == 0
+        assert "a is running" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "cancel", "a") == 0
+        assert "a is cancelled" in capsys.readouterr().out
+        assert pipemax(monkeypatch, "results", "a", "-o", out, "--follow") == 0
+        assert "was cancelled" in capsys.readouterr().err
+    codes = {line["error"]["code"] for line in read_lines(out)}
+    assert codes <= {
+        "invalid_json",
+        "duplicate_custom_id",
+        "model_not_found",
+        "invalid_field",
+        "too_long",
+    }
+
+
+def test_an_interrupted_submit_goes_on_and_hands_nothing_over_twice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit_module, "_BATCH_REQUESTS", 4)
+    add, calls = Jobs.add, []
+
+    def add_some(self: Jobs, *arguments: Any) -> Any:
+        calls.append(arguments[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return add(self, *arguments)
+
+    with JobCoordinator():
+        monkeypatch.setattr(Jobs, "add", add_some)
+        with pytest.raises(KeyboardInterrupt):
+            submit_module.submit_files("default", [source], None)
+        job, before = submit_module.submit_files("default", [source], None)
+        assert (job.num_requests, before) == (17, 8)
+        assert calls == [0, 4, 8, 8, 12, 16]
+        with results_module.source_of("default", None, print) as results:
+            results_module.fetch(results, job.name, tmp_path / "out", follow=True)
+    check_all(read_lines(tmp_path / "out"))
+
+
+def test_other_files_do_not_become_part_of_a_job(source: Path, tmp_path: Path) -> None:
+    other = write_lines(tmp_path / "other.jsonl", request("x"))
+    with JobCoordinator():
+        submit_module.submit_files("default", [source], "a")
+        with pytest.raises(ConfigError, match="made of other lines"):
+            submit_module.submit_files("default", [other], "a")
+        job, _ = submit_module.submit_files("default", [source, other], "b")
+        assert job.num_requests == 18
+
+
+def test_a_message_nobody_answers_is_said_again(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_jobs, "_ASK_AGAIN_S", 0.05)
+    deaf_for = Counter({ingest.OpenJob: 1, ingest.AddRequests: 1, ingest.CloseJob: 1})
+
+    def deaf(message: object) -> bool:
+        deaf_for[type(message)] -= 1  # type: ignore[index]
+        return deaf_for[type(message)] >= 0  # type: ignore[index]
+
+    with JobCoordinator(deaf=deaf) as system:
+        job, _ = submit_module.submit_files("default", [source], "a")
+        assert job.num_requests == 17
+        kinds = Counter(type(message) for message in system.received)
+        assert min(kinds[kind] for kind in deaf_for if kind in kinds) >= 1
+        assert kinds[ingest.AddRequests] >= 2
+
+
+def test_results_go_on_wherever_they_were_interrupted(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write = ResultFile.write
+    left = [5]
+
+    def write_some(self: ResultFile, line: bytes) -> None:
+        left[0] -= 1
+        if not left[0]:
+            write(self, line[:10])
+            os.truncate(out, out.stat().st_size - 1)  # torn, without its line break
+            raise KeyboardInterrupt
+        write(self, line)
+
+    with JobCoordinator():
+        submit_module.submit_files("default", [source], "a")
+        with results_module.source_of("default", None, print) as results:
+            monkeypatch.setattr(ResultFile, "write", write_some)
+            for count in (5, 4, 1):
+                left[0] = count
+                with pytest.raises(KeyboardInterrupt):
+                    results_module.fetch(results, "a", out, follow=True)
+            fetched = results_module.fetch(results, "a", out, follow=True)
+            assert (fetched.lines, fetched.new) == (17, 10)
+            check_all(read_lines(out))
+            whole = out.read_bytes()
+            fresh = results_module.fetch(results, "a", tmp_path / "fresh")
+            assert fresh.new == 17
+            assert (tmp_path / "fresh").read_bytes() == whole, "the same results, the same lines"
+
+
+def test_an_output_of_something_else_is_not_appended_to(source: Path, tmp_path: Path) -> None:
+    out = write_lines(tmp_path / "out", request("x"), b"")
+    before = out.read_bytes()
+    with JobCoordinator():
+        submit_module.submit_files("default", [source], "a")
+        submit_module.submit_files("default", [write_lines(tmp_path / "i", request("y"))], "b")
+        with results_module.source_of("default", None, print) as results:
+            with pytest.raises(ConfigError, match="not results of job 'a'"):
+                results_module.fetch(results, "a", out)
+            assert out.read_bytes() == before
+            results_module.fetch(results, "a", out, overwrite=True, follow=True)
+            check_all(read_lines(out))
+            with pytest.raises(ConfigError, match="not results of job 'b'"):
+                results_module.fetch(results, "b", out, follow=True)
+
+
+def test_a_packed_output_is_made_when_the_job_is_over(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl.gz"
+    with JobCoordinator() as system:
+        system.paused = True
+        submit_module.submit_files("default", [source], "a")
+        with results_module.source_of("default", None, print) as results:
+            results_module.fetch(results, "a", out)
+            assert not out.exists()
+            system.paused = False
+            results_module.fetch(results, "a", out, follow=True)
+            for _ in range(2):
+                check_all(list(map(json.loads, gzip.decompress(out.read_bytes()).splitlines())))
+                assert results_module.fetch(results, "a", out).lines == 17
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl.gz"}
+
+
+def test_results_outlive_the_system(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    with JobCoordinator(), Jobs() as jobs:
+        submit_module.submit_files("default", [source], "a")
+        while jobs.info("a").state != "finished":
+            pass
+    assert pipemax(monkeypatch, "jobs", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["num_results"] == 17
+    assert pipemax(monkeypatch, "results", "a", "-o", out) == 0
+    check_all(read_lines(out))
+    moved = tmp_path / "moved.sqlite3"
+    journal_path("default").rename(moved)
+    with moved.open("r+b") as file:
+        file.truncate(moved.stat().st_size)
+    capsys.readouterr()
+    assert pipemax(monkeypatch, "results", "a", "-o", tmp_path / "again", "--journal", moved) == 0
+    assert (tmp_path / "again").read_bytes() == out.read_bytes()
+
+
+def test_a_job_not_made_of_lines_is_for_the_python_client(tmp_path: Path) -> None:
+    with JobCoordinator(), Jobs() as jobs:
+        jobs.open("mine")
+        submit = ingest.Submit(request_id="x", prompt="water")
+        jobs.add("mine", 0, [ingest.JobRequest(note=b"?", request=submit)])
+        jobs.close_job("mine", 1)
+        while not (page := jobs.results("mine")).results:
+            pass
+        assert page.results[0].note == b"?"
+        with (
+            results_module.source_of("default", None, print) as results,
+            pytest.raises(ConfigError, match=r"with pipemax\.client\.Jobs"),
+        ):
+            results_module.fetch(results, "mine", tmp_path / "out")
+
+
+def test_a_system_that_ends_is_noticed(source: Path) -> None:
+    with JobCoordinator() as system:
+        system.paused = True
+        submit_module.submit_files("default", [source], "a")
+        jobs = Jobs()
+    with jobs, pytest.raises(NotRunningError, match="has ended"):
+        jobs.info("a")
