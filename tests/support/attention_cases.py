@@ -1,8 +1,8 @@
 """Random steps over a paged pool, with what attention must give for them in float64.
 
 Made to run anywhere: against Triton's interpreter on a CPU, and against every backend on a GPU.
-Nothing outside of what a step may read holds a number: the pool is NaN where no token of an item
-is, and so are the K and V of padding rows.
+Nothing outside of what a step may read is harmless: the pool is NaN where no token of an item is,
+and so are the queries of padding rows, whose K and V are huge.
 """
 
 import random
@@ -118,14 +118,15 @@ def prepare(case: Case, device: torch.device) -> Prepared:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    def heads_first(count: int) -> torch.Tensor:
-        """`[rows, count, head_dim]` laid out as models give it; NaN in the rows of padding."""
+    def heads_first(count: int, padding: float) -> torch.Tensor:
+        """`[rows, count, head_dim]` laid out as models give it."""
         numbers = draw(count, layout.rows, case.head_dim)
-        numbers[:, rows:] = torch.nan
+        numbers[:, rows:] = padding
         return numbers.to(device).transpose(0, 1)
 
-    query = heads_first(case.kv_heads * case.group)
-    key, value = heads_first(case.kv_heads), heads_first(case.kv_heads)
+    query = heads_first(case.kv_heads * case.group, torch.nan)
+    # Not NaN: written anywhere in the pool it would not show.
+    key, value = heads_first(case.kv_heads, 1e4), heads_first(case.kv_heads, 1e4)
     pool = torch.full((sum(counts) + 5, *geometry.block_shape), torch.nan, dtype=dtype)
     for item, (_, old) in zip(items, case.items, strict=True):
         for token in range(old):
