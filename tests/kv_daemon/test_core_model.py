@@ -2,7 +2,6 @@
 and memories whose blocks hold tokens, which show every copy made too early or too late."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import TypeVar
@@ -38,30 +37,13 @@ from pipemax.proto.messages.control import (
     Stored,
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, Loaded, PoolAttached
-from support.kv_memories import CopyUnderWay, Memories, StageStreams, Token
+from support.kv_memories import Block, CopyUnderWay, Memories, StageStreams, Step, Token
 
 T = TypeVar("T")
 NUM_DEVICE = 12
 RANDOM = st.randoms(use_true_random=True)
 """A seed: choices within a rule need no shrinking of their own."""
 HANDLE = MemfdHandle(pid=1, fd=1, inode=1, size_bytes=1)
-
-
-@dataclass(eq=False)
-class Block:
-    token: Token
-    device: int | None
-    filled_by: int
-    store_sent: bool = False
-    stored: bool = False
-
-
-@dataclass
-class Step:
-    step: int
-    reads: dict[int, Token] = field(default_factory=dict)
-    fills: dict[int, Token] = field(default_factory=dict)
-    wait_for_load: bool = False
 
 
 class Machine(RuleBasedStateMachine):

@@ -19,6 +19,27 @@ TORN: Token = (-1, -1, -1)
 
 
 @dataclass(eq=False)
+class Block:
+    """One block of a request, as a coordinator knows it."""
+
+    token: Token
+    device: int | None
+    filled_by: int
+    store_sent: bool = False
+    stored: bool = False
+
+
+@dataclass
+class Step:
+    """A planned step, by device block."""
+
+    step: int
+    reads: dict[int, Token] = field(default_factory=dict)
+    fills: dict[int, Token] = field(default_factory=dict)
+    wait_for_load: bool = False
+
+
+@dataclass(eq=False)
 class CopyUnderWay:
     command: StartCopy
     device: dict[int, Token]
