@@ -34,8 +34,6 @@ SHAPE_SMALL = ModelShape(
     dtype="bfloat16",
 )
 """For rehearsals on a CPU."""
-BLOCK_SIZE = 16
-NO_GPU = "needs a GPU; the rehearsal has none"
 
 
 def run(doc: str | None, part: Callable[[argparse.Namespace, FindingsWriter, Path], None]) -> int:
@@ -99,7 +97,7 @@ def kv_token_bytes(shape: ModelShape) -> int:
 
 
 def engine_options(model: Path, stages: int, *, rehearse: bool, **settings: Any) -> EngineOptions:
-    """All stages on GPU 0, random weights."""
+    """All stages on GPU 0, random weights; blocks and pools as large as they are by default."""
     device: dict[str, Any] = {"device": "cpu", "threads_per_stage": 1}
     if not rehearse:
         device = {"device": "cuda", "gpus": ",".join(["0"] * stages)}
@@ -107,7 +105,6 @@ def engine_options(model: Path, stages: int, *, rehearse: bool, **settings: Any)
         model=str(model),
         pipeline_parallel_size=stages,
         load_format="dummy",
-        block_size=BLOCK_SIZE,
         **device,
         **settings,
     )

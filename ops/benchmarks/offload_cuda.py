@@ -55,6 +55,7 @@ CARD_BYTES = 24 * 10**9
 HOST_BYTES = 16 * 10**9
 PROCESS_BYTES = 13 * 10**8
 """Of a GPU's memory for each stage beside weights and KV: context, kernels, activations, graphs."""
+REQUESTS = 320
 SIGMA = 0.8
 CONTENDERS = ("off", "on")
 WINDOW = (0.2, 0.8)
@@ -83,7 +84,7 @@ def setting(stages: int, *, rehearse: bool) -> Setting | None:
         need = sum(one.prompt_tokens + one.output_tokens for one in work)
         kv_bytes = need // 4 * kv_token_bytes(shape)
         return Setting(shape, work, stages, kv_bytes, 8 * kv_bytes, rehearse)
-    work = lognormal_lengths(400, 344, 237, SIGMA, seed=3)
+    work = lognormal_lengths(REQUESTS, 344, 237, SIGMA, seed=3)
     card = min(CARD_BYTES, free_bytes() - stages * PROCESS_BYTES)
     kv_bytes = card - weights_bytes(shape)
     if kv_bytes < 2 * 10**9:
@@ -241,12 +242,8 @@ def simulate(job_file: Path) -> None:
     print(json.dumps({"seconds": result.simulated_s, "steady": window_rate(points)}))
 
 
-def report(
-    given: Setting,
-    runs: dict[str, Recording],
-    predicted: dict[str, dict[str, dict[str, float]]],
-    found: FindingsWriter,
-) -> None:
+def report(given: Setting, runs: dict[str, Recording], found: FindingsWriter) -> dict[str, float]:
+    """Tells what was measured; returns the ratios, by what they are of."""
     tokens = sum(one.output_tokens for one in given.work)
     head = f"{given.stages} stages, offloading"
     card = (weights_bytes(given.shape) + given.kv_bytes) / 1e9
@@ -256,22 +253,34 @@ def report(
         found.figure(f"{head} {name}: steady decode", steady[name], "output tokens/s")
         found.figure(f"{head} {name}: whole run", tokens / ran.seconds, "output tokens/s",
                      note=note)  # fmt: skip
-    measured = {
+    ratios = {
         "steady decode": steady["on"] / steady["off"] if steady["off"] else 0.0,
         "whole run": runs["off"].seconds / runs["on"].seconds,
     }
-    for what, ratio in measured.items():
+    for what, ratio in ratios.items():
         found.figure(f"{head} on : off, {what}, measured", ratio)
         if not ratio > 0:
             found.fail(f"{head}: no {what} was measured")
-        for costs, by_name in predicted.items():
-            on, off = by_name["on"], by_name["off"]
-            rate = off["seconds"] / on["seconds"]
-            if what == "steady decode":
-                rate = on["steady"] / off["steady"] if off["steady"] else 0.0
+    return ratios
+
+
+def report_predictions(
+    given: Setting,
+    ratios: dict[str, float],
+    predicted: dict[str, dict[str, dict[str, float]]],
+    found: FindingsWriter,
+) -> None:
+    for costs, by_name in predicted.items():
+        on, off = by_name["on"], by_name["off"]
+        rates = {
+            "steady decode": on["steady"] / off["steady"] if off["steady"] else 0.0,
+            "whole run": off["seconds"] / on["seconds"],
+        }
+        for what, rate in rates.items():
+            off_by = f"{rate / ratios[what] - 1:+.0%} of the measured" if ratios[what] else ""
             found.figure(
-                f"{head} on : off, {what}, simulated with {costs}", rate,
-                note=f"{rate / ratio - 1:+.0%} of the measured ratio" if ratio else "",
+                f"{given.stages} stages, offloading on : off, {what}, simulated with {costs}",
+                rate, note=off_by,
             )  # fmt: skip
 
 
@@ -283,7 +292,8 @@ def part(asked: argparse.Namespace, found: FindingsWriter, folder: Path) -> None
             continue
         model = write_model(folder / "model", given.shape)
         runs = measure(model, given, folder)
-        report(given, runs, simulate_all(runs, given, folder), found)
+        ratios = report(given, runs, found)
+        report_predictions(given, ratios, simulate_all(runs, given, folder), found)
 
 
 if __name__ == "__main__":

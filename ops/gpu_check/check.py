@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
                       flush=True)  # fmt: skip
         except Interrupted as stop:
             report.add(stop.outcome)
+        except KeyboardInterrupt:  # between two parts: what is left does not run
+            print("interrupted")
     print(table(report))
     if options.rehearse:
         print("This was a rehearsal without a GPU: it says nothing of CUDA.")

@@ -4,16 +4,19 @@ a CPU: systems with `--device cpu`, kernels in Triton's interpreter, a simulated
 Reading these files imports neither triton nor cupy.
 """
 
+import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from support.leaks import kill_leaked_processes, settled_leaks, snapshot
+from support.leaks import Snapshot, kill_leaked_processes, leaks, snapshot
 from support.source_tree import ROOT
 
 for _folder in ("ops", "ops/benchmarks"):
@@ -22,6 +25,8 @@ for _folder in ("ops", "ops/benchmarks"):
 
 REHEARSE = "--rehearse"
 _NO_GPU = "torch finds no CUDA device"
+_SETTLE_S = 5.0
+"""What processes that were told to end may take to do so."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,10 +81,33 @@ def figure(record_property: Callable[[str, Any], None]) -> Callable[..., None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_outlives_the_session(device: torch.device) -> Iterator[None]:
-    """As in the conftest above, but for what CUDA keeps."""
+    """As in the conftest above, once CUDA is open."""
+    yield from _leaving_nothing(device)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(runtime_dir: Path, device: torch.device) -> Iterator[None]:
+    yield from _leaving_nothing(device)
+
+
+def _leaving_nothing(device: torch.device) -> Iterator[None]:
+    """Of files, threads and mappings CUDA and its libraries open some when they are first needed,
+    and keep them; so on a GPU only processes, shared memory and locks are looked for."""
     before = snapshot()
     yield
-    found = settled_leaks(before)
+    deadline_s = time.monotonic() + _SETTLE_S
+    while (found := leaks(before, _without_cudas(before, device))) and (
+        time.monotonic() < deadline_s
+    ):
+        gc.collect()
+        time.sleep(0.05)
     kill_leaked_processes(before)
     if found:
-        pytest.fail("the test session left behind:\n  " + "\n  ".join(found))
+        pytest.fail("left behind:\n  " + "\n  ".join(found))
+
+
+def _without_cudas(before: Snapshot, device: torch.device) -> Snapshot:
+    after = snapshot()
+    if device.type == "cpu":
+        return after
+    return replace(after, fds=before.fds, threads=before.threads, mappings=before.mappings)

@@ -101,10 +101,14 @@ def test_the_imitated_card_has_24_gb(stages: int, monkeypatch: pytest.MonkeyPatc
     given = offload_cuda.setting(stages, rehearse=False)
     assert given is not None
     assert weights_bytes(given.shape) + given.kv_bytes == 24 * 10**9
-    assert sum(one.prompt_tokens for one in given.work) / len(given.work) == pytest.approx(344, 0.1)
-    assert sum(one.output_tokens for one in given.work) / len(given.work) == pytest.approx(237, 0.1)
+    assert sum(one.prompt_tokens for one in given.work) / len(given.work) == pytest.approx(
+        344, 0.02
+    )
+    assert sum(one.output_tokens for one in given.work) / len(given.work) == pytest.approx(
+        237, 0.02
+    )
     need = sum(one.prompt_tokens + one.output_tokens for one in given.work)
-    assert need * kv_token_bytes(given.shape) > 3 * given.kv_bytes  # memory is short
+    assert need * kv_token_bytes(given.shape) > 2 * given.kv_bytes  # memory is short
     monkeypatch.setattr(offload_cuda, "free_bytes", lambda: 18 * 10**9)
     assert offload_cuda.setting(stages, rehearse=False) is None
 
