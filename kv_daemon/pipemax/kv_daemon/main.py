@@ -21,8 +21,8 @@ MODELLED_PIECE_S = 0.01
 switch for every piece, and a machine may run as many links as a server with eight GPUs."""
 CUDA_PIECE_BYTES = 32 * 2**20
 """A piece costs the daemon some 0.1 ms of Python. Eight links of 25 GB/s in one direction are 6,000
-pieces of this size a second, more than half of what one core does; what is more urgent waits for
-1.3 ms of such a link, or 0.6 ms of one of 52 GB/s."""
+pieces of this size a second, more than half of what one core does; a more urgent prefetch waits for
+CUDA_DEPTH of them, 1.3 ms each on such a link. Activations wait for less: see pinned.COPY_BYTES."""
 CUDA_DEPTH = 3
 """Pieces given to a stage's stream: enough to last while its loop launches a step."""
 PATIENCE_S = 30.0

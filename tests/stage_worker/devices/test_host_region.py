@@ -191,6 +191,24 @@ def test_a_low_limit_is_warned_of(
     assert "RLIMIT_MEMLOCK is 64.0 KiB" in caplog.text
 
 
+def test_no_copy_is_long(
+    gpu: FakeCuda, pool: SharedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "COPY_BYTES", 3000)
+    address = np.frombuffer(pool.buffer, np.uint8).ctypes.data
+    pages = PinnedMemory(gpu, chunk_bytes=PAGE)
+    pages.pin(address, address + 3 * PAGE, lambda: False)
+    found = list(pages.pieces(address + 96, 2 * PAGE))
+    assert found == [
+        (address + 96, 3000),
+        (address + 3096, 1000),
+        (address + PAGE, 3000),
+        (address + PAGE + 3000, 1096),
+        (address + 2 * PAGE, 96),
+    ]
+    pages.unpin()
+
+
 def test_a_stop_is_heard_between_chunks(gpu: FakeCuda, pool: SharedMemory) -> None:
     address = np.frombuffer(pool.buffer, np.uint8).ctypes.data
     pages = PinnedMemory(gpu, chunk_bytes=PAGE)
