@@ -11,6 +11,7 @@ import pytest
 from pipemax.kv_daemon import numa
 from pipemax.kv_daemon.host_pool import HostPool
 from pipemax.kv_daemon.pages import PoolPages
+from pipemax.proto.errors import ConfigError
 
 SIZE = 3 * 64 * 2**20 + 4096 + 1
 PARTS = ((0, 100_000), (100_000, SIZE))
@@ -111,6 +112,9 @@ def test_a_daemon_waits_for_what_its_predecessor_held(monkeypatch: pytest.Monkey
     HostPool(4096, patience_s=60).close()
     with pytest.raises(StopIteration):
         next(available)
+    available = iter([0])
+    with pytest.raises(ConfigError, match="is more than"):  # and is not looked at twice
+        HostPool(2**60, patience_s=60)
 
 
 def machine(sysfs: Path, nodes: dict[int, str], devices: dict[str, str]) -> Path:

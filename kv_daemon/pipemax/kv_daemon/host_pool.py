@@ -125,18 +125,25 @@ class HostPool:
 
 def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """What the kernel says can be used without swapping (`MemAvailable`)."""
+    return _meminfo("MemAvailable", meminfo)
+
+
+def _meminfo(wanted: str, meminfo: Path) -> int:
     for line in meminfo.read_text().splitlines():
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
+        if name == wanted:
             return int(value.split()[0]) * 1024
-    raise ConfigError(f"{meminfo} has no MemAvailable; PipeMax needs Linux 3.14 or newer")
+    raise ConfigError(f"{meminfo} has no {wanted}; PipeMax needs Linux 3.14 or newer")
 
 
 def _available_within(patience_s: float, wanted_bytes: int) -> int:
-    """Available memory, as soon as it is enough or the time is over."""
-    give_up_s = time.monotonic() + patience_s
+    """Available memory, as soon as it is enough or the time is over. What this machine never has
+    is not waited for."""
     available = available_memory_bytes()
-    if available < wanted_bytes and patience_s:
+    if available >= wanted_bytes or wanted_bytes > _meminfo("MemTotal", Path("/proc/meminfo")):
+        return available
+    give_up_s = time.monotonic() + patience_s
+    if patience_s:
         log.warning(
             "%s of memory are available and %s wanted; waiting up to %.0f s for more",
             format_size(available),

@@ -40,7 +40,7 @@ class PinnedMemory:
         may be registered already. Returns early when `stopped`. Raises ConfigError with the
         remedy."""
         end = next_page(end)
-        chunks = []
+        chunks: list[tuple[int, int]] = []
         for address in range(begin, end, self._chunk_bytes):
             if stopped():
                 break
