@@ -30,7 +30,8 @@ def make_requests(
             min_tokens=draw.choice([0, 0, draw.randint(0, output)]),
             stop_token_ids=tuple(draw.sample(range(VOCAB), draw.choice([0, 0, 3]))),
             ignore_eos=draw.random() < 0.5,
-            presence_penalty=draw.choice([0.0, 0.0, 1.0]),  # this world's tokens do not heed it
+            prompt_logprobs=2 if key % 3 == 0 else None,
+            presence_penalty=float(key % 4 == 0),  # this world's tokens do not heed it
         )
         yield key, [draw.randrange(VOCAB) for _ in range(prompt_len)], sampling
 
@@ -87,6 +88,10 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     for key, prompt, sampling in requests:
         result = world.finished[key]
         output, reason = expected_output(prompt, sampling, world.max_model_len)
+        scored = [] if sampling.prompt_logprobs is None else prompt[1:]
+        if result.finish_reason == "abort":
+            scored = scored[: len(world.scored.get(key, []))]
+        assert world.scored.get(key, []) == scored
         if result.finish_reason == "abort":
             assert key in cancelled
             assert list(result.output_token_ids) == output[: len(result.output_token_ids)]

@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipemax.coordinator.events import FinishRequest
 from pipemax.coordinator.sessions import Sessions, derived_seed
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import RequestError
-from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
-from pipemax.proto.messages.types import Message
+from pipemax.proto.errors import InvariantError, RequestError
+from pipemax.proto.messages.control import RowLogprobs
+from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit, TokenLogprob
+from pipemax.proto.messages.types import Message, pack_f32, pack_i32
 
 
 class Line:
@@ -69,6 +71,36 @@ def test_a_result_reaches_its_client_with_its_own_id(sessions: Sessions, line: L
     assert (message.request_id, message.token_ids) == ("x", (8, 9))
     assert (message.queue_s, message.first_token_s, message.total_s) == (1.0, 2.0, 3.0)
     assert sessions.is_idle
+
+
+def test_logprobs_and_the_prompt_come_back(sessions: Sessions, line: Line) -> None:
+    sampling = SamplingParams(max_tokens=4, logprobs=1, prompt_logprobs=0)
+    asking = msgspec.structs.replace(submit("x"), sampling=sampling, echo=True)
+    key = sessions.accept(b"a", asking, 10.0).key
+    for target in (6, 7):
+        sessions.scored(key, RowLogprobs(0, 3, pack_i32([target]), pack_f32([-0.5])))
+    sessions.token(key, 8, RowLogprobs(0, 2, pack_i32([8, 9]), pack_f32([-2.0, -0.25])))
+    with pytest.raises(InvariantError, match="without the logprobs"):
+        sessions.token(key, 9)
+    message = sessions.finish(done(key), 13.0)
+    assert message.prompt_logprobs == (
+        (TokenLogprob(5, "token_id:5", None, 0),),
+        (TokenLogprob(6, "token_id:6", -0.5, 3),),
+        (TokenLogprob(7, "token_id:7", -0.5, 3),),
+    )
+    assert message.logprobs == (
+        (TokenLogprob(8, "token_id:8", -2.0, 2), TokenLogprob(9, "token_id:9", -0.25, 1)),
+    )
+    assert message.prompt_text == ""
+
+
+def test_a_modelled_device_has_no_logprobs(sessions: Sessions) -> None:
+    msgspec.structs.force_setattr(sessions._config, "device", "modelled")
+    for fields in ({"logprobs": 0}, {"prompt_logprobs": 0}):
+        asking = msgspec.structs.replace(submit("x"), sampling=SamplingParams(**fields))
+        with pytest.raises(RequestError, match="a modelled device") as refusal:
+            sessions.accept(b"a", asking, 0.0)
+        assert refusal.value.code == "not_implemented"
 
 
 def test_ids_are_unique_per_client_among_unfinished_requests(sessions: Sessions) -> None:

@@ -53,7 +53,9 @@ class World:
     def send_rows(self, plan: StepPlan, rows: torch.Tensor) -> None:
         self.log.append(f"send {plan.step}")
 
-    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def step_done(
+        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, logprobs: object = ()
+    ) -> None:
         self.log.append(f"report {plan.step}")
         self.reported.append((plan.step, compute_s, tokens))
 

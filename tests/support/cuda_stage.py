@@ -77,7 +77,9 @@ class FakeLinks:
         self.log.append(f"rows {plan.step}")
         self.rows.append((plan.step, rows))
 
-    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def step_done(
+        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, logprobs: object = ()
+    ) -> None:
         self.log.append(f"done {plan.step}")
         self.seconds.append(self.clock.seconds())
         self.done.append(Done(plan.step, compute_s, tokens))

@@ -3,7 +3,7 @@
 
 from pipemax.proto.memory import MemfdHandle
 from pipemax.proto.messages import activations, control, ingest, kv
-from pipemax.proto.messages.types import Message, pack_i32
+from pipemax.proto.messages.types import Message, pack_f32, pack_i32
 
 _HANDLE = MemfdHandle(pid=4242, fd=7, inode=99, size_bytes=2**40)
 _EVENTS = (b"\1" * 64, b"\2" * 64)
@@ -28,6 +28,8 @@ _SAMPLING = ingest.SamplingParams(
     logit_bias={5: 1.5},
     allowed_token_ids=(5, 6),
     bad_words=("worse",),
+    logprobs=2,
+    prompt_logprobs=0,
     ignore_eos=True,
     include_stop_str_in_output=True,
     skip_special_tokens=False,
@@ -54,6 +56,9 @@ _ROW = control.SampleRow(
             pack_i32([5, 6]),
             (pack_i32([7, 8]),),
         ),
+        num_logprobs=2,
+        rows_back=1,
+        target=8,
     ),
 )
 _STATES = {"compute": 1.5, "wait_kv": 0.25}
@@ -83,6 +88,7 @@ EXAMPLES: tuple[Message, ...] = (
         prompt="Grüße",
         messages=({"role": "user", "content": "hello"},),
         sampling=_SAMPLING,
+        echo=True,
     ),
     ingest.Cancel(request_id="r-1"),
     ingest.Finished(
@@ -91,6 +97,9 @@ EXAMPLES: tuple[Message, ...] = (
         text="two tokens",
         finish_reason="stop",
         stop_reason="ende",
+        logprobs=((ingest.TokenLogprob(5, "five", -0.5, 1),),),
+        prompt_logprobs=((ingest.TokenLogprob(4, "four", None, 0),),),
+        prompt_text="four",
         num_prompt_tokens=4,
         queue_s=0.001,
         first_token_s=0.5,
@@ -191,7 +200,13 @@ EXAMPLES: tuple[Message, ...] = (
         ended=(2,),
     ),
     control.StepDone(
-        epoch=2, step=11, stage=1, compute_s=0.01, state_seconds=_STATES, tokens=pack_i32([42])
+        epoch=2,
+        step=11,
+        stage=1,
+        compute_s=0.01,
+        state_seconds=_STATES,
+        tokens=pack_i32([42]),
+        logprobs=(control.RowLogprobs(1, 2, pack_i32([5]), pack_f32([-0.5])),),
     ),
     control.Beat(state_seconds=_STATES),
     control.Failure(error="out of memory"),

@@ -33,7 +33,15 @@ from pipemax.coordinator.phases import DEFAULT_PREFILL, make_prefill
 from pipemax.coordinator.policy import DEFAULT_POLICY, make_policy
 from pipemax.coordinator.request import NO_STEP, HostState, Request
 from pipemax.coordinator.state import SchedulerLimits
-from pipemax.proto.messages.control import BlockMove, Drop, Prefetch, Release, StepPlan, Store
+from pipemax.proto.messages.control import (
+    BlockMove,
+    Drop,
+    Prefetch,
+    Release,
+    SampleRow,
+    StepPlan,
+    Store,
+)
 from pipemax.proto.messages.ingest import FinishReason, SamplingParams
 from pipemax.proto.messages.types import unpack_i32
 
@@ -121,7 +129,7 @@ class RulesKept:
         for request in plan.ended:
             del self.outputs[request]
         for row, token in zip(plan.sample, sampled, strict=True):
-            if row.extras is None:
+            if row.extras is None or row.extras.request < 0:
                 continue
             request, rules = row.extras.request, row.extras.rules
             if rules is not None:
@@ -175,6 +183,8 @@ class World:
         self.events = 0
         self.loaded_blocks = 0
         self.rules_kept = RulesKept()
+        self.scored: dict[int, list[int]] = {}
+        """Prompt tokens that logprobs came for, by request."""
         self.longest_wait = 0.0
         """Turns a decoding request waited, over what fair shares would make it wait."""
         self.lost: list[int | None] = []
@@ -327,7 +337,11 @@ class World:
                 self.random.choice([job for job in stage.jobs if job.after <= stage.computed]),
             )
         else:
-            self.tell(self.inbox[what].popleft())
+            event = self.inbox[what].popleft()
+            if isinstance(event, StepReturned):
+                self._returned(event)
+            else:
+                self.tell(event)
         return True
 
     def _may_compute(self, index: int, plan: StepPlan) -> bool:
@@ -345,9 +359,32 @@ class World:
             compute_s = 1.0 + 0.01 * len(histories) + 0.001 * sum(map(len, histories))
             self._measure(index, plan.step, compute_s, self.link_blocks)
         if index == len(self.stages) - 1:
-            sampled = [next_token(histories[row.item], row.banned_token_ids) for row in plan.sample]
+            sampled = [self._token(histories[row.item], row) for row in plan.sample]
             self.rules_kept.check(plan, histories, sampled)
             self.inbox["stages"].append(StepReturned(plan.step, sampled))
+
+    def _token(self, history: list[int], row: SampleRow) -> int:
+        """A row that only scores brings its target; it stands where the history goes on with it."""
+        if row.extras is None or row.extras.target < 0:
+            return next_token(history, row.banned_token_ids)
+        following = [*history, -1][len(history) - row.extras.rows_back]
+        assert following in (row.extras.target, -1)
+        return row.extras.target
+
+    def _returned(self, event: StepReturned) -> None:
+        """As the coordinator's shell: who scores only is told nothing."""
+        rows = self.scheduler.rows_of(event.step)
+        if not rows:
+            self.tell(event)
+            return
+        assert len(rows) <= self.scheduler.state.limits.max_num_seqs
+        tokens = []
+        for row, token in zip(rows, event.tokens, strict=True):
+            if row.samples:
+                tokens.append(token)
+            else:
+                self.scored.setdefault(row.key, []).append(token)
+        self.tell(StepReturned(event.step, tokens))
 
     def _measure(self, stage: int, step: int, compute_s: float, link_blocks: float) -> None:
         self.inbox["stages"].append(StageComputed(stage, step, compute_s))

@@ -4,6 +4,7 @@ No sockets, no clock, no threads: the coordinator process and the simulator run 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pipemax.coordinator.events import (
     BlocksStored,
@@ -27,6 +28,14 @@ from pipemax.coordinator.recovery import restart_from
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Item, SchedulerLimits, SchedulerState
 from pipemax.proto.messages.ingest import FinishReason
+
+
+class PlannedRow(NamedTuple):
+    """Whom a sample row belongs to."""
+
+    key: int
+    samples: bool
+    """It gives the request's next token; else logprobs of the next prompt token."""
 
 
 class Scheduler:
@@ -53,11 +62,15 @@ class Scheduler:
         """Raises InvariantError when blocks or requests are lost or counted twice."""
         self.state.check_invariants()
 
-    def sampled_keys(self, step: int) -> list[int]:
-        """Keys of the requests that get a token from this step, in the plan's order. Empty for a
-        step that is not in flight."""
+    def rows_of(self, step: int) -> list[PlannedRow]:
+        """The sample rows of a step's plan. Empty for a step that is not in flight."""
         flight = self.state.in_flight.get(step)
-        return [i.request.key for i in flight.items if i.samples] if flight else []
+        rows: list[PlannedRow] = []
+        for item in flight.items if flight else ():
+            rows += [PlannedRow(item.request.key, samples=False)] * item.scored
+            if item.samples:
+                rows.append(PlannedRow(item.request.key, samples=True))
+        return rows
 
     def _apply(self, event: Event, now: float) -> list[Command]:
         match event:
@@ -131,6 +144,8 @@ class Scheduler:
         request = item.request
         request.in_flight -= 1
         request.computed = item.end
+        if item.scored:
+            request.num_scored = item.last_target + 1
         reason: FinishReason | None = None
         stop_reason: int | str | None = None
         if item.samples:

@@ -25,11 +25,12 @@ def build_step_plan(
     first row of an epoch, and what has `ended` with the next row that has rules: the last stage
     then reads both when it samples."""
     counts = [blocks_for(item.end, block_size) for item in items]
-    sample = tuple(
-        _sample_row(index, item.request, epoch, eos_token_ids)
-        for index, item in enumerate(items)
-        if item.samples
-    )
+    sample: list[SampleRow] = []
+    for index, item in enumerate(items):
+        if item.scored:
+            sample += _score_rows(index, item)
+        if item.samples:
+            sample.append(_sample_row(index, item.request, epoch, eos_token_ids))
     return StepPlan(
         epoch=epoch,
         step=step,
@@ -40,7 +41,7 @@ def build_step_plan(
         block_counts=pack_i32(counts),
         block_tables=pack_i32(_tables(items, counts)),
         token_ids=pack_i32(_tokens(items)),
-        sample=sample,
+        sample=tuple(sample),
         ended=tuple(ended) if ended and any(row.extras for row in sample) else (),
     )
 
@@ -81,16 +82,43 @@ def _sample_row(
         sampling.top_p,
         sampling.min_p,
         banned,
-        _extras(request, epoch) if request.has_rules else None,
+        _extras(request, epoch),
     )
 
 
-def _extras(request: Request, epoch: int) -> RowExtras:
+def _score_rows(index: int, item: Item) -> list[SampleRow]:
+    """One for each prompt token whose logprobs the item gives, first to last."""
+    num_logprobs = item.request.sampling.prompt_logprobs
+    assert num_logprobs is not None
+    last = item.last_target
+    return [
+        SampleRow(
+            index,
+            seed=0,
+            position=0,
+            temperature=0.0,
+            top_k=0,
+            top_p=1.0,
+            min_p=0.0,
+            extras=RowExtras(
+                num_logprobs=num_logprobs,
+                rows_back=item.end - target,
+                target=item.request.tokens[target],
+            ),
+        )
+        for target in range(last - item.scored + 1, last + 1)
+    ]
+
+
+def _extras(request: Request, epoch: int) -> RowExtras | None:
     """Remembers what was said."""
-    if request.rules_epoch == epoch:
-        return RowExtras(request.key)
+    wanted = request.sampling.logprobs
+    num_logprobs = -1 if wanted is None else wanted
+    if not request.has_rules:
+        return None if wanted is None else RowExtras(num_logprobs=num_logprobs)
+    rules = None if request.rules_epoch == epoch else _rules(request)
     request.rules_epoch = epoch
-    return RowExtras(request.key, _rules(request))
+    return RowExtras(request.key, rules, num_logprobs)
 
 
 def _rules(request: Request) -> SampleRules:

@@ -40,6 +40,9 @@ class Planner:
         self._preemption = Preemption(state)
         self._admission = Admission(state, policy, prefill)
         self._even_chunk = EvenChunk(state.limits.num_slots)
+        self._rows_left = 0
+        """Rows of logits that the step being composed may still have; stages have room for as many
+        as requests."""
         self._commands: list[Command] = []
         self._declined: tuple[int, int, int, int] | None = None
         """What the policy was asked when it last chose nobody: it would do so again."""
@@ -125,6 +128,7 @@ class Planner:
         items: list[Item] = []
         tokens = 0
         limits = state.limits
+        self._rows_left = limits.max_num_seqs
         for request in [*staged, *(state.running[key] for key in keys)]:
             if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
                 tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
@@ -154,11 +158,12 @@ class Planner:
         planned = request.planned
         remaining = len(request.tokens) - planned
         held = len(request.table) * size
-        if remaining == 1 and planned < held:
+        if remaining == 1 and planned < held and self._rows_left:
+            self._rows_left -= 1
             items.append(Item(request, planned, 1, samples=True))
             return 1
         room = held + blocks.num_free * size - planned
-        count = min(remaining, most_tokens, room)
+        count = self._within_rows(request, min(remaining, most_tokens, room))
         if count <= 0:
             return 0
         short = request.blocks_short(count, size)
@@ -167,8 +172,18 @@ class Planner:
             if taken is None:
                 raise InvariantError("free device blocks are miscounted")
             self._state.extend_table(request, taken)
-        items.append(Item(request, planned, count, samples=count == remaining))
+        scored = request.rows_to_score(count)
+        item = Item(request, planned, count, samples=count == remaining, scored=scored)
+        self._rows_left -= item.scored + item.samples
+        items.append(item)
         return count
+
+    def _within_rows(self, request: Request, count: int) -> int:
+        """Of the request's next `count` tokens, as many as there are rows of logits for."""
+        excess = request.rows_to_score(count) - self._rows_left
+        count -= max(0, excess)
+        samples = count == request.remaining
+        return count - (request.rows_to_score(count) + samples > self._rows_left)
 
     def _account(self, item: Item, step: int) -> None:
         request, counters = item.request, self._state.counters

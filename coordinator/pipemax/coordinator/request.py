@@ -48,6 +48,7 @@ class Request:
         "next_store",
         "num_missing",
         "num_prompt",
+        "num_scored",
         "planned",
         "prompt_counted",
         "rules_epoch",
@@ -79,6 +80,8 @@ class Request:
         self.job = job
         self.bad_words = bad_words
         """Token ids."""
+        self.num_scored = len(prompt) if sampling.prompt_logprobs is None else 1
+        """Prompt tokens whose logprobs are known or not wanted; the first has none."""
         self.has_rules = _has_rules(sampling)
         """Its tokens are picked by SampleRules."""
         self.rules_epoch = -1
@@ -142,6 +145,11 @@ class Request:
     def blocks_short(self, num_tokens: int, block_size: int) -> int:
         """Blocks to allocate before `num_tokens` more tokens can be computed."""
         return max(0, blocks_for(self.planned + num_tokens, block_size) - len(self.table))
+
+    def rows_to_score(self, num_tokens: int) -> int:
+        """Of the next `num_tokens`, those whose logits give logprobs of a prompt token."""
+        end = min(self.planned + num_tokens, self.num_prompt - 1)
+        return max(0, end + 1 - max(self.planned + 1, self.num_scored))
 
     def stored_prefix(self) -> int:
         """Blocks from the first on that the host holds."""

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pipemax.coordinator.events import FinishRequest, Submitted
 from pipemax.coordinator.text.detokenizer import StopChecker
 from pipemax.coordinator.text.limits import check_sampling
+from pipemax.coordinator.text.logprobs import LogprobsTaken
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import RequestError
-from pipemax.proto.messages.ingest import Finished, Submit
+from pipemax.proto.messages.control import RowLogprobs
+from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
 from pipemax.proto.messages.types import Message
 
 ClientId = bytes
@@ -40,6 +42,8 @@ class Entry:
     num_prompt_tokens: int
     submitted_at: float
     text: StopChecker
+    logprobs: LogprobsTaken
+    prompt_text: str | None
 
 
 class Sessions:
@@ -101,25 +105,51 @@ class Sessions:
             has_tokenizer=self._text.has_tokenizer,
             eos_token_ids=self._text.eos_token_ids,
         )
+        self._check_computed(sampling)
         bad_words = self._text.encode_bad_words(sampling.bad_words)
         key = self._next_key
         self._next_key += 1
         decoder = self._text if self._text.has_tokenizer else None
         checker = StopChecker(decoder, sampling)
-        self._entries[key] = Entry(client, submit.request_id, len(prompt), now, checker)
+        self._entries[key] = Entry(
+            client,
+            submit.request_id,
+            len(prompt),
+            now,
+            checker,
+            LogprobsTaken(self._text, sampling, prompt[0]),
+            self._text.prompt_text(submit, prompt) if submit.echo else None,
+        )
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
         return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words)
+
+    def _check_computed(self, sampling: SamplingParams) -> None:
+        """Refuses what needs a model that really computes."""
+        if self._config.device != "modelled":
+            return
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(sampling, name) is not None:
+                raise RequestError(
+                    "not_implemented",
+                    f"{name}: a modelled device makes its tokens up and has no probabilities",
+                )
 
     def key_of(self, client: ClientId, request_id: str) -> int | None:
         """Our number of a client's unfinished request."""
         session = self._sessions.get(client)
         return session.keys.get(request_id) if session else None
 
-    def token(self, key: int, token_id: int) -> str | None:
+    def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
         """Take one sampled token; returns the stop string it completes, if any."""
-        return self._entries[key].text.append(token_id)
+        entry = self._entries[key]
+        entry.logprobs.take(logprobs)
+        return entry.text.append(token_id)
+
+    def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
+        """Take the logprobs of the next prompt token."""
+        self._entries[key].logprobs.take_prompt(logprobs)
 
     def finish(self, result: FinishRequest, now: float) -> Finished:
         """Turn a result into the client's message, queued for delivery if it is a client's."""
@@ -133,6 +163,9 @@ class Sessions:
             text=entry.text.text(stopped_by_token=by_token),
             finish_reason=result.finish_reason,
             stop_reason=result.stop_reason,
+            logprobs=entry.logprobs.outputs(),
+            prompt_logprobs=entry.logprobs.prompt(),
+            prompt_text=entry.prompt_text,
             num_prompt_tokens=entry.num_prompt_tokens,
             queue_s=admitted - entry.submitted_at,
             first_token_s=first - entry.submitted_at,

@@ -230,19 +230,24 @@ class CoordinatorShell:
             self.metrics.step_predicted(message.stage, error)
         if message.tokens is None:
             return
-        keys = self._scheduler.sampled_keys(message.step)
-        if len(message.tokens) != 4 * len(keys):
+        rows = self._scheduler.rows_of(message.step)
+        if len(message.tokens) != 4 * len(rows):
             # Going on without this step would leave its requests waiting for ever.
             raise InvariantError(
                 f"step {message.step} brought {len(message.tokens)} bytes of tokens "
-                f"for {len(keys)} requests"
+                f"for {len(rows)} requests"
             )
-        tokens = unpack_i32(message.tokens)
+        logprobs = {found.row: found for found in message.logprobs}
+        tokens: list[int] = []
         stopped: dict[int, str] = {}
-        for key, token in zip(keys, tokens, strict=True):
-            stop = self._sessions.token(key, token)
+        for index, (row, token) in enumerate(zip(rows, unpack_i32(message.tokens), strict=True)):
+            if not row.samples:
+                self._sessions.scored(row.key, logprobs.get(index))
+                continue
+            tokens.append(token)
+            stop = self._sessions.token(row.key, token, logprobs.get(index))
             if stop is not None:
-                stopped[key] = stop
+                stopped[row.key] = stop
         self._tell(StepReturned(message.step, tokens, stopped))
 
     def _on_kv_report(self, report: control.KvReport) -> None:

@@ -43,10 +43,17 @@ class Item(NamedTuple):
     start: int
     num_tokens: int
     samples: bool
+    scored: int = 0
+    """Tokens whose logits give logprobs of the prompt: the last of those that could."""
 
     @property
     def end(self) -> int:
         return self.start + self.num_tokens
+
+    @property
+    def last_target(self) -> int:
+        """Where the last prompt token stands whose logprobs the item gives."""
+        return min(self.end, self.request.num_prompt - 1)
 
 
 class StepInFlight:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipemax.proto.messages.ingest import Finished, FinishReason
+from pipemax.proto.messages.ingest import Finished, FinishReason, PositionLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,12 @@ class Completion:
     `error`."""
     stop_reason: int | str | None = None
     """The stop token id or stop string met."""
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    """Of each output token, if asked for: the token's own, then those of the likeliest."""
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
+    """Of each prompt token; the first has none."""
+    prompt_text: str | None = None
+    """If asked for by `Submit.echo`."""
     num_prompt_tokens: int = 0
     queue_s: float = 0.0
     first_token_s: float = 0.0
@@ -39,6 +45,9 @@ class Completion:
             text=finished.text,
             finish_reason=finished.finish_reason,
             stop_reason=finished.stop_reason,
+            logprobs=finished.logprobs,
+            prompt_logprobs=finished.prompt_logprobs,
+            prompt_text=finished.prompt_text,
             num_prompt_tokens=finished.num_prompt_tokens,
             queue_s=finished.queue_s,
             first_token_s=finished.first_token_s,

@@ -69,7 +69,7 @@ def prepare_batch(plan: StepPlan, block_size: int) -> StepBatch:
     return StepBatch(
         token_ids=torch.from_numpy(columns.token_ids.astype(np.int64))[None],
         position_ids=torch.from_numpy(columns.positions)[None],
-        sample_rows=torch.from_numpy(columns.row_ends[columns.sampled] - 1),
+        sample_rows=torch.from_numpy(columns.sample_rows),
         slots=columns.slots,
         block_tables=block_tables,
         paged_rows=paged_rows,

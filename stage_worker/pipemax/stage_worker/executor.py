@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.messages.control import RowLogprobs, StepPlan
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.state_clock import State, StateClock
 from pipemax.stage_worker.step_queue import StepQueue
@@ -25,6 +25,7 @@ class StepResult:
     """`[T, hidden]` for the next stage."""
     tokens: list[int] | None = None
     """From the last stage, one per sample row of the plan."""
+    logprobs: tuple[RowLogprobs, ...] = ()
     compute_s: float | None = None
     """How long the device says the step took; None: as long as this process waited for it."""
 
@@ -56,7 +57,13 @@ class Links(Protocol):
     def send_rows(self, plan: StepPlan, rows: Rows) -> None:
         """To the next stage."""
 
-    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def step_done(
+        self,
+        plan: StepPlan,
+        compute_s: float,
+        tokens: list[int] | None,
+        logprobs: tuple[RowLogprobs, ...] = (),
+    ) -> None:
         """To the coordinator: the step is over."""
 
     def computed(self, plan: StepPlan, event: int = -1) -> None:
@@ -130,7 +137,7 @@ class Executor(Generic[Batch]):
         """Activations first: the next stage waits for them. Then the tokens: the next plan does."""
         if result.rows is not None:
             self._links.send_rows(plan, result.rows)
-        self._links.step_done(plan, compute_s, result.tokens)
+        self._links.step_done(plan, compute_s, result.tokens, result.logprobs)
         self._links.computed(plan)
         self._queue.finish(plan)
 

@@ -42,4 +42,5 @@ class ModelStep:
         self._device.synchronize()
         if not self._model.is_last:
             return StepResult(rows=output)
-        return StepResult(tokens=self._sampler.sample(plan, output))
+        sampled = self._sampler.sample(plan, output)
+        return StepResult(tokens=sampled.tokens, logprobs=sampled.logprobs)

@@ -23,6 +23,8 @@ class PlanColumns:
     token_ids: I32Array
     sampled: I64Array
     """[len(plan.sample)] the item after which each token is sampled."""
+    sample_rows: I64Array
+    """[len(plan.sample)] the row of the step's tokens whose logits are wanted."""
     row_ends: I64Array
     """[items] one past each item's last row among the step's tokens."""
     table_starts: I64Array
@@ -60,6 +62,7 @@ def read_columns(plan: StepPlan, block_size: int) -> PlanColumns:
     _check(plan, num_tokens, context_lens, block_counts, block_tables, token_ids, sampled)
     _check_blocks(plan, num_tokens, context_lens, block_counts, block_size)
     row_ends = np.cumsum(num_tokens, dtype=np.int64)
+    rows_back = _rows_back(plan, num_tokens, sampled)
     table_starts = np.cumsum(block_counts, dtype=np.int64) - block_counts
     item_of_row = np.repeat(np.arange(num_tokens.shape[0]), num_tokens)
     positions = np.arange(token_ids.shape[0]) + (context_lens - row_ends + num_tokens)[item_of_row]
@@ -71,12 +74,24 @@ def read_columns(plan: StepPlan, block_size: int) -> PlanColumns:
         block_tables,
         token_ids,
         sampled,
+        row_ends[sampled] - 1 - rows_back,
         row_ends,
         table_starts,
         item_of_row,
         positions,
         slots=block_tables[in_table].astype(np.int64) * block_size + positions % block_size,
     )
+
+
+def _rows_back(plan: StepPlan, num_tokens: I32Array, sampled: I64Array) -> I64Array:
+    """[len(plan.sample)]"""
+    back = np.zeros(len(plan.sample), np.int64)
+    for index, row in enumerate(plan.sample):
+        if row.extras is not None:
+            back[index] = row.extras.rows_back
+    if back.any() and not ((back >= 0) & (back < num_tokens[sampled])).all():
+        raise WireError("bad_plan", f"step {plan.step} samples rows outside of their items")
+    return back
 
 
 def _column(column: bytes, name: str) -> I32Array:

@@ -13,6 +13,7 @@ from pipemax.proto.messages.control import (
     Hello,
     Reset,
     ResetDone,
+    RowLogprobs,
     StageReady,
     StepDone,
     StepPlan,
@@ -145,7 +146,13 @@ class StageShell:
         self._poller.register(fd, zmq.POLLIN)
         self._handlers[fd] = handler
 
-    def step_done(self, plan: StepPlan, compute_s: float, tokens: list[int] | None) -> None:
+    def step_done(
+        self,
+        plan: StepPlan,
+        compute_s: float,
+        tokens: list[int] | None,
+        logprobs: tuple[RowLogprobs, ...] = (),
+    ) -> None:
         done = StepDone(
             epoch=plan.epoch,
             step=plan.step,
@@ -153,6 +160,7 @@ class StageShell:
             compute_s=compute_s,
             state_seconds=self._clock.seconds(),
             tokens=None if tokens is None else pack_i32(tokens),
+            logprobs=logprobs,
         )
         self._control.send(done)
 

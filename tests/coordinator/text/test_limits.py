@@ -53,6 +53,13 @@ def test_what_ends_the_output_may_be_all_that_is_allowed() -> None:
     check(**fields | {"min_tokens": 1, "ignore_eos": True, "stop_token_ids": ()})
 
 
+def test_logprobs_fit_one_message() -> None:
+    whole = SamplingParams(logprobs=15, prompt_logprobs=0, max_tokens=8000)
+    assert check_sampling(whole, 100, 20_000, 3072)
+    with pytest.raises(RequestError, match="128000 for 8000 output tokens and 3073"):
+        check_sampling(whole, 100, 20_000, 3073)
+
+
 @pytest.mark.parametrize("name", ["stop", "bad_words"])
 def test_words_need_a_tokenizer(name: str) -> None:
     with pytest.raises(RequestError, match=r"tokenizer\.json"):

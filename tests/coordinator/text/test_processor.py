@@ -243,6 +243,16 @@ def test_ids_the_model_lacks_are_refused_from_text_too(tmp_path: Path) -> None:
     assert refusal(TextProcessor(folder), prompt("water")).code == "vocabulary"
 
 
+def test_text_of_one_token_and_of_a_prompt(processor: TextProcessor, reference: Any) -> None:
+    ids = reference.encode("The pump lifts water", add_special_tokens=False)
+    for _ in range(2):
+        assert [processor.token_text(i) for i in ids] == [reference.decode([i]) for i in ids]
+    submit = Submit(request_id="r", prompt_token_ids=tuple(ids))
+    assert processor.prompt_text(submit, ids) == reference.decode(ids)
+    given = Submit(request_id="r", prompt=" as it was ")
+    assert processor.prompt_text(given, ids) == " as it was "
+
+
 def test_bad_words_with_and_without_a_space(processor: TextProcessor, reference: Any) -> None:
     """As vLLM does: the spaced form only where it is another token, and no more of them."""
     words = ["water", " water", "pump", "é", "水", "the pipe"]

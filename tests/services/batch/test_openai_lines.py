@@ -1,5 +1,6 @@
 """OpenAI batch lines: what is accepted means what it says, everything else is refused by name."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipemax.client import Completion, SamplingParams
+from pipemax.proto.messages.ingest import TokenLogprob
 from pipemax.services.batch.openai_lines import (
     CHAT_URL,
     COMPLETIONS_URL,
@@ -18,6 +20,7 @@ from pipemax.services.batch.openai_lines import (
     parse_line,
     result_line,
 )
+from pipemax.services.batch.openai_logprobs import chat_logprobs
 
 CHAT = [{"role": "user", "content": "Where does water go?"}]
 
@@ -74,6 +77,8 @@ def test_every_sampling_field_is_taken() -> None:
         "logit_bias": {"5": 1, "7": -100},
         "allowed_token_ids": [5, 6],
         "bad_words": ["worse"],
+        "logprobs": 3,
+        "prompt_logprobs": 2,
         "ignore_eos": True,
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
@@ -81,8 +86,11 @@ def test_every_sampling_field_is_taken() -> None:
     assert fields.keys() == set(SamplingParams.__struct_fields__)
     tuples = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
     expected = SamplingParams(**{**fields, **tuples, "logit_bias": {5: 1.0, 7: -100.0}})
+    assert parse(line(**fields)).submit.sampling == expected
+    assert parse(line(CHAT_URL, **fields | {"logprobs": True, "top_logprobs": 3})).submit == (
+        msgspec.structs.replace(parse(line(CHAT_URL)).submit, sampling=expected)
+    )
     for url in (CHAT_URL, COMPLETIONS_URL):
-        assert parse(line(url, **fields)).submit.sampling == expected
         assert parse(line(url, **dict.fromkeys(fields))).submit.sampling == SamplingParams(
             max_tokens=None if url == CHAT_URL else 16
         )
@@ -133,14 +141,11 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
     [
         (COMPLETIONS_URL, "n", 2),
         (COMPLETIONS_URL, "n", True),
-        (COMPLETIONS_URL, "logprobs", 1),
-        (COMPLETIONS_URL, "logprobs", 0),
-        (COMPLETIONS_URL, "echo", True),
         (COMPLETIONS_URL, "suffix", "x"),
         (COMPLETIONS_URL, "best_of", 3),
         (COMPLETIONS_URL, "stream", True),
         (COMPLETIONS_URL, "user", "me"),
-        (CHAT_URL, "logprobs", True),
+        (CHAT_URL, "echo", True),
         (CHAT_URL, "tools", [{"type": "function"}]),
         (CHAT_URL, "response_format", {"type": "json_object"}),
         (CHAT_URL, "chat_template_kwargs", {"enable_thinking": False}),
@@ -173,6 +178,16 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(seed=2**70), "invalid_field", "seed"),
         (line(stop=[""]), "invalid_field", "stop"),
         (line(stop=5), "invalid_field", "stop"),
+        (line(logprobs=True), "invalid_field", "logprobs"),
+        (line(logprobs=21), "invalid_field", "logprobs"),
+        (line(echo=1), "invalid_field", "echo"),
+        (line(max_tokens=0), "invalid_field", "max_tokens"),
+        (line(top_logprobs=1), "unknown_field", "'top_logprobs'"),
+        (line(CHAT_URL, max_tokens=0), "invalid_field", "max_tokens"),
+        (line(CHAT_URL, logprobs=1), "invalid_field", "logprobs"),
+        (line(CHAT_URL, logprobs=True, top_logprobs=21), "invalid_field", "top_logprobs"),
+        (line(CHAT_URL, logprobs=True, top_logprobs=True), "invalid_field", "top_logprobs"),
+        (line(CHAT_URL, top_logprobs=2), "invalid_field", "logprobs to be true"),
         (line(stop_token_ids=[-1]), "invalid_field", "stop_token_ids"),
         (line(presence_penalty=2.1), "invalid_field", "presence_penalty"),
         (line(repetition_penalty=0), "invalid_field", "repetition_penalty"),
@@ -300,6 +315,91 @@ def test_chat_line_out() -> None:
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "flows é"}
     assert "token_ids" not in body["choices"][0]
+
+
+A, B, E = (TokenLogprob(i, t, -0.5 * i, i) for i, t in ((1, "a"), (2, "b"), (3, "é")))
+FIRST = TokenLogprob(9, "<s>", None, 0)
+WITH_LOGPROBS = Completion(
+    request_id="r-1",
+    token_ids=(3, 1),
+    text="éa",
+    finish_reason="length",
+    logprobs=((E, A, B), (A, A, B)),
+    prompt_logprobs=((FIRST,), (B, A, B)),
+    num_prompt_tokens=2,
+)
+
+
+def body_of(request: BatchRequest) -> dict[str, Any]:
+    completion = dataclasses.replace(
+        WITH_LOGPROBS, prompt_text="b" if request.submit.echo else None
+    )
+    body: dict[str, Any] = json.loads(result_line(request, completion, model_name="m", created=1))[
+        "response"
+    ]["body"]
+    return body
+
+
+def test_logprobs_of_a_completion() -> None:
+    (choice,) = body_of(parse(line(logprobs=1)))["choices"]
+    assert choice["text"] == "éa"
+    assert choice["logprobs"] == {
+        "tokens": ["é", "a"],
+        "token_logprobs": [-1.5, -0.5],
+        "top_logprobs": [{"é": -1.5, "a": -0.5}, {"a": -0.5}],
+        "text_offset": [0, 1],
+    }
+    assert "prompt_logprobs" not in choice
+
+
+def test_echo_puts_the_prompt_first() -> None:
+    request = parse(line(logprobs=2, echo=True))
+    assert request.submit.echo
+    assert request.submit.sampling.prompt_logprobs == 2
+    (choice,) = body_of(request)["choices"]
+    assert choice["text"] == "béa"
+    assert choice["logprobs"]["tokens"] == ["<s>", "b", "é", "a"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0, -1.5, -0.5]
+    assert choice["logprobs"]["top_logprobs"][0] is None
+    assert choice["logprobs"]["text_offset"] == [0, 3, 4, 5]
+    assert parse(line(echo=True)).submit.sampling.prompt_logprobs is None
+
+
+def test_echo_of_the_prompt_alone() -> None:
+    request = parse(line(logprobs=0, echo=True, max_tokens=0, prompt=[9, 2]))
+    assert request.submit.sampling.max_tokens == 1
+    body = body_of(request)
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("b", "length", [])
+    assert choice["logprobs"]["token_logprobs"] == [None, -1.0]
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 0, "total_tokens": 2}
+
+
+def test_prompt_logprobs() -> None:
+    expected = {
+        "2": {"logprob": -1.0, "rank": 2, "decoded_token": "b"},
+        "1": {"logprob": -0.5, "rank": 1, "decoded_token": "a"},
+    }
+    (choice,) = body_of(parse(line(prompt_logprobs=2)))["choices"]
+    assert choice["prompt_logprobs"] == [None, expected]
+    assert body_of(parse(line(CHAT_URL, prompt_logprobs=2)))["prompt_logprobs"] == [None, expected]
+
+
+def test_logprobs_of_a_chat() -> None:
+    (choice,) = body_of(parse(line(CHAT_URL, logprobs=True, top_logprobs=1)))["choices"]
+    first = {"token": "é", "logprob": -1.5, "bytes": [195, 169]}
+    likeliest = {"token": "a", "logprob": -0.5, "bytes": [97]}
+    assert choice["logprobs"]["content"] == [
+        {**first, "top_logprobs": [likeliest]},
+        {**likeliest, "top_logprobs": [likeliest]},
+    ]
+    (choice,) = body_of(parse(line(CHAT_URL, logprobs=True)))["choices"]
+    assert choice["logprobs"]["content"][0] == {**first, "top_logprobs": []}
+
+
+def test_what_json_cannot_say_is_very_unlikely() -> None:
+    never = msgspec.structs.replace(A, logprob=float("-inf"))
+    assert chat_logprobs(((never,),), 0)["content"][0]["logprob"] == -9999.0
 
 
 def test_token_ids_in_give_token_ids_out() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import RowExtras, SampleRow, StepPlan
+from pipemax.proto.messages.types import unpack_f32, unpack_i32
 from pipemax.stage_worker.sampling import Sampler, is_plain_greedy
 from pipemax.stage_worker.sampling.rules import TokenRules
 from support.sampling_reference import Rules, probabilities
@@ -109,7 +110,7 @@ def test_draws_follow_the_distribution(rule: Rules, more: dict[str, Any]) -> Non
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * 1.5
     extras = [RowExtras(request, rule.message(HISTORY)) for request in range(DRAWS)]
     rows = [row(len(HISTORY), seed, extra, **more) for seed, extra in enumerate(extras)]
-    drawn = Sampler().sample(plan(*rows), logits.expand(DRAWS, VOCAB))
+    drawn = Sampler().sample(plan(*rows), logits.expand(DRAWS, VOCAB)).tokens
     changed = rule.apply(logits.numpy(), HISTORY, rows[0].banned_token_ids)
     expected = probabilities(changed, rows[0]) * DRAWS
     counts = np.bincount(drawn, minlength=VOCAB)
@@ -123,14 +124,15 @@ def test_greedy_rows_obey_rules_too() -> None:
     rule = Rules(biases={2: 3.0}).message([])
     rows = (row(temperature=0.0), row(temperature=0.0, extras=RowExtras(1, rule)))
     before = logits.clone()
-    assert Sampler().sample(plan(*rows), logits) == [0, 2]
+    assert Sampler().sample(plan(*rows), logits).tokens == [0, 2]
     assert torch.equal(logits, before)
     assert [is_plain_greedy(r) for r in (*rows, row())] == [True, False, False]
 
 
 def test_bad_words_give_way_when_nothing_else_is_left() -> None:
     rule = Rules(allowed=(4,), bad_words=((4,),)).message([])
-    assert Sampler().sample(plan(row(extras=RowExtras(1, rule))), torch.zeros(1, VOCAB)) == [4]
+    step = plan(row(extras=RowExtras(1, rule)))
+    assert Sampler().sample(step, torch.zeros(1, VOCAB)).tokens == [4]
 
 
 def test_what_was_sampled_counts() -> None:
@@ -141,7 +143,7 @@ def test_what_was_sampled_counts() -> None:
     for position in range(5):
         sent = Rules(presence=2.0).message([]) if position == 0 else None
         step = plan(row(position, temperature=0.0, extras=RowExtras(7, sent)))
-        picked += sampler.sample(step, logits)
+        picked += sampler.sample(step, logits).tokens
     assert picked == [0, 1, 2, 3, 4]
     with pytest.raises(InvariantError, match="request 7 has 9 output tokens, its rules 5"):
         sampler.sample(plan(row(9, extras=RowExtras(7))), logits)
@@ -166,4 +168,35 @@ def test_only_some_rows_of_a_plan() -> None:
     rows = (row(temperature=0.0), row(extras=RowExtras(1, sent)), row(temperature=0.0))
     logits = torch.zeros(2, VOCAB)
     logits[1, 3] = 1.0
-    assert sampler.sample(plan(*rows), logits, (1, 2)) == [6, 3]
+    assert sampler.sample(plan(*rows), logits, (1, 2)).tokens == [6, 3]
+
+
+def test_logprobs_are_of_the_logits_as_they_came() -> None:
+    """Whatever the temperature, the cuts and the rules; for whoever asks, as many as asked."""
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(6)) * 3
+    rule = Rules(presence=1.0, biases={3: 5.0}).message([4])
+    wanted = [-1, 0, 3, 50]
+    extras = [RowExtras(i if i % 3 else -1, rule, wanted[i % 4]) for i in range(39)]
+    rows = [row(i % 3 and 1, i, e, temperature=i % 2, top_k=5) for i, e in enumerate(extras)]
+    found = Sampler().sample(plan(*rows, row()), logits)
+    table = torch.log_softmax(logits.double(), dim=-1).numpy()
+    assert [one.row for one in found.logprobs] == [i for i in range(39) if i % 4]
+    for one in found.logprobs:
+        own, *likeliest = unpack_i32(one.token_ids)
+        order = np.argsort(-table[one.row], kind="stable")
+        assert own == found.tokens[one.row]
+        assert likeliest == order[: wanted[one.row % 4]].tolist()
+        assert one.rank == order.tolist().index(own) + 1
+        expected = table[one.row][[own, *likeliest]]
+        assert list(unpack_f32(one.logprobs)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_targets_are_scored_and_not_sampled() -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(7))
+    target = RowExtras(num_logprobs=1, rows_back=1, target=9)
+    rows = (row(temperature=0.0, extras=target), row(temperature=0.0), row(extras=target))
+    found = Sampler().sample(plan(*rows), logits)
+    assert found.tokens == [9, int(logits[1].argmax()), 9]
+    assert [one.row for one in found.logprobs] == [0, 2]
+    assert [unpack_i32(one.token_ids)[0] for one in found.logprobs] == [9, 9]
+    assert Sampler().sample(plan(rows[0]), logits[:1]).tokens == [9]

@@ -5,6 +5,9 @@ import msgspec
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.ingest import SamplingParams
 
+MAX_LOGPROBS = 2**17
+"""Of one request: a result is one message, and these may take 100 bytes each of its 16 MiB."""
+
 
 def check_sampling(
     params: SamplingParams,
@@ -41,6 +44,7 @@ def check_sampling(
         if wrong:
             raise _invalid(f"{name}: {wrong[0]} is not in the vocabulary (0 to {vocab_size - 1})")
     _check_allowed(params, eos_token_ids)
+    _check_logprobs(params, prompt_len, max_tokens)
     if params.bad_words and not has_tokenizer:
         raise RequestError(
             "no_tokenizer",
@@ -65,6 +69,18 @@ def _check_allowed(params: SamplingParams, eos_token_ids: frozenset[int]) -> Non
         raise _invalid(
             f"allowed_token_ids holds nothing but tokens that end the output, and min_tokens "
             f"{params.min_tokens} forbids these at first"
+        )
+
+
+def _check_logprobs(params: SamplingParams, prompt_len: int, max_tokens: int) -> None:
+    """They travel to the client in one message."""
+    outputs = 0 if params.logprobs is None else (params.logprobs + 1) * max_tokens
+    prompt = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * prompt_len
+    if outputs + prompt > MAX_LOGPROBS:
+        raise _invalid(
+            f"logprobs and prompt_logprobs: {outputs} for {max_tokens} output tokens and {prompt} "
+            f"for {prompt_len} prompt tokens are more than {MAX_LOGPROBS}; ask for fewer, or lower "
+            "max_tokens"
         )
 
 

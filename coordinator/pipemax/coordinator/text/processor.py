@@ -52,6 +52,8 @@ class TextProcessor:
         special = _special_tokens(settings, self._read_json("special_tokens_map.json") or {})
         self._tokenizer: Tokenizer | None = self._load_tokenizer(special)
         self.has_tokenizer = self._tokenizer is not None
+        self._token_texts: dict[int, str] = {}
+        """Of single tokens, as far as they were asked for: no more than the vocabulary has."""
         self._special_ids: frozenset[int] = frozenset()
         self._loose_byte_ids: frozenset[int] = frozenset()
         self._longest_token_chars = self._slack = 1
@@ -129,6 +131,19 @@ class TextProcessor:
             return ""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """What the token reads as alone; `token_id:5` without a tokenizer."""
+        if self._tokenizer is None:
+            return f"token_id:{token_id}"
+        found = self._token_texts.get(token_id)
+        if found is None:
+            found = self._token_texts[token_id] = self.decode((token_id,), False)
+        return found
+
+    def prompt_text(self, submit: Submit, prompt: Sequence[int]) -> str:
+        """The text of a prompt whose token ids are `prompt`."""
+        return submit.prompt if submit.prompt is not None else self.decode(prompt, False)
 
     def is_special(self, token_id: int) -> bool:
         """Whether `skip_special_tokens` leaves the token out."""

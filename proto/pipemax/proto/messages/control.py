@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from pipemax.proto.messages.types import (
+    F32,
     I32,
     Count,
     Epoch,
@@ -126,10 +127,18 @@ class SampleRules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 class RowExtras(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What only some requests ask of a sample row."""
 
-    request: RequestKey
+    request: int = -1
+    """Whose SampleRules apply; -1: nobody's."""
     rules: SampleRules | None = None
     """Given with the request's first row of an epoch. The last stage keeps them, adds the tokens
     that it samples, and forgets them when a plan says that the request has `ended`."""
+    num_logprobs: int = -1
+    """Wanted beside the token's own: of so many likeliest tokens. -1: none, nor its own."""
+    rows_back: int = 0
+    """The row is so many tokens before the item's last."""
+    target: int = -1
+    """Nothing is sampled: the next token is this one of the prompt, and only its logprobs are
+    wanted. -1: sample."""
 
 
 class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -147,6 +156,20 @@ class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     banned_token_ids: tuple[int, ...] = ()
     """Tokens that may not be picked (end-of-sequence before min_tokens)."""
     extras: RowExtras | None = None
+
+
+class RowLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Log probabilities at one sample row: the log-softmax of its logits as the model gives them,
+    before temperature, rules and cuts."""
+
+    row: Count
+    """Index in the plan's `sample`."""
+    rank: Count
+    """Of the token: 1 for the likeliest."""
+    token_ids: I32
+    """The token, then the likeliest ones in order, it among them maybe."""
+    logprobs: F32
+    """Of `token_ids`."""
 
 
 class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
@@ -191,7 +214,10 @@ class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):
     """Seconds by state since the stage started; they sum to its wall time. Cumulative, so that a
     lost message loses nothing."""
     tokens: I32 | None = None
-    """[len(plan.sample)] in the order of the plan's sample rows."""
+    """[len(plan.sample)] in the order of the plan's sample rows; a row's target where it has
+    one."""
+    logprobs: tuple[RowLogprobs, ...] = ()
+    """Of the rows that ask for them, in order."""
 
 
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):

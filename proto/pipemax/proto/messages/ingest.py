@@ -18,6 +18,7 @@ CallNumber = Count
 
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 AllowedIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 
 
@@ -58,6 +59,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     """The token that would complete one of these in the output is not picked. Each is looked for
     as the tokenizer writes it at the begin of a text, and behind a space if that is as long."""
+    logprobs: NumLogprobs | None = None
+    """Log probabilities of each output token, and of so many likeliest ones: the log-softmax of the
+    logits as the model gives them."""
+    prompt_logprobs: NumLogprobs | None = None
+    """As `logprobs`, of each prompt token but the first."""
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -92,12 +98,30 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     messages: tuple[dict[str, Any], ...] | None = None
     """A chat, rendered with the model's chat template."""
     sampling: SamplingParams = SamplingParams()
+    echo: bool = False
+    """The result brings the prompt's text too."""
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """Stop a request; it finishes with reason `abort` and what it had produced."""
 
     request_id: RequestId
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One token at one position."""
+
+    token_id: int
+    text: str
+    """Of this token alone; `token_id:5` when the model folder has no tokenizer."""
+    logprob: float | None
+    """None for a prompt's first token."""
+    rank: Count
+    """1 for the likeliest; 0 where there is no logprob."""
+
+
+PositionLogprobs = tuple[TokenLogprob, ...]
+"""The token that stands there, then the likeliest ones in order, it among them maybe."""
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
@@ -110,6 +134,12 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     """The stop token id or stop string met, None for end-of-sequence and length."""
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    """[len(token_ids)], if asked for."""
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
+    """[num_prompt_tokens], if asked for and the prompt was computed."""
+    prompt_text: str | None = None
+    """If asked for by `echo`: the prompt as it was given, or what its tokens read as."""
     num_prompt_tokens: Count
     queue_s: Seconds
     """From submission to admission."""

@@ -12,6 +12,9 @@ I32 = bytes
 """A column of little-endian 32-bit integers. Plans carry columns, not lists of objects: a step of
 256 requests is then a few buffers that NumPy reads without copying."""
 
+F32 = bytes
+"""A column of little-endian 32-bit floating point numbers."""
+
 RequestKey = Annotated[int, Meta(ge=0, le=2**62)]
 """The coordinator's number for a request, unique within one coordinator's life."""
 StepId = Annotated[int, Meta(ge=0, le=2**62)]
@@ -37,6 +40,22 @@ def pack_i32(values: Iterable[int]) -> I32:
     if sys.byteorder != "little":  # pragma: no cover
         column.byteswap()
     return column.tobytes()
+
+
+def pack_f32(values: Iterable[float]) -> F32:
+    column = array("f", values)
+    if sys.byteorder != "little":  # pragma: no cover
+        column.byteswap()
+    return column.tobytes()
+
+
+def unpack_f32(column: F32) -> "array[float]":
+    """Raises ValueError when the column's length is not a multiple of four bytes."""
+    values = array("f")
+    values.frombytes(column)
+    if sys.byteorder != "little":  # pragma: no cover
+        values.byteswap()
+    return values
 
 
 def unpack_i32(column: I32) -> "array[int]":

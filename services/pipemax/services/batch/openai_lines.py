@@ -15,14 +15,25 @@ import msgspec
 
 from pipemax.client import Completion, SamplingParams, Submit
 from pipemax.proto.errors import RequestError
+from pipemax.services.batch.openai_logprobs import (
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs,
+)
 
 CHAT_URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
 COMPLETIONS_URL: Literal["/v1/completions"] = "/v1/completions"
 MAX_CUSTOM_ID_CHARS = 512
+MAX_TOP_LOGPROBS = 20
 
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 _PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
+_OWN_FIELDS: dict[str, tuple[str, ...]] = {
+    CHAT_URL: ("logprobs", "top_logprobs"),
+    COMPLETIONS_URL: ("echo",),
+}
+"""Fields of one endpoint that do not stand for a sampling parameter as they are."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -37,8 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of both endpoints that are not implemented, and the values, beside null, that are
 accepted because they ask for nothing."""
 _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True,),
@@ -55,8 +65,6 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
 }
 _NEUTRAL_COMPLETIONS: dict[str, tuple[Any, ...]] = {
-    "logprobs": (),
-    "echo": (False,),
     "suffix": ("",),
 }
 _MESSAGE_NEUTRAL: tuple[str, ...] = (
@@ -87,6 +95,10 @@ class BatchRequest:
     custom_id: str
     url: str
     submit: Submit
+    shows_prompt_logprobs: bool = False
+    """By themselves, not as a part of an echo."""
+    shows_output: bool = True
+    """False for an echo with `max_tokens` 0."""
 
 
 def parse_line(line: bytes, model_name: str) -> BatchRequest:
@@ -129,16 +141,23 @@ def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
     if not isinstance(body, dict):
         raise LineError("invalid_line", "body must be an object")
     digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=12)
-    return BatchRequest(custom_id, url, _parse_body(body, url, digest.hexdigest(), model_name))
-
-
-def _parse_body(body: dict[str, Any], url: str, request_id: str, model_name: str) -> Submit:
     _check_model(body.get("model"), model_name)
+    submit = _parse_body(body, url, digest.hexdigest())
+    return BatchRequest(
+        custom_id,
+        url,
+        submit,
+        shows_prompt_logprobs=body.get("prompt_logprobs") is not None,
+        shows_output=not (submit.echo and body.get("max_tokens") == 0),
+    )
+
+
+def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
     is_chat = url == CHAT_URL
     sampling: dict[str, Any] = {"max_tokens": None if is_chat else 16}
     neutral = _NEUTRAL | (_NEUTRAL_CHAT if is_chat else _NEUTRAL_COMPLETIONS)
     for name, value in body.items():
-        if name in ("model", _PROMPT_FIELDS[url]):
+        if name in ("model", _PROMPT_FIELDS[url], *_OWN_FIELDS[url]):
             continue
         if name in _SAMPLING_FIELDS or (is_chat and name == "max_completion_tokens"):
             if value is not None:
@@ -147,11 +166,38 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str, model_name: str
             _check_neutral(name, value, neutral[name])
         else:
             raise LineError("unknown_field", f"unknown field {name!r:.80}")
-    params = _sampling(sampling)
     if is_chat:
+        _chat_logprobs(body, sampling)
         messages = _messages(body.get("messages"))
-        return Submit(request_id=request_id, messages=messages, sampling=params)
-    return _completion_submit(body.get("prompt"), request_id, params)
+        return Submit(request_id=request_id, messages=messages, sampling=_sampling(sampling))
+    echo = _echo(body, sampling)
+    return _completion_submit(body.get("prompt"), request_id, _sampling(sampling), echo)
+
+
+def _chat_logprobs(body: dict[str, Any], sampling: dict[str, Any]) -> None:
+    wanted, num_top = body.get("logprobs") or False, body.get("top_logprobs")
+    if not isinstance(wanted, bool):
+        raise LineError("invalid_field", f"logprobs must be true or false, not {wanted!r:.80}")
+    if num_top is not None and (type(num_top) is not int or not 0 <= num_top <= MAX_TOP_LOGPROBS):
+        raise LineError(
+            "invalid_field", f"top_logprobs must be 0 to {MAX_TOP_LOGPROBS}, not {num_top!r:.80}"
+        )
+    if num_top and not wanted:
+        raise LineError("invalid_field", "top_logprobs needs logprobs to be true")
+    if wanted:
+        sampling["logprobs"] = num_top or 0
+
+
+def _echo(body: dict[str, Any], sampling: dict[str, Any]) -> bool:
+    """Whether the result begins with the prompt. Its logprobs then do, too."""
+    echo = body.get("echo") or False
+    if not isinstance(echo, bool):
+        raise LineError("invalid_field", f"echo must be true or false, not {echo!r:.80}")
+    if echo:
+        sampling.setdefault("prompt_logprobs", sampling.get("logprobs"))
+        if sampling["max_tokens"] == 0 and type(sampling["max_tokens"]) is int:
+            sampling["max_tokens"] = 1  # the prompt alone: what is produced is left out
+    return echo
 
 
 def _check_model(model: object, model_name: str) -> None:
@@ -194,7 +240,9 @@ def _sampling(fields: dict[str, Any]) -> SamplingParams:
         raise LineError("invalid_field", f"{name}: {reason}, not {fields[name]!r:.80}") from error
 
 
-def _completion_submit(prompt: object, request_id: str, params: SamplingParams) -> Submit:
+def _completion_submit(
+    prompt: object, request_id: str, params: SamplingParams, echo: bool
+) -> Submit:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
         if len(prompt) > 1:
             raise LineError(
@@ -203,10 +251,11 @@ def _completion_submit(prompt: object, request_id: str, params: SamplingParams) 
             )
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return Submit(request_id=request_id, prompt=prompt, sampling=params)
+        return Submit(request_id=request_id, prompt=prompt, sampling=params, echo=echo)
     if not isinstance(prompt, list) or not all(type(item) is int for item in prompt):
         raise LineError("invalid_field", "prompt must be a string or a list of token ids")
-    return Submit(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params)
+    ids = tuple(prompt)
+    return Submit(request_id=request_id, prompt_token_ids=ids, sampling=params, echo=echo)
 
 
 def _messages(messages: object) -> tuple[dict[str, Any], ...]:
@@ -251,33 +300,59 @@ def result_line(
     """The output line of a request that was served, without its line break. `created` is a Unix
     time in seconds. A prompt given as token ids gets its output's `token_ids` too."""
     is_chat = request.url == CHAT_URL
-    choice: dict[str, Any] = {"index": 0}
-    if is_chat:
-        choice["message"] = {"role": "assistant", "content": completion.text}
-    else:
-        choice["text"] = completion.text
-    choice |= {
-        "logprobs": None,
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-    }
-    if request.submit.prompt_token_ids is not None:
-        choice["token_ids"] = completion.token_ids
     prompt_tokens, output_tokens = completion.num_prompt_tokens, len(completion.token_ids)
-    body = {
+    if not request.shows_output:
+        output_tokens = 0
+    body: dict[str, Any] = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{completion.request_id}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": model_name,
-        "choices": [choice],
+        "choices": [_choice(request, completion, 0)],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": output_tokens,
             "total_tokens": prompt_tokens + output_tokens,
         },
     }
+    if is_chat and request.shows_prompt_logprobs:
+        body["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs or ())
     response = {"status_code": 200, "request_id": completion.request_id, "body": body}
     return _line(completion.request_id, request.custom_id, response, None)
+
+
+def _choice(request: BatchRequest, completion: Completion, index: int) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index}
+    if request.url == CHAT_URL:
+        choice["message"] = {"role": "assistant", "content": completion.text}
+        choice["logprobs"] = _logprobs_of_chat(request, completion)
+    else:
+        output = completion.text if request.shows_output else ""
+        choice["text"] = (completion.prompt_text or "") + output
+        choice["logprobs"] = _logprobs_of_completion(request, completion)
+    choice |= {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+    if not request.shows_output:
+        choice |= {"finish_reason": "length", "stop_reason": None}
+    if request.url == COMPLETIONS_URL and request.shows_prompt_logprobs:
+        choice["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs or ())
+    if request.submit.prompt_token_ids is not None:
+        choice["token_ids"] = completion.token_ids if request.shows_output else ()
+    return choice
+
+
+def _logprobs_of_chat(request: BatchRequest, completion: Completion) -> dict[str, Any] | None:
+    wanted = request.submit.sampling.logprobs
+    return None if wanted is None else chat_logprobs(completion.logprobs or (), wanted)
+
+
+def _logprobs_of_completion(request: BatchRequest, completion: Completion) -> dict[str, Any] | None:
+    wanted = request.submit.sampling.logprobs
+    if wanted is None:
+        return None
+    positions = completion.logprobs or () if request.shows_output else ()
+    if request.submit.echo:
+        positions = (*(completion.prompt_logprobs or ()), *positions)
+    return completion_logprobs(positions, wanted)
 
 
 def error_line(

@@ -94,7 +94,7 @@ class ModelledStep:
             out[:, 1] = int((end_s + batch.hop_s) * _NS)
             return StepResult(rows=out, compute_s=batch.compute_s)
         columns = batch.columns
-        sampled = hashes[columns.row_ends[columns.sampled] - 1]
+        sampled = hashes[columns.sample_rows]
         tokens = made_up_tokens(sampled, plan.sample, self._vocab_size)
         return StepResult(tokens=tokens, compute_s=batch.compute_s)
 

@@ -1,13 +1,23 @@
 """The last stage's sampler: a step's logits to tokens, by the rules that requests brought along."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.messages.control import SampleRow, StepPlan
+from pipemax.proto.messages.control import RowLogprobs, SampleRow, StepPlan
 from pipemax.stage_worker.sampling.draw import sample
+from pipemax.stage_worker.sampling.logprobs import row_logprobs
 from pipemax.stage_worker.sampling.rules import TokenRules
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    tokens: list[int]
+    """One per row."""
+    logprobs: tuple[RowLogprobs, ...] = ()
+    """Of the rows that ask for them, in order."""
 
 
 class Sampler:
@@ -29,22 +39,36 @@ class Sampler:
 
     def sample(
         self, plan: StepPlan, logits: torch.Tensor, indices: Sequence[int] | None = None
-    ) -> list[int]:
-        """One token id per row of `logits`, float32 `[rows, vocab]`, which is left as it was.
-        `indices`: of the plan's sample rows, those whose logits these are; None for all.
+    ) -> Sampled:
+        """`logits` are float32 `[rows, vocab]` and left as they were. `indices`: of the plan's
+        sample rows, those whose logits these are; None for all.
 
         See `draw.sample`. Raises InvariantError when the plan and the rules kept contradict each
         other."""
-        rows = plan.sample if indices is None else [plan.sample[index] for index in indices]
         self._forget(plan)
-        ruled = [(index, row, self._rules_of(row)) for index, row in enumerate(rows) if row.extras]
-        if not ruled:
-            return sample(logits, rows)
-        logits = logits.clone()
-        for index, row, rules in ruled:
-            rules.apply(logits[index].numpy(), row.banned_token_ids)
-        tokens = sample(logits, rows)
-        for index, _, rules in ruled:
+        if indices is None:
+            indices = range(len(plan.sample))
+        rows = [plan.sample[index] for index in indices]
+        if not any(row.extras for row in rows):
+            return Sampled(sample(logits, rows))
+        tokens = self._pick(logits, rows)
+        return Sampled(tokens, row_logprobs(logits, rows, tokens, indices))
+
+    def _pick(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+        """One token per row: sampled, or the row's target."""
+        ruled: list[tuple[int, TokenRules]] = []
+        targets: dict[int, int] = {}
+        for index, row in enumerate(rows):
+            if row.extras is not None and row.extras.target >= 0:
+                targets[index] = row.extras.target
+            elif row.extras is not None and row.extras.request >= 0:
+                ruled.append((index, self._rules_of(row)))
+        if ruled:
+            logits = logits.clone()
+        for index, rules in ruled:
+            rules.apply(logits[index].numpy(), rows[index].banned_token_ids)
+        tokens = _sample_but(targets, logits, rows)
+        for index, rules in ruled:
             rules.append(tokens[index])
         return tokens
 
@@ -68,3 +92,17 @@ class Sampler:
                 f"request {request} has {row.position} output tokens, its rules {rules.num_outputs}"
             )
         return rules
+
+
+def _sample_but(
+    targets: dict[int, int], logits: torch.Tensor, rows: Sequence[SampleRow]
+) -> list[int]:
+    """Tokens of all rows, of which `targets` are known."""
+    if not targets:
+        return sample(logits, rows)
+    sampled = [index for index in range(len(rows)) if index not in targets]
+    found = dict(targets)
+    if sampled:
+        tokens = sample(logits[sampled], [rows[index] for index in sampled])
+        found.update(zip(sampled, tokens, strict=True))
+    return [found[index] for index in range(len(rows))]

@@ -164,7 +164,7 @@ def pack_step(columns: PlanColumns, layout: BatchLayout, tile_tokens: int, buffe
     _fill(layout.token_ids, buffer, columns.token_ids, 0)
     _fill(layout.position_ids, buffer, columns.positions, 0)
     _fill(layout.slots, buffer, columns.slots, PADDING_SLOT)
-    _fill(layout.sample_rows, buffer, columns.row_ends[columns.sampled] - 1, 0)
+    _fill(layout.sample_rows, buffer, columns.sample_rows, 0)
     _fill(layout.seq_lens, buffer, context_and_new, 0)
     starts = layout.query_starts.of(buffer)
     starts[0] = 0

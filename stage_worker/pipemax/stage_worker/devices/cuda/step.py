@@ -17,6 +17,7 @@ from pipemax.stage_worker.devices.cuda.outlet import Outlet, QueuedRows
 from pipemax.stage_worker.devices.cuda.token_exit import PendingTokens, TokenExit
 from pipemax.stage_worker.model.stage_model import StageModel
 from pipemax.stage_worker.plan_columns import read_columns
+from pipemax.stage_worker.sampling import Sampled
 from pipemax.stage_worker.state_clock import State
 
 
@@ -200,7 +201,7 @@ class CudaSteps:
         )
         return Spent(states, compute_s)
 
-    def land(self, flight: Flight, *, wanted: bool) -> list[int] | None:
+    def land(self, flight: Flight, *, wanted: bool) -> Sampled | None:
         """The step has ended: its tokens, on the last stage, if they are `wanted`."""
         self._versions.give_back(flight.version)
         if self._token_exit is None:
@@ -211,5 +212,5 @@ class CudaSteps:
             return None
         self._token_exit.note_ended(flight.plan)
         if flight.tokens is None:
-            return []
+            return Sampled([])
         return self._token_exit.tokens(flight.tokens, flight.plan)

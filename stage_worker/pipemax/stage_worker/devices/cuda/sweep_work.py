@@ -40,8 +40,8 @@ class SweepWork:
         flight = self._steps.launch(batch, rows, -1)
         self._gpu.runtime.synchronize_event(flight.version.ended)
         spent = self._steps.spent(flight, None)
-        tokens = self._steps.land(flight, wanted=True)
-        return StepResult(tokens=tokens or [], compute_s=spent.compute_s)
+        sampled = self._steps.land(flight, wanted=True)
+        return StepResult(tokens=sampled.tokens if sampled else [], compute_s=spent.compute_s)
 
     def close(self) -> None:
         self._rows.close()

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from pipemax.proto.cuda.runtime import CudaEvent, Stream
-from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.messages.control import RowLogprobs, StepPlan
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.devices.cuda.inputs import SampleInputs
-from pipemax.stage_worker.sampling import Sampler
+from pipemax.stage_worker.sampling import Sampled, Sampler
 
 _DRAW_BUFFERS: Final = 2
 """The host draws from one while the next step's logits arrive in the other."""
@@ -122,8 +122,9 @@ class TokenExit:
         runtime.record(self._sent, self.stream)
         return PendingTokens(buffer, inputs.drawn_rows, arriving)
 
-    def tokens(self, pending: PendingTokens, plan: StepPlan) -> list[int]:
-        """One per sample row. The step has ended."""
+    def tokens(self, pending: PendingTokens, plan: StepPlan) -> Sampled:
+        """One per sample row, and what was asked for beside them. The step has ended."""
+        logprobs: tuple[RowLogprobs, ...] = ()
         count = len(plan.sample)
         tokens: list[int] = pending.buffer.pinned.bytes.view(np.int64)[:count].tolist()
         if pending.logits is not None:
@@ -134,10 +135,11 @@ class TokenExit:
                 torch.from_numpy(logits.reshape(count, self._vocab_size)),
                 pending.drawn_rows,
             )
-            for index, token in zip(pending.drawn_rows, drawn, strict=True):
+            for index, token in zip(pending.drawn_rows, drawn.tokens, strict=True):
                 tokens[index] = token
+            logprobs = drawn.logprobs
         self.forget(pending)
-        return tokens
+        return Sampled(tokens, logprobs)
 
     def note_ended(self, plan: StepPlan) -> None:
         """For the sampler, which a step without drawn rows does not ask."""

@@ -132,11 +132,14 @@ class CudaWorkLoop:
         self._clock.settle(spent.states, landed=landed)
         wanted = plan.epoch == self._queue.epoch
         self._clock.switch("compute")  # where the host still draws tokens
-        tokens = self._steps.land(flight, wanted=wanted)
+        sampled = self._steps.land(flight, wanted=wanted)
         self._clock.switch("send")
         if wanted:
             if flight.rows is not None and not self._steps.announces_rows_ahead:
                 self._links.send_rows(plan, flight.rows)
-            self._links.step_done(plan, spent.compute_s, tokens)
+            if sampled is None:
+                self._links.step_done(plan, spent.compute_s, None)
+            else:
+                self._links.step_done(plan, spent.compute_s, sampled.tokens, sampled.logprobs)
         if landed:
             self._rings.collect()
