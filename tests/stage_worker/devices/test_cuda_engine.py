@@ -8,7 +8,7 @@ import pytest
 
 from pipemax.proto.cuda.runtime import Stream
 from pipemax.stage_worker.devices.cuda import engine as cuda_engine
-from pipemax.stage_worker.devices.cuda.torch_side import Graph
+from pipemax.stage_worker.devices.cuda.torch_side import Graph, Kernels, NotCapturableError
 from pipemax.stage_worker.engine import StageEngine
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
@@ -113,3 +113,21 @@ def test_graphs_give_the_same_tokens(
     assert sorted(work.tokens) == sorted(expected)
     assert (len(replayed) >= 3 * (LENGTH - 1)) is not enforce_eager
     assert not (enforce_eager and replayed)
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(side: FakeTorch, stream: Stream, kernels: Kernels) -> Graph:
+        raise NotCapturableError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_engine, "open_attention", capturable_attention.open_attention)
+    monkeypatch.setattr(FakeTorch, "capture", refuse)
+    with simulated(tmp_path / "gpu") as process:
+        with open_stage(stage_config(model_dir)) as engine:
+            run(engine, ready_queue(engine, takes_activations=False), driver(1))
+        process.close()
+    assert "no CUDA graphs: operation not permitted when stream is capturing" in caplog.text

@@ -33,7 +33,6 @@ from pipemax.stage_worker.devices.cuda.start import StartUp, capture_all
 from pipemax.stage_worker.devices.cuda.step import CudaSteps, StepStreams
 from pipemax.stage_worker.devices.cuda.sweep_work import SweepWork
 from pipemax.stage_worker.devices.cuda.token_exit import TokenExit
-from pipemax.stage_worker.devices.cuda.torch_side import NotCapturableError
 from pipemax.stage_worker.devices.cuda.work_loop import (
     INPUT_VERSIONS,
     MAX_IN_FLIGHT,
@@ -76,8 +75,7 @@ class CudaEngine:
         try:
             self._open(run_dir)
         except BaseException:
-            with contextlib.suppress(PipemaxError):
-                self.close()
+            self.close()
             raise
 
     def _open(self, run_dir: Path | None) -> None:
@@ -184,19 +182,11 @@ class CudaEngine:
         with self._gpu.torch.scope(self._compute):
             self._model.warm_up()
         self._runtime.synchronize(self._compute)
-        self._record_graphs()
+        if self._graphs is not None:
+            capture_all(self._graphs, self._gpu, self._compute)
         pool = DevicePool(self._pool.pointer, self.num_blocks, geometry.block_bytes)
         self._kv = open_kv_end(config, self._runtime, pool, self._regions)
         self._opened.callback(self._kv.close)
-
-    def _record_graphs(self) -> None:
-        if self._graphs is None:
-            return
-        try:
-            capture_all(self._graphs, self._gpu, self._compute)
-        except NotCapturableError as error:
-            log.warning("no CUDA graphs: %s", error)
-            self._drop_graphs()
 
     def _drop_graphs(self) -> None:
         if self._graphs is not None:
@@ -256,11 +246,15 @@ class CudaEngine:
 
     def close(self) -> None:
         """Gives everything back once the GPU has nothing queued. Where that waits for a process
-        that is gone, all is left to the end of this one."""
-        if not self._drained():
-            log.warning("steps in flight do not end; they wait for a process that is gone")
-            return
-        self._opened.close()
+        that is gone, or the GPU fails, all is left to the end of this one: why it ends is said
+        elsewhere."""
+        try:
+            if self._drained():
+                self._opened.close()
+            else:
+                log.warning("steps in flight do not end; they wait for a process that is gone")
+        except PipemaxError as error:
+            log.warning("not everything was given back: %s", error)
 
     def _drained(self) -> bool:
         """Everything queued has run, within a few seconds."""

@@ -20,6 +20,7 @@ from pipemax.stage_worker.devices.cuda.memory import (
     MemoryUse,
     largest_step,
 )
+from pipemax.stage_worker.devices.cuda.torch_side import NotCapturableError
 from pipemax.stage_worker.model.stage_model import StageModel
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ class StartUp:
         pool = DeviceBuffer(self.gpu, num_blocks * geometry.block_bytes)
         self.gpu.runtime.fill_zero(pool.pointer, pool.size_bytes, self.compute)
         self.model.bind_pool(pool.tensor((num_blocks, *geometry.block_shape), self.model.dtype))
-        yield
-        self.gpu.runtime.synchronize(self.compute)
-        pool.close()
+        try:
+            yield
+        finally:
+            self.gpu.runtime.synchronize(self.compute)
+            pool.close()
 
     def _largest_step_bytes(self) -> int:
         """What torch holds for it besides weights."""
@@ -121,11 +124,17 @@ class StartUp:
         return total_bytes - free_bytes
 
     def usable(self, graphs: DecodeGraphs) -> bool:
-        """Whether steps can be recorded; a line in the log says why not."""
+        """Whether steps can be recorded: tried with the largest. A line in the log says why not."""
         with self._small_pool():
             obstacle = graphs.obstacle(self.compute)
+            if obstacle is None:
+                try:
+                    graphs.capture([graphs.max_rows], self.compute)
+                except NotCapturableError as error:
+                    obstacle = str(error)
+                graphs.forget()
         if obstacle is not None:
-            log.info("no CUDA graphs: %s", obstacle)
+            log.warning("no CUDA graphs: %s", obstacle)
         return obstacle is None
 
 
