@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from pipemax.proto.geometry import DTYPE_BYTES, Dtype
 from pipemax.stage_worker.attention.device import triton_kernels as kernels
 from pipemax.stage_worker.attention.device.launch import (
+    MAX_SPLITS,
     Launch,
     decode_launch,
     padded,
@@ -28,7 +29,7 @@ SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _FLOAT32_POINTERS = {"partial_sums", "partial_stats"}
 _POOL_POINTERS = {"out", "query", "keys", "values", "key_pool", "value_pool"}
-_KV_HEADS, _BLOCK_SIZE, _SPLITS = 8, 16, 4
+_KV_HEADS, _BLOCK_SIZE = 8, 16
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ def attend_decodes(
     *,
     group: int = 4,
     softcap: bool = False,
+    whole: bool = False,
     launch: Launch | None = None,
 ) -> Usage:
     launch = launch or decode_launch(head_dim, DTYPE_BYTES[dtype])
     sizes = _sizes(dtype, head_dim, group, softcap, launch)
-    sizes |= {"ROWS": padded(group), "SPLITS": _SPLITS}
+    sizes |= {"ROWS": padded(group), "WHOLE": whole}
     return _compile(kernels.attend_decodes, dtype, capability, launch, sizes)
 
 
@@ -78,7 +80,7 @@ def reduce_splits(dtype: Dtype, head_dim: int, capability: int) -> Usage:
     sizes = {"HEADS": 32, "HEAD_DIM": head_dim, "DIMS": padded(head_dim), "TILE": launch.tile}
     one_warp = Launch(launch.tile, 1, 1)
     return _compile(
-        kernels.reduce_splits, dtype, capability, one_warp, {**sizes, "SPLITS": _SPLITS}
+        kernels.reduce_splits, dtype, capability, one_warp, {**sizes, "MAX_SPLITS": MAX_SPLITS}
     )
 
 
@@ -131,7 +133,7 @@ def _type(name: str, dtype: Dtype) -> str:
         return "fp32"
     if name == "block_stride":
         return "i64"
-    return "i32" if name == "window" or name.endswith("stride") else "*i32"
+    return "i32" if name in ("window", "splits") or name.endswith("stride") else "*i32"
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

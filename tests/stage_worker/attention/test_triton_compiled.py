@@ -62,9 +62,10 @@ def test_small_kernels_compile(dtype: Dtype) -> None:
         assert usage.shared_bytes <= 4096
 
 
-def test_decode_fetches_16_bytes_at_a_time_and_ahead() -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["split", "whole"])
+def test_decode_fetches_16_bytes_at_a_time_and_ahead(whole: bool) -> None:
     """Tiles of K and V come by asynchronous copies of 16 bytes, several tiles ahead."""
-    ptx = triton_compile.attend_decodes("bfloat16", 128, 90).ptx
+    ptx = triton_compile.attend_decodes("bfloat16", 128, 90, whole=whole).ptx
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, (0x[0-9a-f]+|\d+)[;,]", ptx)
     assert copies
     assert {int(size, 0) for size in copies} == {16}

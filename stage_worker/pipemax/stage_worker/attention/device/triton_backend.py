@@ -9,6 +9,7 @@ from pipemax.proto.errors import InvariantError
 from pipemax.stage_worker.attention.device import triton_kernels as kernels
 from pipemax.stage_worker.attention.device.batch import DeviceStep
 from pipemax.stage_worker.attention.device.launch import (
+    MAX_SPLITS,
     Launch,
     decode_launch,
     num_splits,
@@ -144,12 +145,13 @@ def _attend_decodes(call: _Call, out: torch.Tensor, launch: Launch, splits: int)
         call.inner,
         call.outer,
         call.window,
+        splits,
         call.query.stride(0),
         call.query.stride(1),
         call.block_stride,
         ROWS=padded(call.group),
         TILE=launch.tile,
-        SPLITS=splits,
+        WHOLE=splits == 1,
         **call.shape,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -163,11 +165,12 @@ def _attend_decodes(call: _Call, out: torch.Tensor, launch: Launch, splits: int)
             batch.query_starts,
             batch.seq_lens,
             call.window,
+            splits,
             HEADS=heads,
             HEAD_DIM=call.head_dim,
             DIMS=padded(call.head_dim),
             TILE=launch.tile,
-            SPLITS=splits,
+            MAX_SPLITS=MAX_SPLITS,
             num_warps=1,
         )
 

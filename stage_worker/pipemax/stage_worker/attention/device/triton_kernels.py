@@ -9,6 +9,9 @@ calculation for softmax", 2018; Dao, "FlashAttention-2", 2023): a score is multi
 once, as part of its scale. A soft-capped score is `outer · tanh(inner · q·k)`, any other
 `outer · q·k`.
 
+Windows and numbers of splits are not specialized on: a step never waits for a compiler because it
+has another number of requests.
+
 The heads that share a KV head are rows of one matrix, so that K and V are read once for all of
 them; in decode these rows are padded to 16, the least that tensor cores take.
 """
@@ -69,17 +72,17 @@ def _blocks_of(tables, tokens, end, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _split(length, window, split, SPLITS: tl.constexpr, TILE: tl.constexpr):
+def _split(length, window, split, splits, TILE: tl.constexpr):
     """The first token that the last one sees, and the tokens [begin, end) of one split: as many
-    tiles each as evenly makes `SPLITS`, so that later splits may have none."""
+    tiles each as evenly makes `splits`, so that later splits may have none."""
     visible = tl.maximum(length - window, 0)
     first = visible // TILE * TILE
-    share = tl.cdiv(tl.cdiv(length - first, SPLITS), TILE) * TILE
+    share = tl.cdiv(tl.cdiv(length - first, splits), TILE) * TILE
     begin = first + split * share
     return visible, begin, tl.minimum(begin + share, length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"])
 def attend_decodes(
     out,
     partial_sums,
@@ -95,6 +98,7 @@ def attend_decodes(
     inner,
     outer,
     window,
+    splits,
     query_row_stride,
     query_head_stride,
     block_stride,
@@ -105,23 +109,23 @@ def attend_decodes(
     ROWS: tl.constexpr,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    WHOLE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One split of the context of one decode, for the heads of one KV head.
 
-    Grid (kv_heads, SPLITS, decodes): programs that run together read neighbouring heads of the
-    same tokens. With one split writes `out` `[rows, heads, head_dim]`; else the unnormalised
-    `partial_sums` `[decodes, heads, SPLITS, head_dim]` and `partial_stats` `[decodes, heads,
-    SPLITS, 2]`, the maximum and the sum of weights, float32, for `reduce_splits`.
+    Grid (kv_heads, splits, decodes): programs that run together read neighbouring heads of the
+    same tokens. `WHOLE`, with one split, writes `out` `[rows, heads, head_dim]`; else the
+    unnormalised `partial_sums` `[decodes, heads, splits, head_dim]` and `partial_stats` `[decodes,
+    heads, splits, 2]`, the maximum and the sum of weights, float32, for `reduce_splits`.
     """
     kv_head, split, index = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     item = tl.load(decode_items + index)
     row = tl.load(query_starts + item).to(tl.int64)
     length = tl.load(seq_lens + item)
     tables = block_tables + tl.load(table_starts + item)
-    visible, begin, end = _split(length, window, split, SPLITS, TILE)
+    visible, begin, end = _split(length, window, split, splits, TILE)
 
     heads, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     real = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -158,18 +162,18 @@ def attend_decodes(
         )
         maximum = larger
 
-    if SPLITS == 1:
+    if WHOLE:
         result = sums / tl.where(total > 0.0, total, 1.0)[:, None]
         place = (row * (KV_HEADS * GROUP) + head) * HEAD_DIM
         tl.store(out + place[:, None] + dims[None, :], result.to(out.dtype.element_ty), mask=real)
     elif begin < end:
-        place = (index.to(tl.int64) * (KV_HEADS * GROUP) + head) * SPLITS + split
+        place = (index.to(tl.int64) * (KV_HEADS * GROUP) + head) * splits + split
         tl.store(partial_sums + place[:, None] * HEAD_DIM + dims[None, :], sums, mask=real)
         tl.store(partial_stats + place * 2, maximum, mask=heads < GROUP)
         tl.store(partial_stats + place * 2 + 1, total, mask=heads < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"])
 def reduce_splits(
     out,
     partial_sums,
@@ -178,25 +182,27 @@ def reduce_splits(
     query_starts,
     seq_lens,
     window,
+    splits,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
 ):
     """Puts the splits of one decode and head together. Grid (heads, decodes)."""
     head, index = tl.program_id(0), tl.program_id(1)
     item = tl.load(decode_items + index)
     row = tl.load(query_starts + item).to(tl.int64)
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
-    _, begin, end = _split(tl.load(seq_lens + item), window, splits, SPLITS, TILE)
-    place = (index.to(tl.int64) * HEADS + head) * SPLITS
-    stats = partial_stats + (place + splits) * 2
-    maxima = tl.load(stats, mask=begin < end, other=float("-inf"))
-    totals = tl.load(stats + 1, mask=begin < end, other=0.0)
+    numbers, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, DIMS)
+    _, begin, end = _split(tl.load(seq_lens + item), window, numbers, splits, TILE)
+    there = (begin < end) & (numbers < splits)
+    place = (index.to(tl.int64) * HEADS + head) * splits
+    stats = partial_stats + (place + numbers) * 2
+    maxima = tl.load(stats, mask=there, other=float("-inf"))
+    totals = tl.load(stats + 1, mask=there, other=0.0)
     largest = tl.maximum(tl.max(maxima, 0), -1e30)  # a number even where there is no split
     total = tl.sum(totals * tl.exp2(maxima - largest), 0)
-    used = tl.sum((begin < end).to(tl.int32), 0)
+    used = tl.sum(there.to(tl.int32), 0)
     sums = tl.zeros([DIMS], tl.float32)
     for split in range(used):
         part = tl.load(
@@ -208,7 +214,7 @@ def reduce_splits(
     tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def attend_tiles(
     out,
     query,
