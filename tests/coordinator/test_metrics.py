@@ -1,9 +1,12 @@
 """/metrics as Prometheus reads it."""
 
+from collections import Counter
+
 import pytest
 from prometheus_client import generate_latest
 
 from pipemax.coordinator.assembly import Assembly
+from pipemax.coordinator.jobs import JobTotals
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.state import SchedulerLimits, SchedulerState
 from pipemax.coordinator.status import StatusView
@@ -93,3 +96,21 @@ def test_links_grow_by_differences_and_restart_from_zero(view: StatusView) -> No
     assert view.kv_report(report(150, 1.5)) == ([50, 50], [0.5, 0.5])
     assert view.kv_report(report(30, 0.5)) == ([30, 30], [0.5, 0.5])
     assert view.refresh().load_bytes == 2 * (150 + 30)
+
+
+def test_jobs_are_counted_by_state(view: StatusView) -> None:
+    view.refresh()
+    metrics = Metrics("tiny", lambda: view.latest)
+    metrics.collector.jobs = JobTotals(
+        jobs=Counter(running=2, finished=1),
+        requests_pending=7,
+        requests_finished=5,
+        journal_bytes=4096,
+    )
+    text = generate_latest(metrics.registry).decode()
+    check_metrics(text)
+    for state, count in (("running", 2), ("finished", 1), ("held", 0)):
+        assert f'pipemax_jobs{{model_name="tiny",state="{state}"}} {count}.0' in text
+    assert 'pipemax_job_requests_pending{model_name="tiny"} 7.0' in text
+    assert 'pipemax_job_requests_finished{model_name="tiny"} 5.0' in text
+    assert 'pipemax_journal_bytes{model_name="tiny"} 4096.0' in text

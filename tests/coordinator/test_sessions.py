@@ -160,3 +160,15 @@ def test_a_client_that_waits_for_each_result_stays_one_job(sessions: Sessions) -
     sessions.deliver()
     assert sessions.is_idle
     assert sessions.accept(b"a", submit("y"), 2.0).job == first.job
+
+
+def test_a_request_of_a_durable_job_needs_no_session(sessions: Sessions, line: Line) -> None:
+    first = sessions.accept_for_job(7, submit("x"), 10.0)
+    same_id = sessions.accept_for_job(7, submit("x"), 10.0)
+    assert first.seed == same_id.seed == sessions.accept(b"\x07", submit("x"), 0.0).seed
+    assert first.job == same_id.job
+    assert first.job != sessions.accept(b"\x07", submit("y"), 0.0).job
+    message = sessions.finish(done(first.key), 13.0)
+    assert (message.request_id, message.token_ids, message.total_s) == ("x", (8, 9), 3.0)
+    assert sessions.deliver() == []
+    assert line.got == []

@@ -11,6 +11,9 @@ import zmq
 
 from pipemax.coordinator.assembly import Resumed
 from pipemax.coordinator.events import Cancelled, FinishRequest, ToStages
+from pipemax.coordinator.journal import Journal
+from pipemax.coordinator.journal_file import journal_path
+from pipemax.coordinator.journal_reader import JournalReader
 from pipemax.coordinator.shell import CoordinatorShell, check_capacity
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
@@ -167,3 +170,38 @@ def test_pools_too_small_for_the_longest_request_name_the_flag_that_sizes_them()
     fixed = msgspec.structs.replace(config, kv_cache_memory_bytes=7 * 2**20)
     with pytest.raises(ConfigError, match=r"raise --kv-cache-memory-bytes to 8\.0 MiB or lower"):
         check_capacity(fixed, resumed(7))
+
+
+def test_a_damaged_journal_ends_the_coordinator_with_what_to_do(tmp_path: Path) -> None:
+    path = journal_path("default")
+    Journal(path).close(clean=True)
+    path.write_bytes(b"no journal" * 100)
+    running = RunningShell(tmp_path)
+    running.thread.join(20)
+    running.close()
+    assert isinstance(running.error, ConfigError)
+    assert "pipemax results JOB --journal" in str(running.error)
+
+
+def test_jobs_are_kept_before_they_are_acknowledged_and_wait_for_the_system(
+    tmp_path: Path,
+) -> None:
+    running = RunningShell(tmp_path)
+    entry = ingest.JobRequest(request=ingest.Submit(request_id="a", prompt_token_ids=(5,)))
+    messages = (
+        ingest.OpenJob(number=1, job="night"),
+        ingest.AddRequests(number=2, job="night", first_seq=0, requests=(entry,)),
+        ingest.FetchResults(number=3, job="other", position=0),
+    )
+    answers = []
+    for message in messages:
+        running.client.send(encode(message))
+        assert running.client.poll(20_000)
+        answers.append(Codec(INGEST, at_binder=False).decode(running.client.recv()))
+    assert [getattr(answer, "number", None) for answer in answers] == [1, 2, 3]
+    assert isinstance(answers[2], ingest.JobRefused)
+    assert running.status().requests_waiting == 0, "nothing starts before the system is complete"
+    running.close()
+    with JournalReader(journal_path("default")) as reader:
+        (job,) = reader.jobs()
+    assert (job.name, job.num_requests, job.state) == ("night", 1, "open")
