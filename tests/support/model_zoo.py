@@ -171,7 +171,10 @@ def reference_tokens(
 ) -> list[list[int]]:
     """What `transformers.generate` answers greedily to each prompt alone, without the prompt;
     the end-of-sequence token, when met, is the last one."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+    # Plainly: some versions of transformers leave soft-capping out of their fused attention.
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype="auto", attn_implementation="eager"
+    ).eval()
     answers = []
     for prompt, limit in zip(prompts, max_new_tokens, strict=True):
         ids = torch.tensor([prompt])

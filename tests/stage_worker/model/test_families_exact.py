@@ -112,7 +112,9 @@ def test_reference_attention_gives_the_same_tokens(model_of, family: str) -> Non
 def test_logits_equal_those_of_transformers(model_of, family: str) -> None:
     """Greedy tokens do not show a soft-cap or a scale on the logits; sampling does."""
     directory, _ = model_of(family)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", attn_implementation="eager"
+    )
     prompt = _prompts()[4]
     expected = model(torch.tensor([prompt])).logits[0, -1]
     stages = load_stages(directory, (3, 1), block_size=8, num_blocks=_NUM_BLOCKS)
@@ -125,7 +127,9 @@ def test_logits_equal_those_of_transformers(model_of, family: str) -> None:
 @torch.inference_mode()
 def test_half_precision_stays_near_float32(tmp_path: Path, dtype: str) -> None:
     directory = build_model("llama", tmp_path, dtype=dtype)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
     prompt = _prompts()[4]
     expected = model(torch.tensor([prompt])).logits[0, -4:]
     stages = load_stages(directory, (2, 2), block_size=8, num_blocks=_NUM_BLOCKS)
