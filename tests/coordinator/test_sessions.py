@@ -103,6 +103,16 @@ def test_a_modelled_device_has_no_logprobs(sessions: Sessions) -> None:
         assert refusal.value.code == "not_implemented"
 
 
+def test_stages_on_gpus_score_no_prompts(sessions: Sessions) -> None:
+    msgspec.structs.force_setattr(sessions._config, "device", "cuda")
+    scored = SamplingParams(prompt_logprobs=0)
+    with pytest.raises(RequestError, match="prompt_logprobs: stages on GPUs") as refusal:
+        sessions.accept(b"a", msgspec.structs.replace(submit("x"), sampling=scored), 0.0)
+    assert refusal.value.code == "not_implemented"
+    picked = SamplingParams(max_tokens=4, logprobs=2)
+    sessions.accept(b"a", msgspec.structs.replace(submit("y"), sampling=picked), 0.0)
+
+
 def test_ids_are_unique_per_client_among_unfinished_requests(sessions: Sessions) -> None:
     sessions.accept(b"a", submit("x"), 0.0)
     sessions.accept(b"b", submit("x"), 0.0)
