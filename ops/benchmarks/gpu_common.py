@@ -4,6 +4,7 @@ small sizes."""
 import argparse
 import json
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,11 @@ def run(doc: str | None, part: Callable[[argparse.Namespace, FindingsWriter, Pat
     asked = parser.parse_args()
     found = FindingsWriter(asked.findings)
     with tempfile.TemporaryDirectory(prefix="pipemax-bench-") as folder:
-        part(asked, found, Path(folder))
+        try:
+            part(asked, found, Path(folder))
+        except Exception as error:
+            traceback.print_exc()
+            found.fail(" ".join(f"{type(error).__name__}: {error}".split()))
     return 0 if found.finish() else 1
 
 

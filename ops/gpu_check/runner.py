@@ -17,7 +17,7 @@ from gpu_findings import Findings
 
 GRACE_S = 5.0
 """Between asking a part at its limit to end and killing it: its systems stop their processes."""
-SETTLE_S = 3.0
+SETTLE_S = 10.0
 """What a part started may take to notice that the part has ended."""
 _LAST_LINES = 60
 _PR_SET_CHILD_SUBREAPER = 36
@@ -161,7 +161,7 @@ def _kill_descendants(settle_s: float) -> list[str]:
     settled_s = time.monotonic() + settle_s
     while _alive(psutil) and time.monotonic() < settled_s:
         time.sleep(0.05)
-    found = [f"process {process.pid} ({_name(process)})" for process in _alive(psutil)]
+    found = [f"process {process.pid}, {_name(process)}" for process in _alive(psutil)]
     deadline_s = time.monotonic() + GRACE_S
     while (alive := _alive(psutil)) and time.monotonic() < deadline_s:
         for process in alive:
@@ -185,5 +185,5 @@ def _is_running(psutil: Any, process: Any) -> bool:
 
 def _name(process: Any) -> str:
     with contextlib.suppress(Exception):
-        return str(process.name())
+        return f"{process.name()}: {' '.join(process.cmdline())[:120]}"
     return "gone"

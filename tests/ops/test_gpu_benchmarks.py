@@ -5,12 +5,14 @@ from typing import Any
 
 import gpu_common
 import gpu_device
+import gpu_findings
 import gpu_throughput
 import host_gap_cuda
 import offload_cuda
 import pytest
 import torch
 from gpu_common import SHAPE_8B, SHAPE_SMALL, kv_token_bytes, weights_bytes, write_model
+from gpu_findings import FindingsWriter
 from gpu_recording_stage import Step, calls_of_thread
 from single_process_cuda import PlainLoop, Work, load
 
@@ -173,3 +175,16 @@ def test_calls_that_wait_are_found_in_a_trace() -> None:
     found = calls_of_thread(events, 7)
     assert found == {"calls": 5, "waiting": {"cudaStreamSynchronize": 1}}
     assert calls_of_thread(events[:1], 7) == {"calls": 0, "waiting": {}}
+
+
+def test_a_part_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["part", "--findings", str(tmp_path / "f.json")])
+
+    def part(asked: Any, found: FindingsWriter, folder: Path) -> None:
+        found.figure("first", 1.0)
+        raise RuntimeError("the system\ndied")
+
+    assert gpu_common.run("What it does.", part) == 1
+    found = gpu_findings.read(tmp_path / "f.json")
+    assert found.failures == ["RuntimeError: the system died"]
+    assert [figure.name for figure in found.figures] == ["first"]
