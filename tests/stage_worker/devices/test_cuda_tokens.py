@@ -1,6 +1,7 @@
 """What the GPU picks, and what the host draws from what the GPU sends."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_logits_stay_until_they_were_sent(stage: Stage) -> None:
     pending = [stage.send(plan, each) for each in logits]
     inputs = SampleInputs(None, torch.zeros(1, dtype=torch.int64), (0,))
     assert not stage.way_out.ready(inputs), "a third has no place yet"
+    time.sleep(0.1)  # for the second step to run ahead, if nothing stops it
     gate.set()
     everything_arrived(stage)
     found = [stage.way_out.tokens(each, plan).tokens for each in pending]
