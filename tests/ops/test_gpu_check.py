@@ -1,6 +1,7 @@
 """`make gpu-check` itself: limits, table, JSON, exit status; with parts that are no checks."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -130,6 +131,18 @@ def test_a_part_is_killed_at_its_limit_with_all_it_started(
     assert psutil.Process().children(recursive=True) == []
 
 
+def test_a_part_at_its_limit_is_asked_first(run: Callable[..., tuple[int, Any, str]]) -> None:
+    """So that its systems can stop their processes."""
+    script = (
+        "import signal\n"
+        "def stop(*_): found.figure('stopped', 1.0); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "time.sleep(600)"
+    )
+    _, result, _ = run(part("slow", script, limit_s=2.0))
+    assert [figure["name"] for figure in result["parts"][0]["figures"]] == ["stopped"]
+
+
 def test_a_part_may_leave_no_process(
     run: Callable[..., tuple[int, Any, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +214,13 @@ def test_gpu_memory_held_fails_a_part(
     used = iter(after)
     last = after[-1]
     assert check.check_held(outcome, 100.0, lambda: next(used, last)).status == status
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "fast"])
+def test_what_is_no_number_meets_no_target(value: float | str) -> None:
+    assert Figure("x", value, at_least=0.0).met is False
+    assert Figure("x", value, at_most=1.0).met is False
+    assert Figure("x", value).met is None
 
 
 def test_findings_survive_the_file(tmp_path: Path) -> None:
