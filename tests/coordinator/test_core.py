@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipemax.coordinator.events import Cancelled
 from pipemax.proto.messages.ingest import SamplingParams
 from support.scheduler_world import VOCAB, World, expected_output
 
@@ -201,3 +202,20 @@ def test_without_a_host_pool_requests_are_recomputed_and_still_right() -> None:
     run_to_end(world)
     check_results(world, requests, set())
     assert world.scheduler.state.counters.preemptions > 0
+
+
+def test_choices_run_and_are_cancelled_together() -> None:
+    world = World(1, stages=2, blocks=40, host=0, block_size=4)
+    three = SamplingParams(max_tokens=5, n=3, ignore_eos=True, prompt_logprobs=0)
+    world.submit(0, [1, 2, 3], three)
+    world.submit(3, [4, 5], three)
+    seeds = {r.key: r.seed for r in [*world.scheduler.state.running.values()]}
+    assert seeds == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}
+    world.tell(Cancelled(3, 3))
+    run_to_end(world)
+    assert {key: r.finish_reason for key, r in world.finished.items()} == {
+        **dict.fromkeys(range(3), "length"),
+        **dict.fromkeys(range(3, 6), "abort"),
+    }
+    assert world.scored[0] == [2, 3]
+    assert not {1, 2} & world.scored.keys()

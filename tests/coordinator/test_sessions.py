@@ -82,7 +82,9 @@ def test_logprobs_and_the_prompt_come_back(sessions: Sessions, line: Line) -> No
     sessions.token(key, 8, RowLogprobs(0, 2, pack_i32([8, 9]), pack_f32([-2.0, -0.25])))
     with pytest.raises(InvariantError, match="without the logprobs"):
         sessions.token(key, 9)
-    message = sessions.finish(done(key), 13.0)
+    ended = sessions.finish(done(key), 13.0)
+    assert ended is not None
+    message = ended[1]
     assert message.prompt_logprobs == (
         (TokenLogprob(5, "token_id:5", None, 0),),
         (TokenLogprob(6, "token_id:6", -0.5, 3),),
@@ -92,6 +94,32 @@ def test_logprobs_and_the_prompt_come_back(sessions: Sessions, line: Line) -> No
         (TokenLogprob(8, "token_id:8", -2.0, 2), TokenLogprob(9, "token_id:9", -0.25, 1)),
     )
     assert message.prompt_text == ""
+
+
+def test_choices_come_together(sessions: Sessions, line: Line) -> None:
+    params = SamplingParams(max_tokens=4, n=3)
+    first = sessions.accept(b"a", msgspec.structs.replace(submit("x"), sampling=params), 10.0)
+    after = sessions.accept(b"a", submit("y"), 10.0)
+    assert after.key == first.key + 3
+    assert sessions.num_choices(first.key) == 3
+    second = FinishRequest(first.key + 1, (1,), "stop", 1, 11.5, 11.75)
+    third = FinishRequest(first.key + 2, (), "abort", None, None, None)
+    assert sessions.finish(second, 12.0) is None
+    assert sessions.finish(done(first.key), 12.5) is None
+    assert sessions.deliver() == []
+    assert sessions.num_choices(first.key) == 3  # to cancel them all
+    assert sessions.finish(third, 14.0) is not None
+    sessions.deliver()
+    (message,) = line.got
+    assert isinstance(message, Finished)
+    assert (message.token_ids, message.finish_reason) == ((8, 9), "length")
+    assert [(c.token_ids, c.finish_reason) for c in message.more_choices] == [
+        ((1,), "stop"),
+        ((), "abort"),
+    ]
+    assert message.num_output_tokens == 3
+    assert (message.queue_s, message.first_token_s, message.total_s) == (1.0, 1.75, 4.0)
+    assert sessions.num_choices(first.key) == 1
 
 
 def test_a_modelled_device_has_no_logprobs(sessions: Sessions) -> None:

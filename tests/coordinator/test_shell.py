@@ -135,9 +135,9 @@ def test_a_plan_leaves_before_results_are_turned_into_text(
     finished = next(m for m in EXAMPLES if isinstance(m, ingest.Finished))
     result = FinishRequest(1, (5,), "length", None, 0.0, 0.0)
 
-    def finish(result: FinishRequest, now: float) -> ingest.Finished:
+    def finish(result: FinishRequest, now: float) -> tuple[int, ingest.Finished]:
         order.append("result")
-        return finished
+        return 1, finished
 
     commands = [result, ToStages(plan)]
     monkeypatch.setattr(shell._scheduler, "handle", lambda event, now: commands)

@@ -28,6 +28,7 @@ _SAMPLING = ingest.SamplingParams(
     logit_bias={5: 1.5},
     allowed_token_ids=(5, 6),
     bad_words=("worse",),
+    n=3,
     logprobs=2,
     prompt_logprobs=0,
     ignore_eos=True,
@@ -98,6 +99,15 @@ EXAMPLES: tuple[Message, ...] = (
         finish_reason="stop",
         stop_reason="ende",
         logprobs=((ingest.TokenLogprob(5, "five", -0.5, 1),),),
+        more_choices=(
+            ingest.Choice(
+                token_ids=(6,),
+                text="one token",
+                finish_reason="stop",
+                stop_reason=6,
+                logprobs=((ingest.TokenLogprob(6, "six", -1.5, 3),),),
+            ),
+        ),
         prompt_logprobs=((ingest.TokenLogprob(4, "four", None, 0),),),
         prompt_text="four",
         num_prompt_tokens=4,

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipemax.client import SamplingParams, Submit
@@ -89,3 +90,19 @@ def test_the_system_seed_changes_unseeded_requests_only(model_dir: Path) -> None
             assert one[name] == other[name]
     changed = [n for n, s in sampled.items() if s.seed is None and one[n] != other[n]]
     assert changed
+
+
+def test_choices_are_those_of_the_seeds_that_follow(model_dir: Path) -> None:
+    prompt = list(range(5, 60))
+    params = SamplingParams(temperature=1.2, max_tokens=12, frequency_penalty=0.5, seed=7)
+    several = msgspec.structs.replace(params, n=3, logprobs=0, prompt_logprobs=0)
+    config = small_config(model_dir, max_model_len=256, stages=2, device_blocks=24)
+    with LocalSystem(config) as system, system.client() as client:
+        (together,) = client.generate([prompt], several)
+        alone = client.generate(
+            [prompt] * 3, [msgspec.structs.replace(params, seed=7 + i) for i in range(3)]
+        )
+    assert [c.token_ids for c in together.choices] == [c.token_ids for c in alone]
+    assert len({c.token_ids for c in together.choices}) == 3
+    assert [len(c.logprobs or ()) for c in together.choices] == [12] * 3
+    assert len(together.prompt_logprobs or ()) == len(prompt)

@@ -16,7 +16,8 @@ from pipemax.proto.messages import ingest
 from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.wire import Codec, encode
-from pipemax.services.batch.openai_lines import LineError, error_line, parse_line
+from pipemax.services.batch.openai_lines import LineError, parse_line
+from pipemax.services.batch.openai_results import error_line
 from support.local_system import LocalSystem, greedy, small_config, tokens_of
 from support.messages import EXAMPLES
 from support.model_zoo import build_model, reference_tokens

@@ -6,6 +6,8 @@ No sockets, no clock, no threads: the coordinator process and the simulator run 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from pipemax.coordinator.events import (
     BlocksStored,
     Cancelled,
@@ -76,8 +78,8 @@ class Scheduler:
         match event:
             case Submitted():
                 self._submit(event, now)
-            case Cancelled(key):
-                return self._cancel(key)
+            case Cancelled(key, choices):
+                return [command for i in range(choices) for command in self._cancel(key + i)]
             case StepReturned():
                 return self._step_returned(event, now)
             case StageComputed():
@@ -98,11 +100,13 @@ class Scheduler:
         return []
 
     def _submit(self, event: Submitted, now: float) -> None:
-        prompt = event.prompt_token_ids
-        request = Request(
-            event.key, prompt, event.sampling, event.seed, now, event.job, event.bad_words
-        )
-        self.state.waiting[request.key] = request
+        prompt, sampling = event.prompt_token_ids, event.sampling
+        for index in range(event.sampling.n):
+            key, seed = event.key + index, (event.seed + index) % 2**64
+            request = Request(key, prompt, sampling, seed, now, event.job, event.bad_words)
+            self.state.waiting[key] = request
+            if index == 0 and sampling.prompt_logprobs is not None:  # one choice brings them
+                sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
 
     def _cancel(self, key: int) -> list[Command]:
         state = self.state

@@ -9,7 +9,8 @@ from pipemax.proto.messages.ingest import FinishReason, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A request that passed all checks: it fits the model and its `max_tokens` is a number."""
+    """A request that passed all checks: it fits the model and its `max_tokens` is a number. Its `n`
+    choices run as requests of their own, by the keys from `key` on."""
 
     key: int
     prompt_token_ids: Sequence[int]
@@ -27,6 +28,8 @@ class Cancelled:
     """The client no longer wants this request. Unknown keys are ignored: it may have finished."""
 
     key: int
+    choices: int = 1
+    """As many as it had."""
 
 
 @dataclass(frozen=True, slots=True)

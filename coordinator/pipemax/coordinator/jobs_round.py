@@ -205,7 +205,7 @@ def outcome_of(place: Place, result: ingest.Finished | ingest.Refused) -> Outcom
     if isinstance(result, ingest.Refused):
         return Outcome(*place, blob, True)
     failed = result.finish_reason == "error"
-    return Outcome(*place, blob, failed, result.num_prompt_tokens, len(result.token_ids))
+    return Outcome(*place, blob, failed, result.num_prompt_tokens, result.num_output_tokens)
 
 
 def page_of(

@@ -18,7 +18,7 @@ from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.control import RowLogprobs
-from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
+from pipemax.proto.messages.ingest import Choice, Finished, SamplingParams, Submit
 from pipemax.proto.messages.types import Message
 
 ClientId = bytes
@@ -39,11 +39,35 @@ class Entry:
     client: ClientId | None
     """None: it is a durable job's."""
     request_id: str
+    key: int
+    """Ours, of its first choice; the others' follow it."""
     num_prompt_tokens: int
     submitted_at: float
+    prompt_text: str | None
+    choices: list["Output"]
+
+
+@dataclass(slots=True)
+class Output:
+    """One choice of a request, while it is produced and until the others are."""
+
     text: StopChecker
     logprobs: LogprobsTaken
-    prompt_text: str | None
+    result: FinishRequest | None = None
+
+    @property
+    def choice(self) -> Choice:
+        """For the client; it has its result."""
+        result = self.result
+        assert result is not None
+        by_token = result.finish_reason == "stop" and not isinstance(result.stop_reason, str)
+        return Choice(
+            token_ids=result.output_token_ids,
+            text=self.text.text(stopped_by_token=by_token),
+            finish_reason=result.finish_reason,
+            stop_reason=result.stop_reason,
+            logprobs=self.logprobs.outputs(),
+        )
 
 
 class Sessions:
@@ -60,7 +84,8 @@ class Sessions:
         self._text = text
         self._send = send
         self._sessions: dict[ClientId, Session] = {}
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, tuple[Entry, Output]] = {}
+        """By key, one for each choice."""
         self._with_outbox: set[ClientId] = set()
         self._next_key = 0
         self.undelivered = 0
@@ -108,18 +133,15 @@ class Sessions:
         self._check_computed(sampling)
         bad_words = self._text.encode_bad_words(sampling.bad_words)
         key = self._next_key
-        self._next_key += 1
+        self._next_key += sampling.n
+        prompt_text = self._text.prompt_text(submit, prompt) if submit.echo else None
         decoder = self._text if self._text.has_tokenizer else None
-        checker = StopChecker(decoder, sampling)
-        self._entries[key] = Entry(
-            client,
-            submit.request_id,
-            len(prompt),
-            now,
-            checker,
-            LogprobsTaken(self._text, sampling, prompt[0]),
-            self._text.prompt_text(submit, prompt) if submit.echo else None,
-        )
+        entry = Entry(client, submit.request_id, key, len(prompt), now, prompt_text, [])
+        for index in range(sampling.n):
+            taken = LogprobsTaken(self._text, sampling, prompt[0])
+            output = Output(StopChecker(decoder, sampling), taken)
+            entry.choices.append(output)
+            self._entries[key + index] = entry, output
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
@@ -147,43 +169,39 @@ class Sessions:
         session = self._sessions.get(client)
         return session.keys.get(request_id) if session else None
 
+    def num_choices(self, key: int) -> int:
+        """Of the request whose first choice has this key; 1 if it has finished."""
+        found = self._entries.get(key)
+        return len(found[0].choices) if found else 1
+
     def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
         """Take one sampled token; returns the stop string it completes, if any."""
-        entry = self._entries[key]
-        entry.logprobs.take(logprobs)
-        return entry.text.append(token_id)
+        _, output = self._entries[key]
+        output.logprobs.take(logprobs)
+        return output.text.append(token_id)
 
     def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
         """Take the logprobs of the next prompt token."""
-        self._entries[key].logprobs.take_prompt(logprobs)
+        self._entries[key][1].logprobs.take_prompt(logprobs)
 
-    def finish(self, result: FinishRequest, now: float) -> Finished:
-        """Turn a result into the client's message, queued for delivery if it is a client's."""
-        entry = self._entries.pop(result.key)
-        admitted = result.admitted_at if result.admitted_at is not None else now
-        first = result.first_token_at if result.first_token_at is not None else now
-        by_token = result.finish_reason == "stop" and not isinstance(result.stop_reason, str)
-        message = Finished(
-            request_id=entry.request_id,
-            token_ids=result.output_token_ids,
-            text=entry.text.text(stopped_by_token=by_token),
-            finish_reason=result.finish_reason,
-            stop_reason=result.stop_reason,
-            logprobs=entry.logprobs.outputs(),
-            prompt_logprobs=entry.logprobs.prompt(),
-            prompt_text=entry.prompt_text,
-            num_prompt_tokens=entry.num_prompt_tokens,
-            queue_s=admitted - entry.submitted_at,
-            first_token_s=first - entry.submitted_at,
-            total_s=now - entry.submitted_at,
-        )
+    def finish(self, result: FinishRequest, now: float) -> tuple[int, Finished] | None:
+        """One choice is done. With the last of a request comes its key, and the client's message,
+        queued for delivery if it is a client's."""
+        entry, output = self._entries[result.key]
+        output.result = result
+        results = [other.result for other in entry.choices if other.result is not None]
+        if len(results) < len(entry.choices):
+            return None
+        for key in range(entry.key, entry.key + len(results)):
+            del self._entries[key]
+        message = _finished(entry, results, now)
         if entry.client is None:
-            return message
+            return entry.key, message
         session = self._sessions[entry.client]
         del session.keys[entry.request_id]
         session.outbox.append(message)
         self._with_outbox.add(entry.client)
-        return message
+        return entry.key, message
 
     def deliver(self) -> list[int]:
         """Send what waits. Returns the keys of unfinished requests whose client is gone."""
@@ -204,6 +222,28 @@ class Sessions:
             if not session.keys:
                 del self._sessions[client]
         return orphans
+
+
+def _finished(entry: Entry, results: list[FinishRequest], now: float) -> Finished:
+    """`results` of all choices."""
+    first, *others = [output.choice for output in entry.choices]
+    admitted = [r.admitted_at for r in results if r.admitted_at is not None]
+    first_tokens = [r.first_token_at for r in results if r.first_token_at is not None]
+    return Finished(
+        request_id=entry.request_id,
+        token_ids=first.token_ids,
+        text=first.text,
+        finish_reason=first.finish_reason,
+        stop_reason=first.stop_reason,
+        logprobs=first.logprobs,
+        more_choices=tuple(others),
+        prompt_logprobs=entry.choices[0].logprobs.prompt(),
+        prompt_text=entry.prompt_text,
+        num_prompt_tokens=entry.num_prompt_tokens,
+        queue_s=min(admitted, default=now) - entry.submitted_at,
+        first_token_s=min(first_tokens, default=now) - entry.submitted_at,
+        total_s=now - entry.submitted_at,
+    )
 
 
 def job_of(client: ClientId) -> int:

@@ -312,7 +312,7 @@ class CoordinatorShell:
                     text = f"no unfinished request has the id {request_id!r}"
                     self._answer(client, _refused(request_id, "unknown_id", text))
                 else:
-                    self._tell(Cancelled(key))
+                    self._cancel(key)
             case ingest.StatusQuery():
                 self._answer(client, self._view.refresh())
             case _ if isinstance(message, JobMessage):
@@ -337,7 +337,7 @@ class CoordinatorShell:
         for client, answer in answers:
             self._answer(client, answer)
         for key in unwanted:
-            self._tell(Cancelled(key))
+            self._cancel(key)
         until = time.monotonic() + JOB_SLICE_S
         while time.monotonic() < until and (event := self._jobs.start()) is not None:
             self._tell(event)
@@ -348,7 +348,7 @@ class CoordinatorShell:
         self._draining = self._view.draining = True
         waiting = self._scheduler.state.waiting.items()
         for key in self._jobs.drain({k for k, r in waiting if r.admitted_at is None}):
-            self._tell(Cancelled(key))
+            self._cancel(key)
 
     def _server_hello(self) -> ingest.ServerHello:
         return ingest.ServerHello(
@@ -371,9 +371,14 @@ class CoordinatorShell:
             else:
                 self._carry_out(command)
         for result in results:
-            finished = self._sessions.finish(result, time.monotonic())
-            self.metrics.request_finished(finished)
-            self._jobs.finished(result.key, finished)
+            ended = self._sessions.finish(result, time.monotonic())
+            if ended is not None:
+                key, finished = ended
+                self.metrics.request_finished(finished)
+                self._jobs.finished(key, finished)
+
+    def _cancel(self, key: int) -> None:
+        self._tell(Cancelled(key, self._sessions.num_choices(key)))
 
     def _carry_out(self, command: ToStages | ToDaemon) -> None:
         match command:
@@ -386,7 +391,7 @@ class CoordinatorShell:
 
     def _finish_round(self) -> None:
         for key in self._sessions.deliver():
-            self._tell(Cancelled(key))
+            self._cancel(key)
         self.metrics.collector.undelivered = self._sessions.undelivered
         idle = self._sessions.is_idle and self._jobs.is_idle
         if self._draining and not self._drained and idle:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipemax.proto.messages.ingest import Finished, FinishReason, PositionLogprobs
+from pipemax.proto.messages.ingest import Choice, Finished, FinishReason, PositionLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class Completion:
     """The stop token id or stop string met."""
     logprobs: tuple[PositionLogprobs, ...] | None = None
     """Of each output token, if asked for: the token's own, then those of the likeliest."""
+    more_choices: tuple[Choice, ...] = ()
+    """If `n` asked for several: those beyond the first, which is this completion itself."""
     prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
     """Of each prompt token; the first has none."""
     prompt_text: str | None = None
@@ -35,6 +37,23 @@ class Completion:
     """Short and stable: the code of the refusal, or `failed` for a request that was accepted and
     could not be finished."""
 
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All of them."""
+        first = Choice(
+            token_ids=self.token_ids,
+            text=self.text,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=self.logprobs,
+        )
+        return (first, *self.more_choices)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all choices."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
     @classmethod
     def of(cls, finished: Finished, index: int) -> "Completion":
         failed = finished.finish_reason == "error"
@@ -46,6 +65,7 @@ class Completion:
             finish_reason=finished.finish_reason,
             stop_reason=finished.stop_reason,
             logprobs=finished.logprobs,
+            more_choices=finished.more_choices,
             prompt_logprobs=finished.prompt_logprobs,
             prompt_text=finished.prompt_text,
             num_prompt_tokens=finished.num_prompt_tokens,

@@ -34,6 +34,7 @@ def test_the_rest_stays() -> None:
         ({"stop_token_ids": (5, 100)}, "invalid_sampling", "100 is not in the vocabulary"),
         ({"allowed_token_ids": (5, 101)}, "invalid_sampling", "allowed_token_ids: 101 is not"),
         ({"logit_bias": {100: 1.0}}, "invalid_sampling", "logit_bias: 100 is not"),
+        ({"n": 21000, "max_tokens": 50}, "invalid_sampling", "n 21000 times 50 output tokens"),
         (
             {"allowed_token_ids": (2, 7), "min_tokens": 1, "stop_token_ids": (7,)},
             "invalid_sampling",

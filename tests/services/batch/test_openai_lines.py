@@ -10,17 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipemax.client import Completion, SamplingParams
-from pipemax.proto.messages.ingest import TokenLogprob
-from pipemax.services.batch.openai_lines import (
+from pipemax.proto.messages.ingest import Choice, TokenLogprob
+from pipemax.services.batch.openai_lines import BatchRequest, LineError, parse_line
+from pipemax.services.batch.openai_logprobs import chat_logprobs
+from pipemax.services.batch.openai_results import (
     CHAT_URL,
     COMPLETIONS_URL,
-    BatchRequest,
-    LineError,
     error_line,
-    parse_line,
     result_line,
 )
-from pipemax.services.batch.openai_logprobs import chat_logprobs
 
 CHAT = [{"role": "user", "content": "Where does water go?"}]
 
@@ -35,6 +33,10 @@ def parse(text: bytes) -> BatchRequest:
     return parse_line(text, "m")
 
 
+def shown(request: BatchRequest, completion: Completion, **about: Any) -> bytes:
+    return result_line(request.custom_id, request.form, completion, **about)
+
+
 def refusal(text: bytes) -> LineError:
     with pytest.raises(LineError) as caught:
         parse(text)
@@ -44,7 +46,7 @@ def refusal(text: bytes) -> LineError:
 
 def test_completion_with_defaults() -> None:
     request = parse(line())
-    assert (request.custom_id, request.url) == ("c", COMPLETIONS_URL)
+    assert (request.custom_id, request.form.url) == ("c", COMPLETIONS_URL)
     assert request.submit.request_id == parse(line(CHAT_URL, seed=5)).submit.request_id
     other = json.dumps({**json.loads(line()), "custom_id": "d"}).encode()
     assert request.submit.request_id != parse(other).submit.request_id
@@ -77,6 +79,7 @@ def test_every_sampling_field_is_taken() -> None:
         "logit_bias": {"5": 1, "7": -100},
         "allowed_token_ids": [5, 6],
         "bad_words": ["worse"],
+        "n": 2,
         "logprobs": 3,
         "prompt_logprobs": 2,
         "ignore_eos": True,
@@ -126,11 +129,12 @@ def test_prompts(prompt: Any, text: str | None, token_ids: tuple[int, ...] | Non
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
     both: dict[str, Any] = {
         "n": 1,
+        "best_of": 1,
         "presence_penalty": 0,
         "frequency_penalty": 0.0,
         "stream": False,
     }
-    none: dict[str, Any] = dict.fromkeys(("logit_bias", "user", "best_of", "stream_options"))
+    none: dict[str, Any] = dict.fromkeys(("logit_bias", "user", "stream_options"))
     parse(line(**both, **none, echo=False, suffix=None, logprobs=None))
     parse(line(CHAT_URL, **both, **none, logprobs=False, top_logprobs=0, tools=[], audio=None))
     parse(line(CHAT_URL, response_format={"type": "text"}, tool_choice="none"))
@@ -139,10 +143,7 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("url", "field", "value"),
     [
-        (COMPLETIONS_URL, "n", 2),
-        (COMPLETIONS_URL, "n", True),
         (COMPLETIONS_URL, "suffix", "x"),
-        (COMPLETIONS_URL, "best_of", 3),
         (COMPLETIONS_URL, "stream", True),
         (COMPLETIONS_URL, "user", "me"),
         (CHAT_URL, "echo", True),
@@ -178,6 +179,12 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(seed=2**70), "invalid_field", "seed"),
         (line(stop=[""]), "invalid_field", "stop"),
         (line(stop=5), "invalid_field", "stop"),
+        (line(n=True), "invalid_field", "n: Expected"),
+        (line(n=0), "invalid_field", "n: Expected"),
+        (line(n=129), "invalid_field", "n: Expected"),
+        (line(best_of=2), "not_implemented", "'best_of' 2 with n None"),
+        (line(best_of=3, n=2), "not_implemented", "'best_of' 3 with n 2"),
+        (line(best_of=True), "not_implemented", "'best_of' True"),
         (line(logprobs=True), "invalid_field", "logprobs"),
         (line(logprobs=21), "invalid_field", "logprobs"),
         (line(echo=1), "invalid_field", "echo"),
@@ -279,7 +286,7 @@ COMPLETION = Completion(
 
 
 def test_completion_line_out() -> None:
-    written = result_line(parse(line()), COMPLETION, model_name="m", created=123)
+    written = shown(parse(line()), COMPLETION, model_name="m", created=123)
     assert b"\n" not in written
     assert json.loads(written) == {
         "id": "batch_req_r-1",
@@ -310,7 +317,7 @@ def test_completion_line_out() -> None:
 
 def test_chat_line_out() -> None:
     request = parse(line(CHAT_URL))
-    body = json.loads(result_line(request, COMPLETION, model_name="m", created=1))
+    body = json.loads(shown(request, COMPLETION, model_name="m", created=1))
     body = body["response"]["body"]
     assert body["object"] == "chat.completion"
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "flows é"}
@@ -334,10 +341,27 @@ def body_of(request: BatchRequest) -> dict[str, Any]:
     completion = dataclasses.replace(
         WITH_LOGPROBS, prompt_text="b" if request.submit.echo else None
     )
-    body: dict[str, Any] = json.loads(result_line(request, completion, model_name="m", created=1))[
+    body: dict[str, Any] = json.loads(shown(request, completion, model_name="m", created=1))[
         "response"
     ]["body"]
     return body
+
+
+def test_several_choices() -> None:
+    assert parse(line(n=3, best_of=3)).submit.sampling.n == 3
+    more = (
+        Choice(token_ids=(1,), text="a", finish_reason="stop", stop_reason="x"),
+        Choice(token_ids=(2, 2, 2), text="bbb", finish_reason="length", logprobs=((B,),) * 3),
+    )
+    several = dataclasses.replace(WITH_LOGPROBS, more_choices=more)
+    request = parse(line(CHAT_URL, n=3, logprobs=True))
+    body = json.loads(shown(request, several, model_name="m", created=1))["response"]["body"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["éa", "a", "bbb"]
+    assert [choice["finish_reason"] for choice in body["choices"]] == ["length", "stop", "length"]
+    assert [len(choice["logprobs"]["content"]) for choice in body["choices"]] == [2, 0, 3]
+    assert body["choices"][1]["stop_reason"] == "x"
+    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
 
 
 def test_logprobs_of_a_completion() -> None:
@@ -403,7 +427,7 @@ def test_what_json_cannot_say_is_very_unlikely() -> None:
 
 
 def test_token_ids_in_give_token_ids_out() -> None:
-    written = result_line(parse(line(prompt=[1, 2])), COMPLETION, model_name="m", created=1)
+    written = shown(parse(line(prompt=[1, 2])), COMPLETION, model_name="m", created=1)
     assert json.loads(written)["response"]["body"]["choices"][0]["token_ids"] == [5, 6, 7]
 
 

@@ -5,6 +5,8 @@ import msgspec
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.ingest import SamplingParams
 
+MAX_OUTPUT_TOKENS = 2**20
+"""Of one request, its `n` choices together: a result is one message of at most 16 MiB."""
 MAX_LOGPROBS = 2**17
 """Of one request: a result is one message, and these may take 100 bytes each of its 16 MiB."""
 
@@ -44,6 +46,11 @@ def check_sampling(
         if wrong:
             raise _invalid(f"{name}: {wrong[0]} is not in the vocabulary (0 to {vocab_size - 1})")
     _check_allowed(params, eos_token_ids)
+    if params.n * max_tokens > MAX_OUTPUT_TOKENS:
+        raise _invalid(
+            f"n {params.n} times {max_tokens} output tokens is more than {MAX_OUTPUT_TOKENS}; "
+            "lower n or max_tokens"
+        )
     _check_logprobs(params, prompt_len, max_tokens)
     if params.bad_words and not has_tokenizer:
         raise RequestError(
@@ -74,6 +81,7 @@ def _check_allowed(params: SamplingParams, eos_token_ids: frozenset[int]) -> Non
 
 def _check_logprobs(params: SamplingParams, prompt_len: int, max_tokens: int) -> None:
     """They travel to the client in one message."""
+    max_tokens *= params.n
     outputs = 0 if params.logprobs is None else (params.logprobs + 1) * max_tokens
     prompt = 0 if params.prompt_logprobs is None else (params.prompt_logprobs + 1) * prompt_len
     if outputs + prompt > MAX_LOGPROBS:

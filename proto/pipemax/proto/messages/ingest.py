@@ -59,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     """The token that would complete one of these in the output is not picked. Each is looked for
     as the tokenizer writes it at the begin of a text, and behind a space if that is as long."""
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    """Outputs for the prompt. The i-th, from 0, is what a request with `seed` + i would give."""
     logprobs: NumLogprobs | None = None
     """Log probabilities of each output token, and of so many likeliest ones: the log-softmax of the
     logits as the model gives them."""
@@ -124,6 +126,16 @@ PositionLogprobs = tuple[TokenLogprob, ...]
 """The token that stands there, then the likeliest ones in order, it among them maybe."""
 
 
+class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of a request's outputs. Fields as in Finished."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: int | str | None = None
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+
+
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """A request's result; sent once."""
 
@@ -136,6 +148,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     """The stop token id or stop string met, None for end-of-sequence and length."""
     logprobs: tuple[PositionLogprobs, ...] | None = None
     """[len(token_ids)], if asked for."""
+    more_choices: tuple[Choice, ...] = ()
+    """Beyond the first, which is the message itself, if `n` asked for them."""
     prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
     """[num_prompt_tokens], if asked for and the prompt was computed."""
     prompt_text: str | None = None
@@ -148,6 +162,11 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     total_s: Seconds
     error: ErrorText | None = None
     """Why, when finish_reason is `error`."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all choices."""
+        return len(self.token_ids) + sum(len(choice.token_ids) for choice in self.more_choices)
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):

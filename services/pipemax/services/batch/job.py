@@ -12,10 +12,9 @@ from pipemax.services.batch import inputs
 from pipemax.services.batch.openai_lines import (
     BatchRequest,
     LineError,
-    error_line,
     parse_line,
-    result_line,
 )
+from pipemax.services.batch.openai_results import error_line, result_line
 from pipemax.services.batch.outputs import ResultFile
 from pipemax.services.batch.report import BatchProgress, BatchReport, Quiet
 from pipemax.services.batch.resume import Ledger
@@ -175,12 +174,18 @@ class _Job:
     def _succeed(self, line: _Line, request: BatchRequest, completion: Completion) -> None:
         created, model_name = int(time.time()), self._client.model_name
         line.route.results.write(
-            result_line(request, completion, model_name=model_name, created=created)
+            result_line(
+                request.custom_id,
+                request.form,
+                completion,
+                model_name=model_name,
+                created=created,
+            )
         )
         self.report.completed += 1
         self.report.prompt_tokens += completion.num_prompt_tokens
-        self.report.output_tokens += len(completion.token_ids)
-        self._progress.finished(completion.num_prompt_tokens + len(completion.token_ids))
+        self.report.output_tokens += completion.num_output_tokens
+        self._progress.finished(completion.num_prompt_tokens + completion.num_output_tokens)
 
     def _fail(
         self, line: _Line, custom_id: str | None, request_id: str, status: int, error: RequestError

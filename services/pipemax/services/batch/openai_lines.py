@@ -1,28 +1,21 @@
-"""OpenAI batch lines: a line of JSON to a request, a completion to a line of JSON.
+"""OpenAI batch lines: a line of JSON to a request.
 
-In: `{"custom_id", "method", "url", "body"}`; out: `{"id", "custom_id", "response", "error"}`.
-Field names and meanings are OpenAI's and vLLM's. Nothing is accepted and ignored: a field must be
-known, and one that is known and not implemented may only hold the value that asks for nothing.
+A line is `{"custom_id", "method", "url", "body"}`; what comes out is in `openai_results`. Field
+names and meanings are OpenAI's and vLLM's. Nothing is accepted and ignored: a field must be known,
+and one that is known and not implemented may only hold the value that asks for nothing.
 """
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from pipemax.client import Completion, SamplingParams, Submit
+from pipemax.client import SamplingParams, Submit
 from pipemax.proto.errors import RequestError
-from pipemax.services.batch.openai_logprobs import (
-    chat_logprobs,
-    completion_logprobs,
-    prompt_logprobs,
-)
+from pipemax.services.batch.openai_results import CHAT_URL, COMPLETIONS_URL, ResultForm
 
-CHAT_URL: Literal["/v1/chat/completions"] = "/v1/chat/completions"
-COMPLETIONS_URL: Literal["/v1/completions"] = "/v1/completions"
 MAX_CUSTOM_ID_CHARS = 512
 MAX_TOP_LOGPROBS = 20
 
@@ -30,13 +23,11 @@ _LINE_FIELDS = ("custom_id", "method", "url", "body")
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 _PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
 _OWN_FIELDS: dict[str, tuple[str, ...]] = {
-    CHAT_URL: ("logprobs", "top_logprobs"),
-    COMPLETIONS_URL: ("echo",),
+    CHAT_URL: ("best_of", "logprobs", "top_logprobs"),
+    COMPLETIONS_URL: ("best_of", "echo"),
 }
 """Fields of one endpoint that do not stand for a sampling parameter as they are."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "stream": (False,),
     "stream_options": (),
     "response_format": ({"type": "text"},),
@@ -93,12 +84,9 @@ class BatchRequest:
     """One line, understood."""
 
     custom_id: str
-    url: str
     submit: Submit
-    shows_prompt_logprobs: bool = False
-    """By themselves, not as a part of an echo."""
-    shows_output: bool = True
-    """False for an echo with `max_tokens` 0."""
+    form: ResultForm
+    """Of its output line."""
 
 
 def parse_line(line: bytes, model_name: str) -> BatchRequest:
@@ -143,13 +131,15 @@ def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
     digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=12)
     _check_model(body.get("model"), model_name)
     submit = _parse_body(body, url, digest.hexdigest())
-    return BatchRequest(
-        custom_id,
-        url,
-        submit,
-        shows_prompt_logprobs=body.get("prompt_logprobs") is not None,
-        shows_output=not (submit.echo and body.get("max_tokens") == 0),
+    form = ResultForm(
+        url=url,
+        token_ids=submit.prompt_token_ids is not None,
+        logprobs=submit.sampling.logprobs,
+        prompt_logprobs=body.get("prompt_logprobs") is not None,
+        echo=submit.echo,
+        output=not (submit.echo and body.get("max_tokens") == 0),
     )
+    return BatchRequest(custom_id, submit, form)
 
 
 def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
@@ -166,12 +156,22 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
             _check_neutral(name, value, neutral[name])
         else:
             raise LineError("unknown_field", f"unknown field {name!r:.80}")
+    _check_best_of(body)
     if is_chat:
         _chat_logprobs(body, sampling)
         messages = _messages(body.get("messages"))
         return Submit(request_id=request_id, messages=messages, sampling=_sampling(sampling))
     echo = _echo(body, sampling)
     return _completion_submit(body.get("prompt"), request_id, _sampling(sampling), echo)
+
+
+def _check_best_of(body: dict[str, Any]) -> None:
+    best_of, n = body.get("best_of"), body.get("n")
+    if best_of is not None and (type(best_of) is not int or best_of != (1 if n is None else n)):
+        raise LineError(
+            "not_implemented",
+            f"not implemented: 'best_of' {best_of!r:.40} with n {n!r:.40}; all are returned",
+        )
 
 
 def _chat_logprobs(body: dict[str, Any], sampling: dict[str, Any]) -> None:
@@ -292,99 +292,3 @@ def _text_part(where: str, part: object) -> str:
         raise LineError("invalid_field", f"{where}: a text part has the keys type and text")
     text: str = part["text"]
     return text
-
-
-def result_line(
-    request: BatchRequest, completion: Completion, *, model_name: str, created: int
-) -> bytes:
-    """The output line of a request that was served, without its line break. `created` is a Unix
-    time in seconds. A prompt given as token ids gets its output's `token_ids` too."""
-    is_chat = request.url == CHAT_URL
-    prompt_tokens, output_tokens = completion.num_prompt_tokens, len(completion.token_ids)
-    if not request.shows_output:
-        output_tokens = 0
-    body: dict[str, Any] = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{completion.request_id}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": created,
-        "model": model_name,
-        "choices": [_choice(request, completion, 0)],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
-        },
-    }
-    if is_chat and request.shows_prompt_logprobs:
-        body["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs or ())
-    response = {"status_code": 200, "request_id": completion.request_id, "body": body}
-    return _line(completion.request_id, request.custom_id, response, None)
-
-
-def _choice(request: BatchRequest, completion: Completion, index: int) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": index}
-    if request.url == CHAT_URL:
-        choice["message"] = {"role": "assistant", "content": completion.text}
-        choice["logprobs"] = _logprobs_of_chat(request, completion)
-    else:
-        output = completion.text if request.shows_output else ""
-        choice["text"] = (completion.prompt_text or "") + output
-        choice["logprobs"] = _logprobs_of_completion(request, completion)
-    choice |= {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
-    if not request.shows_output:
-        choice |= {"finish_reason": "length", "stop_reason": None}
-    if request.url == COMPLETIONS_URL and request.shows_prompt_logprobs:
-        choice["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs or ())
-    if request.submit.prompt_token_ids is not None:
-        choice["token_ids"] = completion.token_ids if request.shows_output else ()
-    return choice
-
-
-def _logprobs_of_chat(request: BatchRequest, completion: Completion) -> dict[str, Any] | None:
-    wanted = request.submit.sampling.logprobs
-    return None if wanted is None else chat_logprobs(completion.logprobs or (), wanted)
-
-
-def _logprobs_of_completion(request: BatchRequest, completion: Completion) -> dict[str, Any] | None:
-    wanted = request.submit.sampling.logprobs
-    if wanted is None:
-        return None
-    positions = completion.logprobs or () if request.shows_output else ()
-    if request.submit.echo:
-        positions = (*(completion.prompt_logprobs or ()), *positions)
-    return completion_logprobs(positions, wanted)
-
-
-def error_line(
-    custom_id: str | None,
-    request_id: str,
-    *,
-    status: int,
-    code: str,
-    message: str,
-    line: int,
-    file: str | None = None,
-) -> bytes:
-    """The output line of a request that was not served, without its line break. `line` is the
-    number of its input line, from 1; `file` where there are several."""
-    response = {"status_code": status, "request_id": request_id, "body": None}
-    error: dict[str, Any] = {"message": message, "code": code, "line": line}
-    if file is not None:
-        error["file"] = file
-    return _line(request_id, custom_id, response, error)
-
-
-def _line(
-    request_id: str,
-    custom_id: str | None,
-    response: Mapping[str, Any],
-    error: Mapping[str, Any] | None,
-) -> bytes:
-    return msgspec.json.encode(
-        {
-            "id": f"batch_req_{request_id}",
-            "custom_id": custom_id,
-            "response": response,
-            "error": error,
-        }
-    )

@@ -4,16 +4,12 @@ from collections.abc import Iterable
 
 import msgspec
 
-from pipemax.client import Completion, JobRequest, Submit
+from pipemax.client import Completion, JobRequest
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages.ingest import Finished, JobInfo, JobResult, Refused
 from pipemax.services.batch.inputs import Fingerprint
-from pipemax.services.batch.openai_lines import (
-    BatchRequest,
-    LineError,
-    error_line,
-    result_line,
-)
+from pipemax.services.batch.openai_lines import BatchRequest, LineError
+from pipemax.services.batch.openai_results import ResultForm, error_line, result_line
 
 _FAILED_STATUS = 500
 """HTTP's word for a request that was accepted and could not be finished."""
@@ -41,18 +37,15 @@ class LineNote(msgspec.Struct, frozen=True, array_like=True):
     """Where there are several."""
     custom_id: str | None = None
     """None: it could not be read."""
-    url: str = ""
-    token_ids: bool = False
-    """The prompt was given as token ids."""
+    form: ResultForm = ResultForm()
+    """Of its output line."""
     status: int = 400
     """For its error line, if it was none that could be run."""
 
 
 def request_of(found: BatchRequest, line: int, file: str | None) -> JobRequest:
     """A line that can be run."""
-    note = LineNote(
-        line, file, found.custom_id, found.url, found.submit.prompt_token_ids is not None
-    )
+    note = LineNote(line, file, found.custom_id, found.form)
     return JobRequest(note=msgspec.msgpack.encode(note), request=found.submit)
 
 
@@ -70,15 +63,13 @@ def output_line(job: JobInfo, found: JobResult) -> bytes:
     note = _note(job, found)
     completion = completion_of(found)
     if completion.error is None and note.custom_id is not None:
-        request = BatchRequest(
+        return result_line(
             note.custom_id,
-            note.url,
-            Submit(
-                request_id=completion.request_id, prompt_token_ids=() if note.token_ids else None
-            ),
+            note.form,
+            completion,
+            model_name=job.model_name,
+            created=int(found.finished_at),
         )
-        created = int(found.finished_at)
-        return result_line(request, completion, model_name=job.model_name, created=created)
     return error_line(
         note.custom_id,
         completion.request_id,
