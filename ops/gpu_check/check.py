@@ -16,7 +16,7 @@ from pathlib import Path
 import gpu_device
 
 from gpu_check import machine
-from gpu_check.parts import PARTS, ROOT, Part, Settings
+from gpu_check.parts import PARTS, ROOT, TOTAL_LIMIT_S, Part, Settings
 from gpu_check.report import Report, table
 from gpu_check.runner import Interrupted, Outcome, adopt_orphans, run_part
 
@@ -41,8 +41,8 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
-    """Returns the exit status: 0 if every part ran and none failed, 1 if not, 2 if nothing could
-    run."""
+    """Returns the exit status: 0 if every part that was asked for ran and none failed, 1 if not, 2
+    if nothing could run."""
     options = parse(argv, parts)
     chosen = [part for part in parts if not options.only or part.name in options.only]
     refusal = why_not(options)
@@ -51,37 +51,47 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
         return EXIT_CANNOT_RUN
     adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    head = {
-        "rehearsal": options.rehearse,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "gpu-check " + " ".join(argv if argv is not None else sys.argv[1:]),
-        **machine.describe(ROOT, options.gpu),
-    }
-    if options.commit:
-        head["commit"] = options.commit
+    head = describe(options, argv if argv is not None else sys.argv[1:])
+    say_head(head)
     path = options.json or default_json(options, head)
     report = Report(path, head, [part.name for part in chosen])
-    say_head(head)
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        try:
-            for number, part in enumerate(chosen, 1):
-                limit_s = part.limit_s * options.limit_factor
-                print(f"\n[{number}/{len(chosen)}] {part.name}: {part.shows} (at most "
-                      f"{limit_s:.0f} s)", flush=True)  # fmt: skip
-                report.add(run_one(part, limit_s, Path(folder), options))
-                last = report.outcomes[-1]
-                print(f"[{number}/{len(chosen)}] {part.name}: {last.status.upper()} after "
-                      f"{last.seconds:.0f} s{': ' * bool(last.reason)}{last.reason}",
-                      flush=True)  # fmt: skip
-        except Interrupted as stop:
-            report.add(stop.outcome)
-        except KeyboardInterrupt:  # between two parts: what is left does not run
-            print("interrupted")
+    try:
+        run_all(chosen, report, options)
+    except Interrupted as stop:
+        report.add(stop.outcome)
+    except KeyboardInterrupt:  # between two parts: what is left does not run
+        print("interrupted")
     print(table(report))
     if options.rehearse:
         print("This was a rehearsal without a GPU: it says nothing of CUDA.")
     print(f"All of it is in {path}")
     return EXIT_PASSED if report.passed else EXIT_FAILED
+
+
+def run_all(parts: Sequence[Part], report: Report, options: Options) -> None:
+    """One after the other, none beyond what all may take together. Raises Interrupted."""
+    deadline_s = time.monotonic() + TOTAL_LIMIT_S * options.limit_factor
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        for number, part in enumerate(parts, 1):
+            left_s = max(1.0, deadline_s - time.monotonic())  # a second shows why it failed
+            limit_s = min(part.limit_s * options.limit_factor, left_s)
+            head = f"[{number}/{len(parts)}] {part.name}: "
+            print(f"\n{head}{part.shows} (at most {limit_s:.0f} s)", flush=True)
+            outcome = run_one(part, limit_s, Path(folder), options)
+            report.add(outcome)
+            why = f": {outcome.reason}" if outcome.reason else ""
+            print(f"{head}{outcome.status.upper()} after {outcome.seconds:.0f} s{why}", flush=True)
+
+
+def describe(options: Options, argv: Sequence[str]) -> dict[str, object]:
+    """What the JSON says beside the parts."""
+    head: dict[str, object] = {
+        "rehearsal": options.rehearse,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["gpu-check", *argv]),
+        **machine.describe(ROOT, options.gpu),
+    }
+    return head | ({"commit": options.commit} if options.commit else {})
 
 
 def parse(argv: Sequence[str] | None, parts: Sequence[Part]) -> Options:

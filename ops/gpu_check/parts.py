@@ -1,7 +1,7 @@
 """What is checked, in which order, and how long each part may take.
 
-Correctness first: a figure of something that computes wrong tokens is worth nothing. The limits sum
-to less than ten minutes; what a part usually takes is less.
+A part's limit is well above what it should take on one card; together they may take no more than
+TOTAL_LIMIT_S, so that the whole stays below ten minutes.
 """
 
 import sys
@@ -21,7 +21,7 @@ SOURCE_FOLDERS = (
     "ops/benchmarks",
 )
 """Where parts import from."""
-TOTAL_LIMIT_S = 600.0
+TOTAL_LIMIT_S = 590.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,55 +74,55 @@ PARTS = (
     Part(
         "runtime",
         "CUDA IPC memory, events, streams, pinning and errors, across processes",
-        25,
+        45,
         tests("test_runtime.py"),
     ),
     Part(
         "kernels",
         "attention kernels against a float64 reference",
-        55,
+        90,
         tests("test_kernels.py"),
     ),
     Part(
         "attention",
         "decode attention against the card's copy bandwidth",
-        35,
+        45,
         benchmark("attention_cuda.py"),
     ),
     Part(
         "copies",
         "KV blocks both ways through the daemon, against large pinned copies",
-        25,
+        45,
         benchmark("copies_cuda.py"),
     ),
     Part(
         "exactness",
         "the whole system's greedy tokens and logits against transformers",
-        120,
+        170,
         tests("test_logits.py", "test_exactness.py"),
     ),
     Part(
         "crash",
         "killed stages and daemons: same tokens, no GPU memory held, attached again",
-        75,
+        100,
         tests("test_crash.py"),
     ),
     Part(
         "throughput",
         "an 8B-shaped model, one stage, against a plain single-process loop",
-        85,
+        120,
         benchmark("gpu_throughput.py"),
     ),
     Part(
         "offload",
         "offloading on against off in 24 GB, 2 and 4 stages, beside the simulator",
-        140,
+        190,
         benchmark("offload_cuda.py"),
     ),
     Part(
         "gap",
         "time between decode steps on a stage, and that nothing there waits for the GPU",
-        40,
+        60,
         benchmark("host_gap_cuda.py"),
     ),
 )

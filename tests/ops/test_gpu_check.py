@@ -234,10 +234,17 @@ def test_findings_survive_the_file(tmp_path: Path) -> None:
     assert gpu_findings.read(path).done is True
 
 
-def test_limits_fit_the_time_there_is() -> None:
-    names = [part.name for part in PARTS]
-    assert len(set(names)) == len(names)
-    assert sum(part.limit_s for part in PARTS) <= TOTAL_LIMIT_S
+def test_all_parts_together_end_in_time(
+    run: Callable[..., tuple[int, Any, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TOTAL_LIMIT_S < 600
+    assert all(part.limit_s < TOTAL_LIMIT_S for part in PARTS)
+    monkeypatch.setattr(check, "TOTAL_LIMIT_S", 2.0)
+    started_s = time.monotonic()
+    _, result, _ = run(*(part(name, "time.sleep(600)") for name in ("one", "two")))
+    assert [part["status"] for part in result["parts"]] == ["fail", "fail"]
+    assert "killed at its limit of 1 s" in result["parts"][1]["reason"]
+    assert time.monotonic() - started_s < 60
 
 
 def test_the_page_about_it_knows_every_part() -> None:
