@@ -18,7 +18,8 @@ from gpu_findings import Findings
 GRACE_S = 5.0
 """Between asking a part at its limit to end and killing it: its systems stop their processes."""
 SETTLE_S = 10.0
-"""What a part started may take to notice that the part has ended."""
+"""What a part started may take to notice that the part has ended: a server of processes that has
+loaded CUDA's libraries takes seconds to leave."""
 _LAST_LINES = 60
 _PR_SET_CHILD_SUBREAPER = 36
 
