@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipemax.proto.cuda.runtime import Stream
-from pipemax.stage_worker.devices.cuda import engine as cuda_engine
+from pipemax.stage_worker.attention.device import select
 from pipemax.stage_worker.devices.cuda.torch_side import Graph, Kernels, NotCapturableError
 from pipemax.stage_worker.engine import StageEngine
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.torch_engine import TorchEngine
-from support import capturable_attention
 from support.cuda_stage import Done, FakeLinks, open_stage, ready_queue, simulated, stage_config
+from support.fake_cuda.attention import RecordableBackend
 from support.fake_cuda.torch_side import FakeTorch
 from support.local_system import small_config
 from support.model_zoo import build_model
@@ -94,7 +94,7 @@ def test_graphs_give_the_same_tokens(
 ) -> None:
     """Batches of two in a graph of two, of one in a graph of one; a few rows of padding in the
     graph of four."""
-    monkeypatch.setattr(cuda_engine, "open_attention", capturable_attention.open_attention)
+    monkeypatch.setattr(select, "ReferenceBackend", RecordableBackend)
     replayed: list[int] = []
     replay = FakeTorch.replay
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_recorded_runs_all_the_same(
     def refuse(side: FakeTorch, stream: Stream, kernels: Kernels) -> Graph:
         raise NotCapturableError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_engine, "open_attention", capturable_attention.open_attention)
+    monkeypatch.setattr(select, "ReferenceBackend", RecordableBackend)
     monkeypatch.setattr(FakeTorch, "capture", refuse)
     with simulated(tmp_path / "gpu") as process:
         with open_stage(stage_config(model_dir)) as engine:

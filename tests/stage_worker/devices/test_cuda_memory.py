@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages.types import unpack_i32
-from pipemax.stage_worker.devices.cuda import engine as cuda_engine
+from pipemax.stage_worker.attention.device import select
 from pipemax.stage_worker.devices.cuda.graphs import bucket_rows
 from pipemax.stage_worker.devices.cuda.memory import (
     CONTEXT_BYTES,
@@ -19,8 +19,8 @@ from pipemax.stage_worker.devices.cuda.memory import (
     largest_step,
 )
 from pipemax.stage_worker.plan_columns import read_columns
-from support import capturable_attention
 from support.cuda_stage import open_stage, simulated, stage_config
+from support.fake_cuda.attention import RecordableBackend
 from support.model_zoo import build_model
 
 MIB, GIB = 2**20, 2**30
@@ -94,7 +94,7 @@ def test_a_pool_by_utilization_fills_its_share(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Of a small GPU, whose context costs nothing: the pool and the stage's own buffers."""
-    monkeypatch.setattr(cuda_engine, "open_attention", capturable_attention.open_attention)
+    monkeypatch.setattr(select, "ReferenceBackend", RecordableBackend)
     config = stage_config(model_dir, cuda={"gpu_memory_utilization": 0.5})
     config = msgspec.structs.replace(config, kv_cache_memory_bytes=None)
     caplog.set_level(logging.INFO)
