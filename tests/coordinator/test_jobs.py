@@ -125,6 +125,21 @@ def test_jobs_take_turns(world: JobWorld) -> None:
     assert abs(first["a"] - first["b"]) <= 4
 
 
+def test_of_many_jobs_some_are_run_at_a_time(world: JobWorld) -> None:
+    names = [f"job{n:02}" for n in range(40)]
+    for name in names:
+        fill(world, name, [f"{name}-{n}" for n in range(6)])
+    world.run()
+    begun = list(dict.fromkeys(text[:5] for text in world.order))
+    assert begun == names, "the oldest first"
+    left = Counter(dict.fromkeys(names, 6))
+    for position, text in enumerate(world.order):
+        left[text[:5]] -= 1
+        unfinished = {t[:5] for t in world.order[:position] if left[t[:5]]}
+        assert len(unfinished) <= jobs_round._JOBS_AT_ONCE
+    assert sum(info.state == "finished" for info in world.call(ingest.ListJobs).jobs) == 40
+
+
 def test_cancelled_requests_get_no_results_and_their_place_is_free(world: JobWorld) -> None:
     fill(world, "a", [f"r{n}" for n in range(700)])
     world.round()

@@ -203,7 +203,9 @@ class Jobs:
             why = self._create(messages)
             if self._journal is None:
                 return [(client, _nothing(message, why)) for client, message in messages], []
-        journal, room = self._journal, self._room(waiting) if may_start else 0
+        journal = self._journal
+        may_start = may_start and bool(messages or self._queue.ready)
+        room = self._room(waiting) if may_start else 0
         try:
             if self._retry_at is not None and time.monotonic() < self._retry_at:
                 return self._only_read(journal, messages), []

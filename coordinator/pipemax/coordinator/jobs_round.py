@@ -21,6 +21,9 @@ it is alone in the end, and no other is failed for it."""
 _START_BATCH = 64
 _START_BYTES = 4 * 2**20
 """Requests taken from the journal at a time."""
+_JOBS_AT_ONCE = 16
+"""Jobs that take turns, those that were there first; the next one follows when one of them has
+nothing more to start. Output lengths are forecast by job, at a cost for each."""
 _REMOVE_BATCH = 500
 
 JobMessage = (
@@ -166,14 +169,15 @@ class Round:
         most: int,
         room: int,
     ) -> None:
-        """Takes requests that are to start, up to `room` of them, from the jobs in turn, so that at
+        """Takes requests that are to start, up to `room` of them, from jobs in turn, so that at
         most `most` run; fewer beside those that were running at deaths, `worst` being the most
         deaths of any that runs. Updates `queue`."""
         room = min(room, most - num_running, _START_BATCH)
         size_bytes = 0
         while queue.ready and room > len(self.chosen):
             job = queue.ready[0]
-            share = max(1, (room - len(self.chosen)) // len(queue.ready))
+            in_turn = min(len(queue.ready), _JOBS_AT_ONCE)
+            share = max(1, (room - len(self.chosen)) // in_turn)
             num_found = 0
             for seq, request in self._journal.pending(job, queue.cursors.get(job, 0), share):
                 num_found += 1
@@ -189,9 +193,9 @@ class Round:
                 queue.cursors[job] = seq + 1
                 if size_bytes >= _START_BYTES:
                     return
-            queue.ready.rotate(-1)
-            if num_found < share:
-                queue.ready.pop()
+            queue.ready.popleft()
+            if num_found == share:
+                queue.ready.insert(in_turn - 1, job)
 
     def mark(self) -> None:
         """Notes what was chosen, and fails what was not, for good."""
