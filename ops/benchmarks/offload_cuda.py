@@ -21,6 +21,7 @@ the same requests with the same scheduler in virtual time: with one cost model f
 import argparse
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ from offload_cpu import latency_run
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.geometry import split_layers
+from pipemax.proto.rundir import LOG_DIR, run_dir_of
 from pipemax.services.machine import available_memory_bytes
 from pipemax.services.tiny_model import ModelShape
 
@@ -137,7 +139,37 @@ def recording(ran: dict[str, Any], out: Path) -> Recording:
     )
 
 
-def measure(model: Path, given: Setting, folder: Path) -> dict[str, Recording]:
+@dataclass(frozen=True, slots=True)
+class Pinning:
+    """Of one stage's part of the host pool."""
+
+    seconds: float
+    behind_s: float
+    """How much later than its weights the stage had it."""
+
+
+def pinnings(logs: Path) -> list[Pinning]:
+    """As stages tell in their logs; none where nothing is pinned."""
+    found = []
+    for log in sorted(logs.glob("stage-*.log")):
+        text = log.read_text(errors="replace")
+        pinned = re.search(r"^(\S+) .* pinned .* of host memory in ([\d.]+) s", text, re.M)
+        loaded = re.search(r"^(\S+) .* loaded in [\d.]+ s", text, re.M)
+        if pinned and loaded:
+            behind_s = (_time_of_day_s(pinned[1]) - _time_of_day_s(loaded[1])) % 86400
+            found.append(Pinning(float(pinned[2]), behind_s if behind_s < 43200 else 0.0))
+    return found
+
+
+def _time_of_day_s(stamp: str) -> float:
+    """Of `18:12:43.285`."""
+    hours, minutes, seconds = stamp.split(":")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def measure(
+    model: Path, given: Setting, folder: Path, found: FindingsWriter
+) -> dict[str, Recording]:
     """Both contenders' runs."""
     outs = {name: folder / f"steps-{name}-{given.stages}.json" for name in CONTENDERS}
     each_bytes = CARD_BYTES + given.stages * PROCESS_BYTES
@@ -145,11 +177,13 @@ def measure(model: Path, given: Setting, folder: Path) -> dict[str, Recording]:
     if given.rehearse or free_bytes() < len(CONTENDERS) * each_bytes:
         for name in CONTENDERS:
             with contender(name, model, given, outs[name]) as live:
+                report_pinning(given, live, found)
                 ran[name] = record(live, given.work)
     else:
         with contextlib.ExitStack() as stack:
             systems = [contender(name, model, given, outs[name]) for name in CONTENDERS]
             for name, live in zip(CONTENDERS, enter_all(stack, systems), strict=True):
+                report_pinning(given, live, found)
                 ran[name] = record(live, given.work)
     return {name: recording(ran[name], outs[name]) for name in CONTENDERS}
 
@@ -242,6 +276,18 @@ def simulate(job_file: Path) -> None:
     print(json.dumps({"seconds": result.simulated_s, "steady": window_rate(points)}))
 
 
+def report_pinning(given: Setting, live: Live, found: FindingsWriter) -> None:
+    """A second for 10 GiB is how long readiness may wait for it."""
+    ten_gib = given.host_bytes / given.stages / (10 * 2**30)
+    logs = run_dir_of(live.config.name) / LOG_DIR
+    for stage, pinned in enumerate(pinnings(logs)):
+        found.figure(
+            f"{given.stages} stages: stage {stage} waits for pinned memory behind its weights",
+            pinned.behind_s / ten_gib, "s per 10 GiB", at_most=1.0,
+            note=f"pinned in {pinned.seconds / ten_gib:.1f} s per 10 GiB",
+        )  # fmt: skip
+
+
 def report(given: Setting, runs: dict[str, Recording], found: FindingsWriter) -> dict[str, float]:
     """Tells what was measured; returns the ratios, by what they are of."""
     tokens = sum(one.output_tokens for one in given.work)
@@ -291,7 +337,7 @@ def part(asked: argparse.Namespace, found: FindingsWriter, folder: Path) -> None
             found.skip(f"{stages} stages: the GPU has no room for an 8B model and its KV")
             continue
         model = write_model(folder / "model", given.shape)
-        runs = measure(model, given, folder)
+        runs = measure(model, given, folder, found)
         ratios = report(given, runs, found)
         report_predictions(given, ratios, simulate_all(runs, given, folder), found)
 

@@ -97,6 +97,21 @@ def test_the_middle_of_a_run_is_steady() -> None:
     assert offload_cuda.window_rate([]) == 0
 
 
+def test_pinning_is_read_from_logs(tmp_path: Path) -> None:
+    """As host_region.py and main.py of a stage write them."""
+    pinned = "stage-0 INFO pinned 8.0 GiB of host memory in 0.7 s"
+    loaded = (
+        "stage-0 INFO layers [0, 16), weights 7.5 GiB, 9 KV blocks of 1.0 MiB, loaded in 9.1 s"
+    )
+    (tmp_path / "stage-0.log").write_text(f"18:12:43.250 {pinned}\n18:12:50.000 {loaded}\n")
+    (tmp_path / "stage-1.log").write_text(f"23:59:59.500 {loaded}\n00:00:01.750 {pinned}\n")
+    (tmp_path / "stage-2.log").write_text(f"18:12:50.000 {loaded}\n")
+    assert offload_cuda.pinnings(tmp_path) == [
+        offload_cuda.Pinning(0.7, 0.0),
+        offload_cuda.Pinning(0.7, 2.25),
+    ]
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 def test_the_imitated_card_has_24_gb(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload_cuda, "free_bytes", lambda: 80 * 10**9)
