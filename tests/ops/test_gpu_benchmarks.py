@@ -100,9 +100,7 @@ def test_the_middle_of_a_run_is_steady() -> None:
 def test_pinning_is_read_from_logs(tmp_path: Path) -> None:
     """As host_region.py and main.py of a stage write them."""
     pinned = "stage-0 INFO pinned 8.0 GiB of host memory in 0.7 s"
-    loaded = (
-        "stage-0 INFO layers [0, 16), weights 7.5 GiB, 9 KV blocks of 1.0 MiB, loaded in 9.1 s"
-    )
+    loaded = "stage-0 INFO layers [0, 16), weights 7.5 GiB, 9 KV blocks of 1.0 MiB, loaded in 9.1 s"
     (tmp_path / "stage-0.log").write_text(f"18:12:43.250 {pinned}\n18:12:50.000 {loaded}\n")
     (tmp_path / "stage-1.log").write_text(f"23:59:59.500 {loaded}\n00:00:01.750 {pinned}\n")
     (tmp_path / "stage-2.log").write_text(f"18:12:50.000 {loaded}\n")
