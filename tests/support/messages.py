@@ -88,6 +88,11 @@ EXAMPLES: tuple[Message, ...] = (
         prompt_token_ids=(0, 1, 127, 128, 65536, 2**31 - 1),
         prompt="Grüße",
         messages=({"role": "user", "content": "hello"},),
+        chat=ingest.ChatOptions(
+            add_generation_prompt=False,
+            continue_final_message=True,
+            chat_template_kwargs={"enable_thinking": False},
+        ),
         sampling=_SAMPLING,
         echo=True,
     ),

@@ -4,13 +4,15 @@ that comes and goes, and a last stage that dies."""
 import random
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
 from pipemax.client import Completion, SamplingParams
 from pipemax.proto.messages.ingest import PositionLogprobs
 from support.background import Background
-from support.local_system import LocalSystem, small_config
+from support.fake_cuda import FakeMachine
+from support.local_system import LocalSystem, cuda_config, small_config
 from support.model_zoo import build_model
 
 TOP = 3
@@ -31,22 +33,22 @@ def check(positions: tuple[PositionLogprobs, ...], expected: torch.Tensor) -> No
         assert own.text == f"token_id:{own.token_id}"
 
 
-def test_logprobs_equal_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_gpus", [False, True], ids=["cpu", "simulated-gpus"])
+def test_logprobs_equal_transformers(tmp_path: Path, on_gpus: bool) -> None:
     model_dir = build_model("qwen3", tmp_path)
     draw = random.Random(5)
     prompts = [[draw.randrange(3, 512) for _ in range(draw.randrange(1, 90))] for _ in range(12)]
     sampling = SamplingParams(
         temperature=0.8, logprobs=TOP, prompt_logprobs=TOP, max_tokens=24, presence_penalty=0.5
     )
-    config = small_config(
-        model_dir,
-        stages=2,
-        device_blocks=24,
-        max_model_len=256,
-        max_num_batched_tokens=64,
-        max_num_seqs=7,
-    )
-    with LocalSystem(config) as system, system.client() as client, system.client() as watcher:
+    sizes = {"device_blocks": 24, "max_model_len": 256, "max_num_batched_tokens": 64}
+    sizes["max_num_seqs"] = 7  # also the most rows of logits a step may have
+    if on_gpus:
+        config = cuda_config(model_dir, gpus=(0, 0), **sizes)
+        system = LocalSystem(config, FakeMachine(num_gpus=1))
+    else:
+        system = LocalSystem(small_config(model_dir, stages=2, **sizes))
+    with system, system.client() as client, system.client() as watcher:
         system.wait_ready(watcher)
         batch = Background(lambda: client.generate(prompts, sampling))
         while watcher.status().generation_tokens < 60:

@@ -148,13 +148,7 @@ class Sessions:
         return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words)
 
     def _check_computed(self, sampling: SamplingParams) -> None:
-        """Refuses what this device does not compute."""
-        if self._config.device == "cuda" and sampling.prompt_logprobs is not None:
-            raise RequestError(
-                "not_implemented",
-                "prompt_logprobs: stages on GPUs keep room for the logits of --max-num-seqs tokens "
-                "a step, not for those of whole prompts; use --device cpu",
-            )
+        """Refuses what needs a model that really computes."""
         if self._config.device != "modelled":
             return
         for name in ("logprobs", "prompt_logprobs"):

@@ -12,10 +12,20 @@
 from pipemax.client.client import Chat, Client, Prompt
 from pipemax.client.completion import Completion
 from pipemax.client.jobs import Jobs
-from pipemax.proto.messages.ingest import JobInfo, JobRequest, SamplingParams, Status, Submit
+from pipemax.proto.messages.ingest import (
+    ChatOptions,
+    Choice,
+    JobInfo,
+    JobRequest,
+    SamplingParams,
+    Status,
+    Submit,
+)
 
 __all__ = [
     "Chat",
+    "ChatOptions",
+    "Choice",
     "Client",
     "Completion",
     "JobInfo",

@@ -14,6 +14,7 @@ from pipemax.client.connection import Connection
 from pipemax.proto.errors import NotRunningError, PipemaxSystemError, RequestError, WireError
 from pipemax.proto.messages.ingest import (
     Cancel,
+    ChatOptions,
     Finished,
     Refused,
     SamplingParams,
@@ -130,13 +131,16 @@ class Client:
         self,
         conversations: Chat | Sequence[Chat],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        options: ChatOptions | None = None,
     ) -> list[Completion]:
-        """As `generate`, for one chat or several, rendered with the model's chat template."""
+        """As `generate`, for one chat or several, rendered with the model's chat template as
+        `options` say."""
         chats = _chats(conversations)
         params = _one_per_prompt(sampling_params, len(chats))
+        how = ChatOptions() if options is None else options
         return _in_order(
             self._run(
-                Submit(request_id=self.new_request_id(), messages=chat, sampling=sampling)
+                Submit(request_id=self.new_request_id(), messages=chat, chat=how, sampling=sampling)
                 for chat, sampling in zip(chats, params, strict=True)
             )
         )

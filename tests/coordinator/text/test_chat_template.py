@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from pipemax.coordinator.text import TextProcessor
 from pipemax.coordinator.text.chat_template import ChatTemplate
 from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import ChatOptions
 
 from .conftest import byte_level_tokenizer, write_model_dir
 
@@ -82,6 +83,69 @@ def test_renders_as_transformers_does(
     template = ChatTemplate(TEMPLATES[name], VARIABLES, "test")
     assert template.render(chat, 10_000) == expected
     assert len(expected) > 3
+
+
+CONTINUED = [
+    {"role": "user", "content": "Say it"},
+    {"role": "assistant", "content": "  It is é, \n and "},
+]
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}{{ mood }}"
+
+
+@pytest.mark.parametrize("source", [TEMPLATES["turns"], TEMPLATES["macro"], TRIMMED])
+def test_goes_on_as_transformers_does(source: str, model_dirs: dict[str, Path]) -> None:
+    reference = AutoTokenizer.from_pretrained(model_dirs["byte_level"])
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    expected = reference.apply_chat_template(
+        CONTINUED, chat_template=source, continue_final_message=True, tokenize=False
+    )
+    assert ChatTemplate(source, VARIABLES, "test").render(CONTINUED, 1000, options) == expected
+    assert expected.endswith("and" if source == TRIMMED else "and ")
+
+
+def test_options_reach_the_template(model_dirs: dict[str, Path]) -> None:
+    reference = AutoTokenizer.from_pretrained(model_dirs["byte_level"])
+    source = TEMPLATES["turns"] + "{{ mood }}{{ eos_token }}{{ more | tojson }}"
+    variables = {"mood": "calm", "eos_token": "!", "more": {"a": [1, None]}}
+    expected = reference.apply_chat_template(
+        CHATS[0],
+        chat_template=source,
+        add_generation_prompt=False,
+        tokenize=False,
+        **variables,
+    )
+    options = ChatOptions(add_generation_prompt=False, chat_template_kwargs=variables)
+    assert ChatTemplate(source, VARIABLES, "test").render(CHATS[0], 1000, options) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "fields", "words"),
+    [
+        ("x", {"continue_final_message": True}, "exclude each other"),
+        ("x", {"chat_template_kwargs": {"messages": []}}, "'messages' cannot be set"),
+        ("x", {"chat_template_kwargs": {"a b": 1}}, "'a b' cannot be set"),
+        (
+            "nothing of it",
+            {"continue_final_message": True, "add_generation_prompt": False},
+            "does not write the last message",
+        ),
+        (
+            "{{ messages[-1].content[4:] }}",
+            {"continue_final_message": True, "add_generation_prompt": False},
+            "does not write the last message",
+        ),
+    ],
+)
+def test_options_that_cannot_be(source: str, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        ChatTemplate(source, {}, "test").render(CHATS[0], 1000, ChatOptions(**fields))
+    assert caught.value.code == "template"
+
+
+def test_a_message_without_text_is_not_continued() -> None:
+    options = ChatOptions(add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(RequestError, match="has no text"):
+        ChatTemplate("x", {}, "test").render([{"role": "assistant"}], 1000, options)
 
 
 def test_the_clock_is_there() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from pipemax.coordinator.text import TextProcessor
 from pipemax.proto.errors import ModelError, RequestError
-from pipemax.proto.messages.ingest import Submit
+from pipemax.proto.messages.ingest import ChatOptions, Submit
 
 from .conftest import CHAT_TEMPLATE, CORPUS, TOKENIZERS, byte_level_tokenizer, write_model_dir
 
@@ -157,6 +157,11 @@ CHAT = ({"role": "user", "content": "x"},)
         (Submit(request_id="r", prompt="a", prompt_token_ids=(1,)), "prompt", "exactly one"),
         (Submit(request_id="r", prompt_token_ids=()), "empty_prompt", "no tokens"),
         (Submit(request_id="r", prompt=""), "empty_prompt", "empty"),
+        (
+            Submit(request_id="r", prompt="a", chat=ChatOptions(add_generation_prompt=False)),
+            "prompt",
+            "with messages only",
+        ),
         (Submit(request_id="r", messages=()), "empty_prompt", "messages is empty"),
         (Submit(request_id="r", prompt_token_ids=(1, 600, 3)), "vocabulary", "600"),
         (Submit(request_id="r", messages=({"role": "user", "content": 5},) * 5000), "too_long", ""),

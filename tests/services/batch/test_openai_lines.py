@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipemax.client import Completion, SamplingParams
-from pipemax.proto.messages.ingest import Choice, TokenLogprob
+from pipemax.proto.messages.ingest import ChatOptions, Choice, TokenLogprob
 from pipemax.services.batch.openai_lines import BatchRequest, LineError, parse_line
 from pipemax.services.batch.openai_logprobs import chat_logprobs
 from pipemax.services.batch.openai_results import (
@@ -126,6 +126,18 @@ def test_prompts(prompt: Any, text: str | None, token_ids: tuple[int, ...] | Non
     assert (submit.prompt, submit.prompt_token_ids) == (text, token_ids)
 
 
+def test_chat_options() -> None:
+    options = {
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert parse(line(CHAT_URL, **options)).submit.chat == ChatOptions(**options)
+    assert parse(line(CHAT_URL, **dict.fromkeys(options))).submit.chat == ChatOptions()
+    for name in options:
+        assert refusal(line(**{name: options[name]})).code == "unknown_field"
+
+
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
     both: dict[str, Any] = {
         "n": 1,
@@ -149,7 +161,7 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         (CHAT_URL, "echo", True),
         (CHAT_URL, "tools", [{"type": "function"}]),
         (CHAT_URL, "response_format", {"type": "json_object"}),
-        (CHAT_URL, "chat_template_kwargs", {"enable_thinking": False}),
+        (CHAT_URL, "chat_template", "{{ messages }}"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value: Any) -> None:
@@ -185,6 +197,8 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(best_of=2), "not_implemented", "'best_of' 2 with n None"),
         (line(best_of=3, n=2), "not_implemented", "'best_of' 3 with n 2"),
         (line(best_of=True), "not_implemented", "'best_of' True"),
+        (line(CHAT_URL, add_generation_prompt=1), "invalid_field", "add_generation_prompt"),
+        (line(CHAT_URL, chat_template_kwargs=[]), "invalid_field", "chat_template_kwargs"),
         (line(logprobs=True), "invalid_field", "logprobs"),
         (line(logprobs=21), "invalid_field", "logprobs"),
         (line(echo=1), "invalid_field", "echo"),

@@ -7,7 +7,7 @@ plain data only, and stop when they have written more than they may.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import jinja2
 import jinja2.ext
@@ -16,9 +16,20 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipemax.proto.errors import ModelError, RequestError
+from pipemax.proto.messages.ingest import ChatOptions
 
 MAX_MESSAGES = 4096
 """Most messages of one chat: templates may loop over them more than once."""
+
+
+_PLAIN: Final = ChatOptions()
+_OWN_VARIABLES: Final = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+    | {"chat_template", "tokenize", "raise_exception", "strftime_now"}
+)
+_MARK: Final = "\ue0f1continue here\ue0f2 "
+"""Put behind a message that is to be continued, and found again in what the template wrote.
+Characters for private use: no prompt is likely to hold them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -61,18 +72,35 @@ class ChatTemplate:
             ) from error
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], max_chars: int) -> str:
-        """The prompt for `messages`, ending where the assistant's turn begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_chars: int,
+        options: ChatOptions = _PLAIN,
+    ) -> str:
+        """The prompt for `messages`, ending where the assistant's turn begins, unless `options` say
+        otherwise.
 
         Raises RequestError with code `template` when the template refuses the messages or fails,
-        and `too_long` when it writes more than `max_chars` characters.
+        or the options contradict each other, and `too_long` when it writes more than `max_chars`
+        characters.
         """
+        _check(options)
         if not messages:
             raise RequestError("empty_prompt", "messages is empty; give at least one message")
         if len(messages) > MAX_MESSAGES:
             raise RequestError(
                 "too_long", f"{len(messages)} messages; a chat may have at most {MAX_MESSAGES}"
             )
+        if options.continue_final_message:
+            marked = [*messages[:-1], _marked(messages[-1])]
+            text = self._write(marked, max_chars + len(_MARK), options)
+            return _up_to_mark(text, str(messages[-1]["content"]))
+        return self._write(messages, max_chars, options)
+
+    def _write(
+        self, messages: Sequence[Mapping[str, Any]], max_chars: int, options: ChatOptions
+    ) -> str:
         pieces: list[str] = []
         length = 0
         try:
@@ -81,8 +109,8 @@ class ChatTemplate:
                 messages=[{k: v for k, v in m.items() if v is not None} for m in messages],
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
-                **self._variables,
+                add_generation_prompt=options.add_generation_prompt,
+                **{**self._variables, **(options.chat_template_kwargs or {})},
             ):
                 pieces.append(piece)
                 length += len(piece)
@@ -96,6 +124,37 @@ class ChatTemplate:
                 "too_long", f"the chat template wrote more than the {max_chars} characters allowed"
             )
         return "".join(pieces)
+
+
+def _check(options: ChatOptions) -> None:
+    if options.continue_final_message and options.add_generation_prompt:
+        raise RequestError(
+            "template",
+            "continue_final_message and add_generation_prompt, which is on by default, exclude "
+            "each other; set one of them to false",
+        )
+    for name in options.chat_template_kwargs or ():
+        if name in _OWN_VARIABLES or not name.isidentifier():
+            raise RequestError("template", f"chat_template_kwargs: {name!r:.80} cannot be set")
+
+
+def _marked(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise RequestError("template", "continue_final_message: the last message has no text")
+    return {**message, "content": content + _MARK}
+
+
+def _up_to_mark(text: str, content: str) -> str:
+    """As transformers does: a template that trims the text also trims the mark's last space, and
+    the text then ends without space."""
+    at = text.rfind(_MARK.rstrip())
+    if at < 0 or content.strip() not in text:
+        raise RequestError(
+            "template",
+            "continue_final_message: the chat template does not write the last message as it is",
+        )
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
 
 
 def _raise_exception(message: str) -> None:

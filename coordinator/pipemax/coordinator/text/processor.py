@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from pipemax.coordinator.text.chat_template import ChatTemplate, find_chat_template
 from pipemax.coordinator.text.limits import check_prompt_length
 from pipemax.proto.errors import ModelError, RequestError
-from pipemax.proto.messages.ingest import Submit
+from pipemax.proto.messages.ingest import ChatOptions, Submit
 
 _LOOSE_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NORMALIZER_SLACK = 4
@@ -85,13 +85,15 @@ class TextProcessor:
                 "give exactly one of prompt_token_ids, prompt and messages, not "
                 f"{' and '.join(given) or 'none'}",
             )
+        if submit.messages is None and submit.chat != ChatOptions():
+            raise RequestError("prompt", "chat: options of chats go with messages only")
         token_ids: Sequence[int]
         if submit.prompt_token_ids is not None:
             token_ids = submit.prompt_token_ids
         elif submit.prompt is not None:
             token_ids = self._encode_text(submit.prompt, max_model_len, add_special_tokens=True)
         else:
-            token_ids = self._encode_chat(submit.messages or (), max_model_len)
+            token_ids = self._encode_chat(submit.messages or (), submit.chat, max_model_len)
         check_prompt_length(len(token_ids), max_model_len)
         highest = max(token_ids)
         if highest >= self.vocab_size or min(token_ids) < 0:
@@ -175,7 +177,7 @@ class TextProcessor:
         return token_ids
 
     def _encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], max_model_len: int
+        self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, max_model_len: int
     ) -> Sequence[int]:
         if self._template is None:
             raise RequestError(
@@ -184,7 +186,7 @@ class TextProcessor:
                 "chat_template.jinja",
             )
         self._check_chars(_text_chars(messages), max_model_len)
-        text = self._template.render(messages, self._max_chars(max_model_len))
+        text = self._template.render(messages, self._max_chars(max_model_len), options)
         return self._encode_text(text, max_model_len, add_special_tokens=False)
 
     def _max_chars(self, max_model_len: int) -> int:

@@ -90,6 +90,18 @@ class ServerHello(Message, frozen=True, kw_only=True, tag="server_hello"):
     """Most unfinished requests this client may have."""
 
 
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a chat becomes a prompt. Names and meanings are vLLM's."""
+
+    add_generation_prompt: bool = True
+    """The prompt ends where the assistant's turn begins."""
+    continue_final_message: bool = False
+    """The prompt ends with the last message, which the output goes on with. Not together with
+    `add_generation_prompt`."""
+    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    """Further variables of the model's chat template, `enable_thinking` for example."""
+
+
 class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     """One request. Exactly one of `prompt_token_ids`, `prompt` and `messages` is given."""
 
@@ -99,6 +111,8 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     prompt: str | None = None
     messages: tuple[dict[str, Any], ...] | None = None
     """A chat, rendered with the model's chat template."""
+    chat: ChatOptions = ChatOptions()
+    """Only with `messages`."""
     sampling: SamplingParams = SamplingParams()
     echo: bool = False
     """The result brings the prompt's text too."""

@@ -8,14 +8,16 @@ and one that is known and not implemented may only hold the value that asks for 
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from pipemax.client import SamplingParams, Submit
 from pipemax.proto.errors import RequestError
+from pipemax.proto.messages.ingest import ChatOptions
 from pipemax.services.batch.openai_results import CHAT_URL, COMPLETIONS_URL, ResultForm
 
+Fields = TypeVar("Fields", SamplingParams, ChatOptions)
 MAX_CUSTOM_ID_CHARS = 512
 MAX_TOP_LOGPROBS = 20
 
@@ -23,7 +25,7 @@ _LINE_FIELDS = ("custom_id", "method", "url", "body")
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 _PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
 _OWN_FIELDS: dict[str, tuple[str, ...]] = {
-    CHAT_URL: ("best_of", "logprobs", "top_logprobs"),
+    CHAT_URL: ("best_of", "logprobs", "top_logprobs", *ChatOptions.__struct_fields__),
     COMPLETIONS_URL: ("best_of", "echo"),
 }
 """Fields of one endpoint that do not stand for a sampling parameter as they are."""
@@ -50,10 +52,7 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "reasoning_effort": (),
     "web_search_options": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
 }
 _NEUTRAL_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
@@ -159,8 +158,12 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
     _check_best_of(body)
     if is_chat:
         _chat_logprobs(body, sampling)
-        messages = _messages(body.get("messages"))
-        return Submit(request_id=request_id, messages=messages, sampling=_sampling(sampling))
+        return Submit(
+            request_id=request_id,
+            messages=_messages(body.get("messages")),
+            chat=_chat_options(body),
+            sampling=_sampling(sampling),
+        )
     echo = _echo(body, sampling)
     return _completion_submit(body.get("prompt"), request_id, _sampling(sampling), echo)
 
@@ -186,6 +189,11 @@ def _chat_logprobs(body: dict[str, Any], sampling: dict[str, Any]) -> None:
         raise LineError("invalid_field", "top_logprobs needs logprobs to be true")
     if wanted:
         sampling["logprobs"] = num_top or 0
+
+
+def _chat_options(body: dict[str, Any]) -> ChatOptions:
+    given = {name: body[name] for name in ChatOptions.__struct_fields__ if name in body}
+    return _convert({name: v for name, v in given.items() if v is not None}, ChatOptions)
 
 
 def _echo(body: dict[str, Any], sampling: dict[str, Any]) -> bool:
@@ -230,8 +238,13 @@ def _sampling(fields: dict[str, Any]) -> SamplingParams:
         fields["max_tokens"] = newer
     if isinstance(fields.get("stop"), str):
         fields["stop"] = [fields["stop"]]
+    return _convert(fields, SamplingParams)
+
+
+def _convert(fields: dict[str, Any], into: type[Fields]) -> Fields:
+    """Raises LineError that names the field."""
     try:
-        return msgspec.convert(fields, SamplingParams, str_keys=True)  # of logit_bias
+        return msgspec.convert(fields, into, str_keys=True)  # of logit_bias
     except msgspec.ValidationError as error:
         match = _VALIDATION_PATH.fullmatch(str(error))
         if match is None:
