@@ -109,8 +109,12 @@ def test_time_in_flight_goes_to_what_the_device_tells() -> None:
     clock.settle([("wait_kv", 1.0), ("compute", 4.5)], landed=True)
     now.ns += 7 * 10**9
     assert clock.seconds() == {
-        "prepare": 2.0, "wait_activation": 3.0, "wait_kv": 1.0,
-        "compute": 9.5, "send": 0.5, "wait_plan": 7.0,
+        "prepare": 2.0,
+        "wait_activation": 3.0,
+        "wait_kv": 1.0,
+        "compute": 9.5,
+        "send": 0.5,
+        "wait_plan": 7.0,
     }
 
 

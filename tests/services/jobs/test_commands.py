@@ -2,6 +2,7 @@
 has its line among the results, once, whatever is interrupted."""
 
 import gzip
+import io
 import json
 import os
 import sys
@@ -332,3 +333,25 @@ def test_a_system_that_ends_is_noticed(source: Path) -> None:
         jobs = Jobs()
     with jobs, pytest.raises(NotRunningError, match="has ended"):
         jobs.info("a")
+
+
+def test_lines_through_a_pipe(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def piped(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+        return pipemax(monkeypatch, "submit", "-i", "-", *arguments)
+
+    with JobCoordinator():
+        assert piped() == 0
+        name, said = capsys.readouterr()
+        assert name.startswith("pipe-")
+        assert "17 requests submitted" in said
+        assert pipemax(monkeypatch, "results", name.strip(), "-o", tmp_path / "o", "--follow") == 0
+        check_all(read_lines(tmp_path / "o"))
+        assert piped("--job", "a") == 0
+        assert piped("--job", "a") == 2, "nobody knows whether these are the same lines"
+        assert "made of other lines" in capsys.readouterr().err
