@@ -34,10 +34,12 @@ class JobCoordinator:
         *,
         answer: Callable[[ingest.Submit], Any] = answer,
         deaf: Callable[[object], bool] = lambda message: False,
+        settings: str = "s",
     ) -> None:
         self._name = name
         self._answer = answer
         self._deaf = deaf
+        self._settings = settings
         self.paused = False
         """Requests that are started stay unfinished."""
         self.received: list[object] = []
@@ -63,7 +65,7 @@ class JobCoordinator:
 
     def _run(self) -> None:
         limits = JobLimits(most_running=64, most_waiting=64)
-        jobs = Jobs(journal_path(self._name), "s", "fake", limits, self._accept)
+        jobs = Jobs(journal_path(self._name), self._settings, "fake", limits, self._accept)
         self._keys = itertools.count()
         self._running: dict[int, ingest.Submit] = {}
         try:

@@ -355,3 +355,23 @@ def test_lines_through_a_pipe(
         assert piped("--job", "a") == 0
         assert piped("--job", "a") == 2, "nobody knows whether these are the same lines"
         assert "made of other lines" in capsys.readouterr().err
+
+
+def test_nobody_waits_for_a_job_that_is_held(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with JobCoordinator() as system:
+        system.paused = True
+        submit_module.submit_files("default", [source], "a")
+        with results_module.source_of("default", None, print) as results:
+            before = results_module.fetch(results, "a", out)
+    with (
+        JobCoordinator(settings="other"),
+        results_module.source_of("default", None, print) as results,
+    ):
+        assert results_module.fetch(results, "a", out).job.state == "held"
+        with pytest.raises(ConfigError, match="waits for a system like that which took it"):
+            results_module.fetch(results, "a", out, follow=True)
+    assert len(read_lines(out)) >= before.lines
+    with JobCoordinator(), results_module.source_of("default", None, print) as results:
+        results_module.fetch(results, "a", out, follow=True)
+    check_all(read_lines(out))

@@ -109,19 +109,14 @@ def fetch(
 ) -> Fetched:
     """Appends the results that `output` does not have yet. With `follow`, waits for those to come.
 
-    Raises ConfigError when there is no such job or the output holds something else, and
-    PipemaxSystemError when it cannot be written; run again, it goes on.
+    Raises ConfigError when there is no such job, the output holds something else or what is to come
+    cannot come in this system, and PipemaxSystemError when it cannot be written; run again, it goes on.
     """
     check_output(output)
     try:
         job = source.info(name)
     except RequestError as error:
         raise ConfigError(f"{error}; `pipemax jobs` lists them") from error
-    if follow and job.state == "held":
-        raise ConfigError(
-            f"job {name!r} waits for a system like that which took it: same model, name of the "
-            "model, dtype and seed; leave out --follow to fetch what is finished"
-        )
     with contextlib.ExitStack() as stack:
         if can_have_one(output):
             stack.enter_context(locked(output))
@@ -146,6 +141,11 @@ def _append(
         over = job.state in ("finished", "cancelled") and position >= job.num_results
         if over or not (results or follow):
             return Fetched(job, position - before, failed, position)
+        if job.state == "held":
+            raise ConfigError(
+                f"job {job.name!r} waits for a system like that which took it: same model, name of "
+                "the model, dtype and seed; what was finished before is in the output"
+            )
         if not results:
             time.sleep(_LOOK_AGAIN_S)
 
