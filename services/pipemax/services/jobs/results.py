@@ -110,7 +110,8 @@ def fetch(
     """Appends the results that `output` does not have yet. With `follow`, waits for those to come.
 
     Raises ConfigError when there is no such job, the output holds something else or what is to come
-    cannot come in this system, and PipemaxSystemError when it cannot be written; run again, it goes on.
+    cannot come in this system, and PipemaxSystemError when it cannot be written; run again, it goes
+    on.
     """
     check_output(output)
     try:
