@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from pipemax.proto.errors import ConfigError, NotRunningError, ProcessFailedError
 from pipemax.services import own_system as module
+from pipemax.services.launcher.supervisor import Phase
 from pipemax.services.launcher.system import System
 from pipemax.services.own_system import own_system
 from support.fake_system import fake_config, fakes
@@ -79,12 +81,16 @@ def test_a_signal_while_stopping_does_not_wait_and_leaves_nothing(
 
 def test_what_a_client_meets_when_the_system_breaks_is_not_the_cause(install: Install) -> None:
     def lose_the_coordinator(system: System) -> None:
+        """While draining, when it is not started again."""
+        system.request_stop(drain=True)
+        while system.phase is not Phase.DRAINING:
+            time.sleep(0.01)
         os.kill(system.pids()["coordinator"], signal.SIGKILL)
         with pytest.raises(ProcessFailedError):
             system.wait()
         raise NotRunningError("it has ended")
 
-    install()
+    install(coordinator="never-drained")
     with (
         pytest.raises(ProcessFailedError, match="coordinator was killed by SIGKILL"),
         own_system(fake_config(), ready_timeout_s=60, temporary=False) as system,
