@@ -1,5 +1,10 @@
 """Step plans for tests."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
 from pipemax.proto.messages.control import SampleRow, StepPlan
 from pipemax.proto.messages.types import pack_i32
 
@@ -21,6 +26,11 @@ def decode_plan(
         token_ids=pack_i32(range(100, 100 + rows)),
         sample=tuple(greedy_row(item) for item in range(rows)),
     )
+
+
+def plan_of(rows: Sequence[SampleRow], **fields: Any) -> StepPlan:
+    """A plan that matters for nothing but its sample rows."""
+    return msgspec.structs.replace(decode_plan(1), sample=tuple(rows), **fields)
 
 
 def greedy_row(item: int, position: int = 0) -> SampleRow:

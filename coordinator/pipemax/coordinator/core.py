@@ -103,7 +103,9 @@ class Scheduler:
         prompt, sampling = event.prompt_token_ids, event.sampling
         for index in range(event.sampling.n):
             key, seed = event.key + index, (event.seed + index) % 2**64
-            request = Request(key, prompt, sampling, seed, now, event.job, event.bad_words)
+            request = Request(
+                key, prompt, sampling, seed, now, event.job, event.bad_words, event.grammar
+            )
             self.state.waiting[key] = request
             if index == 0 and sampling.prompt_logprobs is not None:  # one choice brings them
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)

@@ -21,6 +21,8 @@ class Submitted:
     """Requests of one job have outputs of similar length: lengths are forecast by job."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """The sampling parameters' bad words as token ids."""
+    grammar: str = ""
+    """Their structured outputs. See SampleRules."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def _sample_row(
         sampling.top_p,
         sampling.min_p,
         banned,
-        _extras(request, epoch),
+        _extras(request, epoch, eos_token_ids),
     )
 
 
@@ -110,18 +110,18 @@ def _score_rows(index: int, item: Item) -> list[SampleRow]:
     ]
 
 
-def _extras(request: Request, epoch: int) -> RowExtras | None:
+def _extras(request: Request, epoch: int, eos_token_ids: frozenset[int]) -> RowExtras | None:
     """Remembers what was said."""
     wanted = request.sampling.logprobs
     num_logprobs = -1 if wanted is None else wanted
     if not request.has_rules:
         return None if wanted is None else RowExtras(num_logprobs=num_logprobs)
-    rules = None if request.rules_epoch == epoch else _rules(request)
+    rules = None if request.rules_epoch == epoch else _rules(request, eos_token_ids)
     request.rules_epoch = epoch
     return RowExtras(request.key, rules, num_logprobs)
 
 
-def _rules(request: Request) -> SampleRules:
+def _rules(request: Request, eos_token_ids: frozenset[int]) -> SampleRules:
     sampling = request.sampling
     repeats = sampling.repetition_penalty != 1.0
     biases = sampling.logit_bias or {}
@@ -135,4 +135,6 @@ def _rules(request: Request) -> SampleRules:
         tuple(biases.values()),
         pack_i32(sampling.allowed_token_ids or ()),
         tuple(map(pack_i32, request.bad_words)),
+        request.grammar,
+        pack_i32(sorted(eos_token_ids)) if request.grammar else b"",
     )

@@ -34,6 +34,7 @@ class Request:
         "computed",
         "evicting",
         "first_token_at",
+        "grammar",
         "has_rules",
         "host",
         "in_flight",
@@ -68,6 +69,7 @@ class Request:
         now: float,
         job: int = 0,
         bad_words: tuple[tuple[int, ...], ...] = (),
+        grammar: str = "",
     ) -> None:
         assert sampling.max_tokens is not None
         self.key = key
@@ -80,6 +82,7 @@ class Request:
         self.job = job
         self.bad_words = bad_words
         """Token ids."""
+        self.grammar = grammar
         self.num_scored = len(prompt) if sampling.prompt_logprobs is None else 1
         """Prompt tokens whose logprobs are known or not wanted; the first has none."""
         self.has_rules = _has_rules(sampling)
@@ -169,4 +172,5 @@ def _has_rules(sampling: SamplingParams) -> bool:
         or sampling.logit_bias
         or sampling.allowed_token_ids
         or sampling.bad_words
+        or sampling.structured_outputs
     )

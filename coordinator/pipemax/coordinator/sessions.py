@@ -15,6 +15,7 @@ from pipemax.coordinator.text.detokenizer import StopChecker
 from pipemax.coordinator.text.limits import check_sampling
 from pipemax.coordinator.text.logprobs import LogprobsTaken
 from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.coordinator.text.structured import grammar_of
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.control import RowLogprobs
@@ -131,6 +132,8 @@ class Sessions:
             eos_token_ids=self._text.eos_token_ids,
         )
         self._check_computed(sampling)
+        outputs = sampling.structured_outputs
+        grammar = "" if outputs is None else grammar_of(outputs)
         bad_words = self._text.encode_bad_words(sampling.bad_words)
         key = self._next_key
         self._next_key += sampling.n
@@ -145,17 +148,17 @@ class Sessions:
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
-        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words)
+        return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words, grammar)
 
     def _check_computed(self, sampling: SamplingParams) -> None:
         """Refuses what needs a model that really computes."""
         if self._config.device != "modelled":
             return
-        for name in ("logprobs", "prompt_logprobs"):
+        for name in ("logprobs", "prompt_logprobs", "structured_outputs"):
             if getattr(sampling, name) is not None:
                 raise RequestError(
                     "not_implemented",
-                    f"{name}: a modelled device makes its tokens up and has no probabilities",
+                    f"{name}: a modelled device makes its tokens up, with no probabilities",
                 )
 
     def key_of(self, client: ClientId, request_id: str) -> int | None:

@@ -1,5 +1,6 @@
 """A step of the real model: plan to inputs, inputs and activations to results."""
 
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -17,12 +18,14 @@ from pipemax.stage_worker.sampling import Sampler
 class ModelStep:
     """Implements `executor.StepWork` for one stage's model."""
 
-    def __init__(self, model: StageModel, device: Device, num_blocks: int) -> None:
-        """`num_blocks`: blocks of the pool that is bound to the model."""
+    def __init__(
+        self, model: StageModel, device: Device, num_blocks: int, tokenizer: Path | None = None
+    ) -> None:
+        """`num_blocks`: blocks of the pool that is bound to the model. tokenizer: see Sampler."""
         self._model = model
         self._device = device
         self._num_blocks = num_blocks
-        self._sampler = Sampler()
+        self._sampler = Sampler(tokenizer)
 
     def prepare(self, plan: StepPlan) -> StepBatch:
         batch = prepare_batch(plan, self._model.geometry.block_size)

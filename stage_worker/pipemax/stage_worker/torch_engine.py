@@ -44,7 +44,9 @@ class TorchEngine:
         self._model.bind_pool(self._pool.tensor)
         self._kv = MappedPool(self._pool.handle)
         self._model.warm_up()
-        self._work = ModelStep(self._model, self._device, self.num_blocks)
+        self._work = ModelStep(
+            self._model, self._device, self.num_blocks, Path(config.model) / "tokenizer.json"
+        )
 
     @property
     def layers(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import pytest
 
 from pipemax.coordinator.text import check_sampling
 from pipemax.proto.errors import RequestError
-from pipemax.proto.messages.ingest import SamplingParams
+from pipemax.proto.messages.ingest import SamplingParams, StructuredOutputs
 
 
 def check(prompt_len: int = 10, **fields: object) -> SamplingParams:
@@ -34,6 +34,14 @@ def test_the_rest_stays() -> None:
         ({"stop_token_ids": (5, 100)}, "invalid_sampling", "100 is not in the vocabulary"),
         ({"allowed_token_ids": (5, 101)}, "invalid_sampling", "allowed_token_ids: 101 is not"),
         ({"logit_bias": {100: 1.0}}, "invalid_sampling", "logit_bias: 100 is not"),
+        *[
+            ({"structured_outputs": StructuredOutputs(regex="a"), **more}, "invalid_sampling", w)
+            for more, w in [
+                ({"min_tokens": 1}, "min_tokens does not go with structured_outputs"),
+                ({"ignore_eos": True}, "ignore_eos does not go with"),
+                ({"allowed_token_ids": (5,)}, "allowed_token_ids does not go with"),
+            ]
+        ],
         ({"n": 21000, "max_tokens": 50}, "invalid_sampling", "n 21000 times 50 output tokens"),
         (
             {"allowed_token_ids": (2, 7), "min_tokens": 1, "stop_token_ids": (7,)},
@@ -52,6 +60,15 @@ def test_what_ends_the_output_may_be_all_that_is_allowed() -> None:
     fields = {"allowed_token_ids": (2, 7), "stop_token_ids": (7,)}
     check(**fields)
     check(**fields | {"min_tokens": 1, "ignore_eos": True, "stop_token_ids": ()})
+
+
+@pytest.mark.parametrize("lacks", ["has_tokenizer", "eos_token_ids"])
+def test_structured_outputs_need_words_and_an_end(lacks: str) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputs(regex="a"))
+    has = {"has_tokenizer": True, "eos_token_ids": frozenset({2})}
+    assert check_sampling(params, 100, 64, 10, **has)
+    with pytest.raises(RequestError, match="structured_outputs need"):
+        check_sampling(params, 100, 64, 10, **has | {lacks: type(has[lacks])()})
 
 
 def test_logprobs_fit_one_message() -> None:

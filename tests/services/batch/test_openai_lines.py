@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipemax.client import Completion, SamplingParams
-from pipemax.proto.messages.ingest import ChatOptions, Choice, TokenLogprob
+from pipemax.proto.messages.ingest import ChatOptions, Choice, StructuredOutputs, TokenLogprob
 from pipemax.services.batch.openai_lines import BatchRequest, LineError, parse_line
 from pipemax.services.batch.openai_logprobs import chat_logprobs
 from pipemax.services.batch.openai_results import (
@@ -86,7 +86,7 @@ def test_every_sampling_field_is_taken() -> None:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
     }
-    assert fields.keys() == set(SamplingParams.__struct_fields__)
+    assert fields.keys() | {"structured_outputs"} == set(SamplingParams.__struct_fields__)
     tuples = {name: tuple(v) for name, v in fields.items() if isinstance(v, list)}
     expected = SamplingParams(**{**fields, **tuples, "logit_bias": {5: 1.0, 7: -100.0}})
     assert parse(line(**fields)).submit.sampling == expected
@@ -138,6 +138,39 @@ def test_chat_options() -> None:
         assert refusal(line(**{name: options[name]})).code == "unknown_field"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+                }
+            },
+            {"json": SCHEMA},
+        ),
+        ({"guided_json": SCHEMA}, {"json": SCHEMA}),
+        ({"guided_regex": "a+"}, {"regex": "a+"}),
+        ({"guided_choice": ["a", "b"]}, {"choice": ("a", "b")}),
+        ({"guided_grammar": "start: 'a'"}, {"grammar": "start: 'a'"}),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        (
+            {"structured_outputs": {"regex": "a+"}, "response_format": {"type": "text"}},
+            {"regex": "a+"},
+        ),
+    ],
+)
+def test_structured_outputs(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    for url in (CHAT_URL, COMPLETIONS_URL):
+        found = parse(line(url, **fields)).submit.sampling.structured_outputs
+        assert found == StructuredOutputs(**expected)
+
+
 def test_fields_that_ask_for_nothing_are_accepted() -> None:
     both: dict[str, Any] = {
         "n": 1,
@@ -160,7 +193,6 @@ def test_fields_that_ask_for_nothing_are_accepted() -> None:
         (COMPLETIONS_URL, "user", "me"),
         (CHAT_URL, "echo", True),
         (CHAT_URL, "tools", [{"type": "function"}]),
-        (CHAT_URL, "response_format", {"type": "json_object"}),
         (CHAT_URL, "chat_template", "{{ messages }}"),
     ],
 )
@@ -199,6 +231,11 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(best_of=True), "not_implemented", "'best_of' True"),
         (line(CHAT_URL, add_generation_prompt=1), "invalid_field", "add_generation_prompt"),
         (line(CHAT_URL, chat_template_kwargs=[]), "invalid_field", "chat_template_kwargs"),
+        (line(guided_regex="a", guided_json={}), "invalid_field", "guided_json and guided_regex"),
+        (line(guided_regex=5), "invalid_field", "structured_outputs"),
+        (line(structured_outputs={"xml": "a"}), "invalid_field", "structured_outputs"),
+        (line(response_format={"type": "xml"}), "invalid_field", "response_format"),
+        (line(response_format={"type": "json_schema"}), "invalid_field", "response_format"),
         (line(logprobs=True), "invalid_field", "logprobs"),
         (line(logprobs=21), "invalid_field", "logprobs"),
         (line(echo=1), "invalid_field", "echo"),

@@ -46,6 +46,8 @@ def check_sampling(
         if wrong:
             raise _invalid(f"{name}: {wrong[0]} is not in the vocabulary (0 to {vocab_size - 1})")
     _check_allowed(params, eos_token_ids)
+    if params.structured_outputs is not None:
+        _check_structured(params, eos_token_ids, has_tokenizer)
     if params.n * max_tokens > MAX_OUTPUT_TOKENS:
         raise _invalid(
             f"n {params.n} times {max_tokens} output tokens is more than {MAX_OUTPUT_TOKENS}; "
@@ -76,6 +78,20 @@ def _check_allowed(params: SamplingParams, eos_token_ids: frozenset[int]) -> Non
         raise _invalid(
             f"allowed_token_ids holds nothing but tokens that end the output, and min_tokens "
             f"{params.min_tokens} forbids these at first"
+        )
+
+
+def _check_structured(
+    params: SamplingParams, eos_token_ids: frozenset[int], has_tokenizer: bool
+) -> None:
+    for name in ("min_tokens", "ignore_eos", "allowed_token_ids"):
+        if getattr(params, name):
+            raise _invalid(f"{name} does not go with structured_outputs, which say where to end")
+    if not has_tokenizer or not eos_token_ids:
+        raise RequestError(
+            "no_tokenizer",
+            "structured_outputs need a tokenizer.json in the model folder, and the model an "
+            "end-of-sequence token",
         )
 
 

@@ -122,6 +122,10 @@ class SampleRules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     """Empty: all."""
     bad_words: tuple[I32, ...] = ()
     """Token ids, the last of which may not follow the others."""
+    grammar: str = ""
+    """As llguidance takes it: what the output must be. Empty: anything."""
+    end_token_ids: I32 = b""
+    """The model's end-of-sequence tokens, which end what the grammar says."""
 
 
 class RowExtras(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

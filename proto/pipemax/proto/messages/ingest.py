@@ -22,6 +22,25 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the output must be, to its end. Names and meanings are vLLM's; one is given."""
+
+    json: dict[str, Any] | Annotated[str, Meta(max_length=65536)] | None = None
+    """A JSON schema."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
+    choice: (
+        Annotated[
+            tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...],
+            Meta(min_length=1, max_length=1024),
+        ]
+        | None
+    ) = None
+    grammar: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
+    """In Lark's notation, from its rule `start`."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to pick tokens and when to stop. Names and meanings are vLLM's."""
 
@@ -59,6 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = ()
     """The token that would complete one of these in the output is not picked. Each is looked for
     as the tokenizer writes it at the begin of a text, and behind a space if that is as long."""
+    structured_outputs: StructuredOutputs | None = None
     n: Annotated[int, Meta(ge=1, le=128)] = 1
     """Outputs for the prompt. The i-th, from 0, is what a request with `seed` + i would give."""
     logprobs: NumLogprobs | None = None

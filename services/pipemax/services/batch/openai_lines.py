@@ -24,15 +24,24 @@ MAX_TOP_LOGPROBS = 20
 _LINE_FIELDS = ("custom_id", "method", "url", "body")
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 _PROMPT_FIELDS = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
+_STRUCTURED: dict[str, str | None] = {
+    "structured_outputs": None,
+    "response_format": None,
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+"""Fields that say what the output must be; the last ones are vLLM's older names for a part of the
+first."""
 _OWN_FIELDS: dict[str, tuple[str, ...]] = {
-    CHAT_URL: ("best_of", "logprobs", "top_logprobs", *ChatOptions.__struct_fields__),
-    COMPLETIONS_URL: ("best_of", "echo"),
+    CHAT_URL: (*_STRUCTURED, "best_of", "logprobs", "top_logprobs", *ChatOptions.__struct_fields__),
+    COMPLETIONS_URL: (*_STRUCTURED, "best_of", "echo"),
 }
 """Fields of one endpoint that do not stand for a sampling parameter as they are."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
-    "response_format": ({"type": "text"},),
     "user": (),
     "metadata": ({},),
     "store": (False,),
@@ -156,6 +165,7 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
         else:
             raise LineError("unknown_field", f"unknown field {name!r:.80}")
     _check_best_of(body)
+    _structured(body, sampling)
     if is_chat:
         _chat_logprobs(body, sampling)
         return Submit(
@@ -175,6 +185,37 @@ def _check_best_of(body: dict[str, Any]) -> None:
             "not_implemented",
             f"not implemented: 'best_of' {best_of!r:.40} with n {n!r:.40}; all are returned",
         )
+
+
+def _structured(body: dict[str, Any], sampling: dict[str, Any]) -> None:
+    given = [name for name in _STRUCTURED if body.get(name) is not None]
+    if body.get("response_format") == {"type": "text"}:
+        given.remove("response_format")
+    if len(given) > 1:
+        raise LineError("invalid_field", f"{' and '.join(given)} exclude each other; give one")
+    sampling.pop("structured_outputs", None)
+    for name in given:
+        value, part = body[name], _STRUCTURED[name]
+        if name == "response_format":
+            value = _response_format(value)
+        sampling["structured_outputs"] = value if part is None else {part: value}
+
+
+def _response_format(form: object) -> dict[str, Any]:
+    """As structured outputs."""
+    kind = form.get("type") if isinstance(form, dict) else None
+    if kind == "json_object" and form == {"type": kind}:
+        return {"json_object": True}
+    if isinstance(form, dict) and kind == "json_schema" and form.keys() == {"type", "json_schema"}:
+        named = form["json_schema"]
+        known = {"name", "description", "strict", "schema"}
+        if isinstance(named, dict) and "schema" in named and named.keys() <= known:
+            return {"json": named["schema"]}
+    raise LineError(
+        "invalid_field",
+        "response_format must be of type text, json_object, or json_schema with a name and a "
+        f"schema, not {form!r:.80}",
+    )
 
 
 def _chat_logprobs(body: dict[str, Any], sampling: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a request's rules do to its logits, kept up to date token by token.
 
-Order and meaning are vLLM's (its v1 sampler): allowed tokens, bad words, biases, then the penalties
-of repetition, frequency and presence. All of it is float32.
+Order and meaning are vLLM's (its v1 sampler): allowed tokens, grammar, bad words, biases, then
+the penalties of repetition, frequency and presence. All of it is float32.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pipemax.proto.messages.control import SampleRules
 from pipemax.proto.messages.types import I32
+from pipemax.stage_worker.sampling.guide import Guide
 
 F32Array = npt.NDArray[np.float32]
 I32Array = npt.NDArray[np.int32]
@@ -23,7 +24,9 @@ _FIRST_ROOM: Final = 64
 class TokenRules:
     """One request's rules and what they depend on: which tokens there were, and how often."""
 
-    def __init__(self, rules: SampleRules) -> None:
+    def __init__(self, rules: SampleRules, guide: Guide | None = None) -> None:
+        """guide: of the rules' grammar, if they have one."""
+        self._guide = guide
         self._presence = np.float32(rules.presence_penalty)
         self._frequency = np.float32(rules.frequency_penalty)
         self._repetition = np.float32(rules.repetition_penalty)
@@ -46,6 +49,8 @@ class TokenRules:
     def append(self, token: int) -> None:
         """`token` is the request's next output token."""
         self.num_outputs += 1
+        if self._guide is not None:
+            self._guide.append(token)
         if self._repetition != 1.0:
             self._seen.add(token)
         if self._frequency or self._presence:
@@ -61,6 +66,8 @@ class TokenRules:
             logits[:] = _NEVER
             logits[self._allowed] = kept
         logits[list(banned)] = _NEVER
+        if self._guide is not None:
+            logits[~self._guide.allowed()[: logits.size]] = _NEVER
         ends = [word[-1] for word in self._bad_words if self._ends_now(word)]
         if ends:
             lifted = logits[ends]

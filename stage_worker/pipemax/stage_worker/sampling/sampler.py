@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import RowLogprobs, SampleRow, StepPlan
+from pipemax.proto.messages.types import unpack_i32
 from pipemax.stage_worker.sampling.draw import sample
+from pipemax.stage_worker.sampling.guide import Guides
 from pipemax.stage_worker.sampling.logprobs import row_logprobs
 from pipemax.stage_worker.sampling.rules import TokenRules
 
@@ -27,7 +30,9 @@ class Sampler:
     it does at the coordinator, or the epoch ends and all rules are sent again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Path | None = None) -> None:
+        """tokenizer: the model's tokenizer.json, for grammars."""
+        self._guides = Guides(tokenizer)
         self._epoch = -1
         self._rules: dict[int, TokenRules] = {}
         """By request."""
@@ -62,7 +67,7 @@ class Sampler:
             if row.extras is not None and row.extras.target >= 0:
                 targets[index] = row.extras.target
             elif row.extras is not None and row.extras.request >= 0:
-                ruled.append((index, self._rules_of(row)))
+                ruled.append((index, self._rules_of(row, logits.shape[1])))
         if ruled:
             logits = logits.clone()
         for index, rules in ruled:
@@ -79,11 +84,15 @@ class Sampler:
         for request in plan.ended:
             self._rules.pop(request, None)
 
-    def _rules_of(self, row: SampleRow) -> TokenRules:
+    def _rules_of(self, row: SampleRow, vocab_size: int) -> TokenRules:
         assert row.extras is not None
         request, sent = row.extras.request, row.extras.rules
         if sent is not None:
-            self._rules[request] = TokenRules(sent)
+            guide = None
+            if sent.grammar:
+                ends = tuple(unpack_i32(sent.end_token_ids))
+                guide = self._guides.open(sent.grammar, ends, vocab_size)
+            self._rules[request] = TokenRules(sent, guide)
         rules = self._rules.get(request)
         if rules is None:
             raise InvariantError(f"request {request} is sampled, and its rules were never sent")

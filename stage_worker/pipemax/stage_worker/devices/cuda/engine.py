@@ -145,7 +145,11 @@ class CudaEngine:
         self._token_exit: TokenExit | None = None
         if model.is_last:
             self._token_exit = TokenExit(
-                gpu, max_rows=seqs, vocab_size=model.vocab_size, steps=MAX_IN_FLIGHT
+                gpu,
+                max_rows=seqs,
+                vocab_size=model.vocab_size,
+                steps=MAX_IN_FLIGHT,
+                tokenizer=Path(config.model) / "tokenizer.json",
             )
             self._opened.callback(self._token_exit.free)
         self._busy.append(self._way_out.stream)

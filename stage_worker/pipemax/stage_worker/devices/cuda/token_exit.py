@@ -7,6 +7,7 @@ stream of their own: on the kernels' they would wait for their turn among the KV
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -53,8 +54,9 @@ class TokenExit:
         max_rows: int,
         vocab_size: int,
         steps: int,
+        tokenizer: Path | None = None,
     ) -> None:
-        """`steps`: that may be under way at once."""
+        """`steps`: that may be under way at once. tokenizer: see Sampler."""
         runtime = self._runtime = gpu.runtime
         self._torch = gpu.torch
         self._max_rows = max_rows
@@ -77,7 +79,7 @@ class TokenExit:
             PinnedBuffer.create(runtime, "pipemax-logits", logits_bytes)
             for _ in range(_DRAW_BUFFERS)
         ]
-        self._sampler = Sampler()
+        self._sampler = Sampler(tokenizer)
         self._free_buffers = list(self._buffers)
         self._free_logits = list(self._logits)
 
