@@ -202,8 +202,7 @@ def waits_of_work_loops(
 
 
 CRASHES = (
-    (Way((0, 0), "stage", "ipc"), "stage-0"),
-    (Way((0, 0), "daemon", "ipc"), "stage-1"),
+    (Way((0, 0), "daemon", "ipc"), "stage-0"),
     (Way((0, 0), "stage", "shm"), "kv-daemon"),
 )
 ALL_CRASHES = tuple(
