@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipemax.coordinator.events import Cancelled
+from pipemax.coordinator.events import Cancelled, Event, StepReturned
+from pipemax.proto.messages.control import NO_TOKEN
 from pipemax.proto.messages.ingest import SamplingParams
 from support.scheduler_world import VOCAB, World, expected_output
 
@@ -202,6 +203,27 @@ def test_without_a_host_pool_requests_are_recomputed_and_still_right() -> None:
     run_to_end(world)
     check_results(world, requests, set())
     assert world.scheduler.state.counters.preemptions > 0
+
+
+def test_who_gets_no_token_fails() -> None:
+    """And nobody else."""
+    world = World(1, stages=1, blocks=40, host=0, block_size=4)
+    for key in (0, 1):
+        world.submit(key, [1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
+    tell = world.tell
+
+    def without_a_token(event: Event) -> None:
+        if isinstance(event, StepReturned) and len(event.tokens) == 2:
+            event = StepReturned(event.step, [NO_TOKEN, event.tokens[1]])
+        tell(event)
+
+    world.tell = without_a_token  # type: ignore[method-assign]
+    run_to_end(world)
+    first, second = world.finished[0], world.finished[1]
+    assert first.finish_reason == "error"
+    assert len(first.output_token_ids) < 5
+    assert second.finish_reason == "length"
+    assert world.scheduler.state.blocks.num_free == world.num_blocks
 
 
 def test_choices_run_and_are_cancelled_together() -> None:

@@ -96,6 +96,13 @@ def test_logprobs_and_the_prompt_come_back(sessions: Sessions, line: Line) -> No
     assert message.prompt_text == ""
 
 
+def test_a_grammar_that_was_not_followed_is_an_error(sessions: Sessions, line: Line) -> None:
+    key = sessions.accept(b"a", submit("x"), 10.0).key
+    ended = sessions.finish(FinishRequest(key, (8,), "error", None, 11.0, 12.0), 13.0)
+    assert ended is not None
+    assert (ended[1].error or "").startswith("structured_outputs: ")
+
+
 def test_choices_come_together(sessions: Sessions, line: Line) -> None:
     params = SamplingParams(max_tokens=4, n=3)
     first = sessions.accept(b"a", msgspec.structs.replace(submit("x"), sampling=params), 10.0)

@@ -29,6 +29,7 @@ from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
 from pipemax.coordinator.recovery import restart_from
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Item, SchedulerLimits, SchedulerState
+from pipemax.proto.messages.control import NO_TOKEN
 from pipemax.proto.messages.ingest import FinishReason
 
 
@@ -156,12 +157,15 @@ class Scheduler:
         stop_reason: int | str | None = None
         if item.samples:
             token = next(tokens)
-            request.tokens.append(token)
-            self.state.counters.generation_tokens += 1
-            if request.first_token_at is None:
-                request.first_token_at = now
-            self.state.forecast.grown(request)
-            reason, stop_reason = self._why_finished(request, token, event)
+            if token == NO_TOKEN:
+                reason = "error"
+            else:
+                request.tokens.append(token)
+                self.state.counters.generation_tokens += 1
+                if request.first_token_at is None:
+                    request.first_token_at = now
+                self.state.forecast.grown(request)
+                reason, stop_reason = self._why_finished(request, token, event)
         self.state.rosters.place(request)
         if request.cancelled:
             return (

@@ -73,7 +73,7 @@ class StepReturned:
 
     step: int
     tokens: Sequence[int]
-    """One per sampled item, in the plan's order."""
+    """One per sampled item, in the plan's order; NO_TOKEN fails its request."""
     stopped: Mapping[int, str] = field(default_factory=dict)
     """Stop strings found by detokenising, by request key."""
 

@@ -23,6 +23,10 @@ from pipemax.proto.messages.ingest import Choice, Finished, SamplingParams, Subm
 from pipemax.proto.messages.types import Message
 
 ClientId = bytes
+_NOT_FOLLOWED = (
+    "structured_outputs: the grammar grew too complex to be followed; give a simpler one, or one "
+    "that leaves less open"
+)
 _SEED_MASK = 2**64 - 1
 
 
@@ -240,6 +244,7 @@ def _finished(entry: Entry, results: list[FinishRequest], now: float) -> Finishe
         queue_s=min(admitted, default=now) - entry.submitted_at,
         first_token_s=min(first_tokens, default=now) - entry.submitted_at,
         total_s=now - entry.submitted_at,
+        error=_NOT_FOLLOWED if first.finish_reason == "error" else None,
     )
 
 

@@ -245,6 +245,8 @@ class CoordinatorShell:
                 self._sessions.scored(row.key, logprobs.get(index))
                 continue
             tokens.append(token)
+            if token == control.NO_TOKEN:
+                continue
             stop = self._sessions.token(row.key, token, logprobs.get(index))
             if stop is not None:
                 stopped[row.key] = stop

@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipemax.coordinator.text.structured import grammar_of
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.messages.control import RowExtras, SampleRow, SampleRules
+from pipemax.proto.messages.control import NO_TOKEN, RowExtras, SampleRow, SampleRules
 from pipemax.proto.messages.ingest import StructuredOutputs
 from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.sampling import Sampler
-from support.step_plans import plan_of
+from support.step_plans import greedy_row, plan_of
 
 END = 1
 DRAWS = 200
@@ -118,6 +119,28 @@ def test_all_follow_their_grammar(
     wrong = [text for text in found if not fits(text)]
     assert wrong == []
     assert len(set(found)) > 2
+
+
+def test_a_grammar_too_complex_to_follow_gives_no_token(
+    tokenizer_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grammar = grammar_of(StructuredOutputs(regex="(a|b|ab)*" * 500))
+    rules = SampleRules(grammar=grammar, end_token_ids=ENDS)
+    logits = torch.zeros(1, Tokenizer.from_file(str(tokenizer_file)).get_vocab_size())
+    logits[0, END] = -1.0
+    sampler = Sampler(tokenizer_file)
+    picked: list[int] = []
+    while not picked or picked[-1] not in (NO_TOKEN, END):
+        asked = row(1, len(picked), None if picked else rules, 0.0)
+        extras = msgspec.structs.replace(asked.extras, num_logprobs=2)
+        plan = plan_of([msgspec.structs.replace(asked, extras=extras), greedy_row(0)], epoch=1)
+        found = sampler.sample(plan, logits.repeat(2, 1))
+        picked.append(found.tokens[0])
+        assert found.tokens[1] == 0
+        assert len(found.logprobs) == (picked[-1] != NO_TOKEN)
+    assert picked[-1] == NO_TOKEN
+    (record,) = caplog.records
+    assert len(record.getMessage()) < 300
 
 
 def test_a_grammar_needs_a_tokenizer() -> None:

@@ -104,6 +104,9 @@ class ResetDone(Message, frozen=True, kw_only=True, tag="reset_done"):
     """From the daemon: blocks the host pool holds, each with every stage's part."""
 
 
+NO_TOKEN = -1
+
+
 class SampleRules(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What changes a request's logits, and the tokens that it depends on. Neutral where not given:
     penalties 0, 0 and 1, no ids."""
@@ -219,7 +222,7 @@ class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):
     lost message loses nothing."""
     tokens: I32 | None = None
     """[len(plan.sample)] in the order of the plan's sample rows; a row's target where it has
-    one."""
+    one. NO_TOKEN where a grammar turned out too complex to be followed: the request fails."""
     logprobs: tuple[RowLogprobs, ...] = ()
     """Of the rows that ask for them, in order."""
 

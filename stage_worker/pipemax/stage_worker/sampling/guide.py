@@ -19,23 +19,19 @@ log = logging.getLogger(__name__)
 class Guide:
     """One output's place in its grammar."""
 
-    def __init__(self, matcher: Any, end_token_ids: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
-        self._end_token_ids = list(end_token_ids)
         self._vocab_size = vocab_size
-        self._failed = False
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """`[vocab]`: what may come next. Where the grammar turns out too complex to go on with, the
-        output ends."""
+        """`[vocab]`: what may come next; nothing, once the grammar turned out too complex to be
+        followed."""
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(mask, count=self._vocab_size, bitorder="little").astype(bool)
-        if self._matcher.is_error() and not self._failed:
-            self._failed = True
-            log.warning("an output ends early: %s", self._matcher.get_error())
-        if self._failed or not bits.any():
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().partition("\n")[0]  # what follows quotes it all
+            log.warning("a grammar cannot be followed any more: %.200s", reason)
             bits[:] = False
-            bits[self._end_token_ids] = True
         return bits
 
     def append(self, token: int) -> None:
@@ -61,8 +57,10 @@ class Guides:
             self._tokenizer = LLTokenizer(
                 str(self._path), n_vocab=vocab_size, eos_token=list(end_token_ids)
             )
-        found = self._compiled.pop(grammar, None) or LLMatcher(self._tokenizer, grammar)
+        found = self._compiled.pop(grammar, None) or LLMatcher(
+            self._tokenizer, grammar, log_level=0
+        )
         self._compiled[grammar] = found
         if len(self._compiled) > _KEPT:
             self._compiled.popitem(last=False)
-        return Guide(found.deep_copy(), end_token_ids, vocab_size)
+        return Guide(found.deep_copy(), vocab_size)

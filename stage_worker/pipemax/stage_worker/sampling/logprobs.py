@@ -5,7 +5,7 @@ from typing import Final
 
 import torch
 
-from pipemax.proto.messages.control import RowLogprobs, SampleRow
+from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, SampleRow
 from pipemax.proto.messages.types import pack_f32, pack_i32
 
 _ROWS_AT_ONCE: Final = 32
@@ -20,7 +20,11 @@ def row_logprobs(
 ) -> tuple[RowLogprobs, ...]:
     """Of those `rows` that ask for them. `logits` float32 `[len(rows), vocab]`; `tokens`: what was
     picked, or had to be; `indices`: the rows' own in the plan."""
-    asking = [i for i, row in enumerate(rows) if row.extras and row.extras.num_logprobs >= 0]
+    asking = [
+        i
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True))
+        if row.extras and row.extras.num_logprobs >= 0 and token != NO_TOKEN
+    ]
     found: list[RowLogprobs] = []
     for start in range(0, len(asking), _ROWS_AT_ONCE):
         part = asking[start : start + _ROWS_AT_ONCE]

@@ -58,16 +58,20 @@ class TokenRules:
         if self._tail_tokens:
             self._tail = (*self._tail, token)[-self._tail_tokens :]
 
-    def apply(self, logits: F32Array, banned: Sequence[int]) -> None:
+    def apply(self, logits: F32Array, banned: Sequence[int]) -> bool:
         """Changes one row of logits, `[vocab]`, in place. `banned` tokens cannot be picked either.
-        If nothing is left to pick, bad words are picked after all."""
+        If nothing is left to pick, bad words are picked after all. False when a grammar leaves
+        nothing: no token can be picked."""
         if self._allowed.size:
             kept = logits[self._allowed]
             logits[:] = _NEVER
             logits[self._allowed] = kept
         logits[list(banned)] = _NEVER
         if self._guide is not None:
-            logits[~self._guide.allowed()[: logits.size]] = _NEVER
+            allowed = self._guide.allowed()
+            if not allowed.any():
+                return False
+            logits[~allowed] = _NEVER
         ends = [word[-1] for word in self._bad_words if self._ends_now(word)]
         if ends:
             lifted = logits[ends]
@@ -77,6 +81,7 @@ class TokenRules:
         if self._biased.size:
             logits[self._biased] += self._biases
         self._penalise(logits)
+        return True
 
     def _ends_now(self, word: tuple[int, ...]) -> bool:
         """The output ends in all of `word` but its last token."""

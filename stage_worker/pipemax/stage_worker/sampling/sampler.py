@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.messages.control import RowLogprobs, SampleRow, StepPlan
+from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, SampleRow, StepPlan
 from pipemax.proto.messages.types import unpack_i32
 from pipemax.stage_worker.sampling.draw import sample
 from pipemax.stage_worker.sampling.guide import Guides
@@ -60,7 +60,7 @@ class Sampler:
         return Sampled(tokens, row_logprobs(logits, rows, tokens, indices))
 
     def _pick(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
-        """One token per row: sampled, or the row's target."""
+        """One token per row: sampled, or the row's target, or NO_TOKEN."""
         ruled: list[tuple[int, TokenRules]] = []
         targets: dict[int, int] = {}
         for index, row in enumerate(rows):
@@ -71,10 +71,12 @@ class Sampler:
         if ruled:
             logits = logits.clone()
         for index, rules in ruled:
-            rules.apply(logits[index].numpy(), rows[index].banned_token_ids)
+            if not rules.apply(logits[index].numpy(), rows[index].banned_token_ids):
+                targets[index] = NO_TOKEN
         tokens = _sample_but(targets, logits, rows)
         for index, rules in ruled:
-            rules.append(tokens[index])
+            if tokens[index] != NO_TOKEN:
+                rules.append(tokens[index])
         return tokens
 
     def _forget(self, plan: StepPlan) -> None:
