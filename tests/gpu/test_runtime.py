@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from support.cuda_semantics import CHECKS, Check, CudaWorld, name_of, open_real
+from support.cuda_semantics import CHECKS, Check, name_of
+from support.cuda_world import CudaWorld, open_real
 from support.fake_cuda import FakeCudaProcess, FakeMachine
 
 
 @pytest.fixture
 def world(rehearsal: bool, tmp_path: Path) -> Iterator[CudaWorld]:
     if not rehearsal:
-        yield CudaWorld(open_real("0"), "support.cuda_semantics:open_real", "0")
+        yield CudaWorld(open_real("0"), "support.cuda_world:open_real", "0")
         return
     machine = FakeMachine(gpu_bytes=128 * 2**20).at(tmp_path)
     process = FakeCudaProcess(machine)

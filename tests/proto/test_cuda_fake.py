@@ -9,7 +9,7 @@ import pytest
 
 from pipemax.proto.cuda.runtime import Pointer
 from pipemax.proto.errors import PipemaxSystemError
-from support.cuda_semantics import Host, host_memory
+from support.cuda_world import Host, host_memory
 from support.fake_cuda import FakeCuda, FakeCudaProcess, FakeMachine
 
 SIZE = 8192

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from support.cuda_semantics import CHECKS, Check, CudaWorld, name_of
+from support.cuda_semantics import CHECKS, Check, name_of
+from support.cuda_world import CudaWorld
 from support.fake_cuda import FakeCudaProcess, FakeMachine
 
 

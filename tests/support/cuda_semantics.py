@@ -7,176 +7,28 @@ in the product.
 """
 
 import ctypes
-import importlib
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from pipemax.proto.cuda.runtime import CudaRuntime, Pointer, Stream
+from pipemax.proto.cuda.runtime import CudaRuntime, Pointer
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
-from pipemax.proto.memory import MemfdHandle, SharedMemory
-from support.forkserver import CONTEXT
-
-Bytes = npt.NDArray[np.uint8]
-MIB = 2**20
-DEADLINE_S = 60.0
-
-
-@dataclass(frozen=True)
-class CudaWorld:
-    """runtime: of the calling process. opener: `module:function`, which given `argument` opens a
-    runtime for the same GPU in a child."""
-
-    runtime: CudaRuntime
-    opener: str
-    argument: str
-
-    @contextmanager
-    def child(self, script: "Script") -> Iterator["Child"]:
-        """Runs `script`, a function of this module, in another process."""
-        here, there = CONTEXT.Pipe()
-        process = CONTEXT.Process(
-            target=_run_child, args=(there, self.opener, self.argument, script.__name__)
-        )
-        process.start()
-        there.close()
-        child = Child(here, process.kill)
-        try:
-            yield child
-        finally:
-            if not child.killed:
-                child.send(b"end")
-            process.join(DEADLINE_S)
-            process.kill()
-            process.join()
-            process.close()
-            here.close()
-
-
-def open_real(argument: str) -> CudaRuntime:
-    """An opener for the real CUDA; `argument` is the GPU's ordinal."""
-    from pipemax.proto.cuda.cupy_runtime import CupyRuntime
-
-    return CupyRuntime(int(argument))
-
-
-class Child:
-    """The other process, as the test sees it, and the test, as the other process sees it."""
-
-    def __init__(self, connection: "Connection[bytes, bytes]", kill: Callable[[], None]) -> None:
-        self._connection = connection
-        self._kill = kill
-        self.killed = False
-
-    def send(self, message: bytes) -> None:
-        self._connection.send_bytes(message)
-
-    def receive(self) -> bytes:
-        if not self._connection.poll(DEADLINE_S):
-            raise AssertionError("the other process says nothing")
-        return self._connection.recv_bytes()
-
-    def kill(self) -> None:
-        """kill -9; returns once it is dead."""
-        self.killed = True
-        self._kill()
-        with pytest.raises((EOFError, ConnectionResetError)):
-            self.receive()
-
-
-Script = Callable[[CudaRuntime, Child], None]
-
-
-def _run_child(
-    connection: "Connection[bytes, bytes]", opener: str, argument: str, script: str
-) -> None:
-    """Until the script returns; then until told to end."""
-    module, function = opener.split(":")
-    runtime: CudaRuntime = getattr(importlib.import_module(module), function)(argument)
-    parent = Child(connection, lambda: None)
-    globals()[script](runtime, parent)
-    while parent.receive() != b"end":
-        pass
-
-
-class Host:
-    """Registered host memory."""
-
-    def __init__(self, runtime: CudaRuntime, size_bytes: int, opened: bytes = b"") -> None:
-        self._runtime = runtime
-        self.memory = (
-            SharedMemory.open(msgspec.msgpack.decode(opened, type=MemfdHandle))
-            if opened
-            else SharedMemory.create("host", size_bytes)
-        )
-        self.bytes: Bytes = np.frombuffer(self.memory.buffer, np.uint8)
-        self.address = self.bytes.ctypes.data
-        runtime.register_host(self.address, size_bytes)
-
-    def close(self) -> None:
-        self._runtime.unregister_host(self.address)
-        del self.bytes
-        self.memory.close()
-
-
-@contextmanager
-def host_memory(runtime: CudaRuntime, size_bytes: int, opened: bytes = b"") -> Iterator[Host]:
-    host = Host(runtime, size_bytes, opened)
-    try:
-        yield host
-    finally:
-        host.close()
-
-
-@contextmanager
-def device_memory(runtime: CudaRuntime, size_bytes: int) -> Iterator[Pointer]:
-    pointer = runtime.allocate(size_bytes)
-    yield pointer
-    runtime.free(pointer)
-
-
-@contextmanager
-def stream_of(runtime: CudaRuntime, *, urgent: bool = False) -> Iterator[Stream]:
-    """Drained at the end."""
-    stream = runtime.create_stream(urgent=urgent)
-    yield stream
-    runtime.synchronize(stream)
-    runtime.destroy_stream(stream)
-
-
-def _pattern(size_bytes: int, seed: int) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, size_bytes, np.uint8)
-
-
-def _read(runtime: CudaRuntime, pointer: int, size_bytes: int) -> Bytes:
-    """What lies there once everything queued elsewhere is over."""
-    with host_memory(runtime, size_bytes) as host, stream_of(runtime) as stream:
-        runtime.copy(host.address, pointer, size_bytes, stream)
-        runtime.synchronize(stream)
-        return host.bytes.copy()
-
-
-def _write(runtime: CudaRuntime, pointer: int, data: Bytes) -> None:
-    with host_memory(runtime, data.size) as host, stream_of(runtime) as stream:
-        host.bytes[:] = data
-        runtime.copy(pointer, host.address, data.size, stream)
-        runtime.synchronize(stream)
-
-
-def _eventually(condition: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not (met := condition()) and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    return met
-
+from pipemax.proto.memory import SharedMemory
+from support.cuda_world import (
+    MIB,
+    Child,
+    CudaWorld,
+    device_memory,
+    eventually,
+    host_memory,
+    pattern,
+    read_back,
+    stream_of,
+    write_through,
+)
 
 # One process.
 
@@ -199,7 +51,7 @@ def check_memory_is_counted_and_given_back(world: CudaWorld) -> None:
     before, _ = runtime.memory()
     with device_memory(runtime, 32 * MIB):
         assert runtime.memory()[0] <= before - 32 * MIB
-    assert _eventually(lambda: runtime.memory()[0] >= before)
+    assert eventually(lambda: runtime.memory()[0] >= before)
 
 
 def check_too_much_memory_is_refused(world: CudaWorld) -> None:
@@ -212,7 +64,7 @@ def check_too_much_memory_is_refused(world: CudaWorld) -> None:
 
 def check_bytes_go_there_and_back(world: CudaWorld) -> None:
     """Odd sizes and odd addresses, between all kinds of memory."""
-    runtime, data = world.runtime, _pattern(100_003, 1)
+    runtime, data = world.runtime, pattern(100_003, 1)
     with (
         host_memory(runtime, 2 * data.size) as host,
         device_memory(runtime, 200_006) as device,
@@ -227,22 +79,22 @@ def check_bytes_go_there_and_back(world: CudaWorld) -> None:
 
 
 def check_zeros_fill_what_they_should(world: CudaWorld) -> None:
-    runtime, data = world.runtime, _pattern(4096, 2)
+    runtime, data = world.runtime, pattern(4096, 2)
     with device_memory(runtime, data.size) as device, stream_of(runtime) as stream:
-        _write(runtime, device, data)
+        write_through(runtime, device, data)
         runtime.fill_zero(Pointer(device + 1000), 2000, stream)
         runtime.synchronize(stream)
         data[1000:3000] = 0
-        assert np.array_equal(_read(runtime, device, data.size), data)
+        assert np.array_equal(read_back(runtime, device, data.size), data)
 
 
 def check_torch_sees_the_same_memory(world: CudaWorld) -> None:
     import torch
     from torch.utils.dlpack import from_dlpack
 
-    runtime, data = world.runtime, _pattern(4096, 3)
+    runtime, data = world.runtime, pattern(4096, 3)
     with device_memory(runtime, data.size) as device:
-        _write(runtime, device, data)
+        write_through(runtime, device, data)
         tensor = from_dlpack(runtime.array(device, data.size))
         assert tensor.dtype == torch.uint8
         assert tensor.data_ptr() == device
@@ -251,7 +103,7 @@ def check_torch_sees_the_same_memory(world: CudaWorld) -> None:
         data[:7] = 5
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
-        assert np.array_equal(_read(runtime, device, data.size), data)
+        assert np.array_equal(read_back(runtime, device, data.size), data)
         part = from_dlpack(runtime.array(Pointer(device + 256), 512))
         assert part.data_ptr() == device + 256
         del tensor, part
@@ -259,7 +111,7 @@ def check_torch_sees_the_same_memory(world: CudaWorld) -> None:
 
 def check_a_part_of_a_segment_can_be_pinned(world: CudaWorld) -> None:
     """From the beginning of a page on; copies begin anywhere in it."""
-    runtime, data = world.runtime, _pattern(10_000, 4)
+    runtime, data = world.runtime, pattern(10_000, 4)
     memory = SharedMemory.create("host", 64 * 1024)
     whole = np.frombuffer(memory.buffer, np.uint8)
     pinned, part = whole[4096:20_480], whole[5000:15_000]
@@ -269,7 +121,7 @@ def check_a_part_of_a_segment_can_be_pinned(world: CudaWorld) -> None:
             part[:] = data
             runtime.copy(device, part.ctypes.data, data.size, stream)
             runtime.synchronize(stream)
-            assert np.array_equal(_read(runtime, device, data.size), data)
+            assert np.array_equal(read_back(runtime, device, data.size), data)
     finally:
         runtime.unregister_host(pinned.ctypes.data)
         del whole, pinned, part
@@ -289,7 +141,7 @@ def check_pinning_twice_is_refused(world: CudaWorld) -> None:
 def check_a_stream_keeps_its_order(world: CudaWorld) -> None:
     """Each copy overwrites what the one before it reads."""
     runtime, size = world.runtime, 64 * 1024
-    values = [_pattern(size, seed) for seed in range(12)]
+    values = [pattern(size, seed) for seed in range(12)]
     with (
         host_memory(runtime, size * len(values)) as source,
         host_memory(runtime, size * len(values)) as target,
@@ -315,7 +167,7 @@ def check_a_stream_waits_for_another(world: CudaWorld) -> None:
         stream_of(runtime) as writer,
         stream_of(runtime) as reader,
     ):
-        source.bytes[:] = _pattern(size * turns, 5)
+        source.bytes[:] = pattern(size * turns, 5)
         written, read = runtime.create_event(), runtime.create_event()
         for i in range(turns):
             runtime.wait(writer, read)
@@ -355,7 +207,7 @@ def check_an_event_passes_when_its_turn_comes(world: CudaWorld) -> None:
         for _ in range(8):
             runtime.copy(host.address, device, size, stream)
         runtime.record(event, stream)
-        assert _eventually(lambda: runtime.finished(event))
+        assert eventually(lambda: runtime.finished(event))
         assert not host.bytes.any()
     runtime.destroy_event(event)
 
@@ -438,10 +290,10 @@ def check_nonsense_is_refused(world: CudaWorld) -> None:
 def lend_memory(runtime: CudaRuntime, parent: Child) -> None:
     """Child: lends memory with a pattern, then says what the borrower has made of it."""
     with device_memory(runtime, 3 * MIB) as device:
-        _write(runtime, device, _pattern(3 * MIB, 6))
+        write_through(runtime, device, pattern(3 * MIB, 6))
         parent.send(runtime.export_memory(device))
         assert parent.receive() == b"written"
-        right = np.array_equal(_read(runtime, device, 3 * MIB), _pattern(3 * MIB, 7))
+        right = np.array_equal(read_back(runtime, device, 3 * MIB), pattern(3 * MIB, 7))
         parent.send(b"right" if right else b"wrong")
         assert parent.receive() == b"closed"
 
@@ -450,8 +302,8 @@ def check_memory_is_shared(world: CudaWorld) -> None:
     runtime = world.runtime
     with world.child(lend_memory) as child:
         mapped = runtime.open_memory(child.receive())
-        assert np.array_equal(_read(runtime, mapped, 3 * MIB), _pattern(3 * MIB, 6))
-        _write(runtime, mapped, _pattern(3 * MIB, 7))
+        assert np.array_equal(read_back(runtime, mapped, 3 * MIB), pattern(3 * MIB, 6))
+        write_through(runtime, mapped, pattern(3 * MIB, 7))
         child.send(b"written")
         assert child.receive() == b"right"
         runtime.close_memory(mapped)
@@ -470,7 +322,7 @@ def send_rows(runtime: CudaRuntime, parent: Child) -> None:
         host_memory(runtime, STEPS * ROW_BYTES) as host,
         stream_of(runtime) as stream,
     ):
-        host.bytes[:] = _pattern(STEPS * ROW_BYTES, 8)
+        host.bytes[:] = pattern(STEPS * ROW_BYTES, 8)
         parent.send(runtime.export_memory(ring))
         for event in written:
             parent.send(runtime.export_event(event))
@@ -511,7 +363,7 @@ def check_streams_of_two_processes_wait_for_each_other(world: CudaWorld) -> None
                 if step < STEPS - RING_SLOTS:
                     child.send(b"%d" % step)
             runtime.synchronize(stream)
-            assert np.array_equal(host.bytes, _pattern(STEPS * ROW_BYTES, 8))
+            assert np.array_equal(host.bytes, pattern(STEPS * ROW_BYTES, 8))
         runtime.close_memory(ring)
         for event in written:
             runtime.destroy_event(event)
@@ -532,7 +384,7 @@ def pin_the_same(runtime: CudaRuntime, parent: Child) -> None:
 
 
 def check_two_processes_pin_the_same_memory(world: CudaWorld) -> None:
-    data = _pattern(MIB, 9)
+    data = pattern(MIB, 9)
     with world.child(pin_the_same) as child, host_memory(world.runtime, MIB) as host:
         host.bytes[:] = data
         child.send(msgspec.msgpack.encode(host.memory.handle))
@@ -562,7 +414,7 @@ def check_what_the_dead_held(world: CudaWorld) -> None:
             runtime.open_memory(handles[0])
         with pytest.raises(PipemaxSystemError):
             runtime.open_event(handles[1])
-    assert _eventually(lambda: runtime.memory()[0] >= before)
+    assert eventually(lambda: runtime.memory()[0] >= before)
 
 
 def check_what_was_mapped_of_the_dead(world: CudaWorld) -> None:
@@ -576,7 +428,7 @@ def check_what_was_mapped_of_the_dead(world: CudaWorld) -> None:
         child.kill()
     runtime.destroy_event(event)
     runtime.close_memory(mapped)
-    assert _eventually(lambda: runtime.memory()[0] >= before)
+    assert eventually(lambda: runtime.memory()[0] >= before)
 
 
 Check = Callable[[CudaWorld], None]
