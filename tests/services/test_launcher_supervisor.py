@@ -134,7 +134,7 @@ def test_a_dead_coordinator_is_restarted_but_not_while_draining() -> None:
     commands = supervisor.handle(on.ProcessExited("coordinator", -signal.SIGSEGV), 9.0)
     assert set(signals(commands)) == {"kv-daemon", "stage-0", "stage-1"}
     assert supervisor.error == (
-        "the coordinator was killed by SIGSEGV while draining; what was unfinished is lost"
+        "the coordinator was killed by SIGSEGV while draining; what clients had unfinished is lost"
     )
 
 

@@ -176,7 +176,7 @@ class Supervisor:
             return self._fail(reason, EXIT_BAD_CONFIG, now)
         how = describe_exit(event.status, event.reason)
         if event.process == COORDINATOR and self.phase is Phase.DRAINING:
-            reason = f"the coordinator {how} while draining; what was unfinished is lost"
+            reason = f"the coordinator {how} while draining; what clients had unfinished is lost"
             return self._fail(reason, EXIT_FAILED, now)
         if self.phase is Phase.STARTING and event.status > 0:
             # What fails before it ever worked fails again. A signal (out of memory) may pass.
