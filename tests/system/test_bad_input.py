@@ -101,7 +101,7 @@ def test_bad_lines_get_error_lines_and_the_others_run(good_model: Path, tmp_path
         "unknown field": line("unknown", best_off=3),
         "negative": line("negative", max_tokens=-1),
         "too long": line("long", prompt=[5] * 3000),
-        "not implemented": line("logprobs", logprobs=5),
+        "not implemented": line("suffix", suffix="."),
         "wrong model": line("model", model="other"),
         "twice": line("good-1"),
     }
@@ -121,7 +121,7 @@ def test_bad_lines_get_error_lines_and_the_others_run(good_model: Path, tmp_path
     assert "best_off" in texts["unknown"]
     assert "max_tokens" in texts["negative"]
     assert "3000" in texts["long"]
-    assert "logprobs" in texts["logprobs"]
+    assert "suffix" in texts["suffix"]
     assert "other" in texts["model"]
     assert "JSON" in texts[None]  # type: ignore[index]
     assert "good-1" in texts
