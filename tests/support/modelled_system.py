@@ -1,11 +1,12 @@
 """Systems of modelled GPUs for tests: real processes, sizes far beyond this machine's."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from pipemax.client import Client
 from pipemax.kv_daemon.cpu_engine import CpuEngine
-from pipemax.kv_daemon.events import Direction, Run
+from pipemax.kv_daemon.events import StartCopy
 from pipemax.kv_daemon.main import body as daemon_body
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.geometry import split_layers
@@ -70,14 +71,14 @@ class _WrongBlockEngine(CpuEngine):
 
     loads = 0
 
-    def start(self, stage: int, direction: Direction, runs: tuple[Run, ...]) -> None:
-        if direction == "load":
+    def start(self, copy: StartCopy) -> None:
+        if copy.direction == "load":
             self.loads += 1
             if self.loads % 5 == 0:
-                run = runs[0]
+                run = copy.runs[0]
                 moved = run.host_block + 1 if run.host_block == 0 else run.host_block - 1
-                runs = (run._replace(host_block=moved), *runs[1:])
-        super().start(stage, direction, runs)
+                copy = replace(copy, runs=(run._replace(host_block=moved), *copy.runs[1:]))
+        super().start(copy)
 
 
 def daemon_with_wrong_blocks(run_dir: Any, index: int) -> None:

@@ -50,7 +50,8 @@ def other_architecture(folder: Path) -> None:
             "too small: one request for --max-model-len 2000",
         ),
         (lambda folder: None, ("--max-model-len", 99999), "99999"),
-        (lambda folder: None, ("--device", "cuda"), "not implemented"),
+        (lambda folder: None, ("--device", "tpu"), "--device tpu: choose cpu, cuda or modelled"),
+        (lambda folder: None, ("--device", "cuda", "--gpus", "99"), "--device cuda"),
     ],
 )
 def test_what_cannot_start(
