@@ -47,8 +47,8 @@ def has_produced(tokens: float, status: Status) -> bool:
         ["coordinator"],
         ["stage-1", "kv-daemon"],
         ["stage-0", "stage-1"],
-        ["coordinator", "stage-1"],
-        ["coordinator", "kv-daemon"],
+        pytest.param(["coordinator", "stage-1"], marks=pytest.mark.full),
+        pytest.param(["coordinator", "kv-daemon"], marks=pytest.mark.full),
     ],
     ids="+".join,
 )

@@ -76,9 +76,13 @@ def test_nothing_lives_when_the_launcher_is_killed(model_dir: Path) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "signum"),
-    [("stage_worker 1", signal.SIGKILL), ("stage_worker 1", signal.SIGSTOP),
-     ("kv_daemon", signal.SIGSTOP), ("coordinator", signal.SIGKILL)],
-)  # fmt: skip
+    [
+        ("stage_worker 1", signal.SIGSTOP),
+        ("coordinator", signal.SIGKILL),
+        pytest.param("stage_worker 1", signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param("kv_daemon", signal.SIGSTOP, marks=pytest.mark.full),
+    ],
+)
 def test_a_process_that_dies_or_hangs_is_replaced_and_the_batch_ends_right(
     model_dir: Path, victim: str, signum: signal.Signals
 ) -> None:
