@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from pipemax.client import Client
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
@@ -199,14 +200,22 @@ def test_an_output_that_holds_something_else_is_left_alone(client: Client, tmp_p
     assert (tmp_path / "out").read_text() == '{"my": "thesis"}\n'
 
 
-def test_input_that_ends_in_the_middle(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_input_that_ends_in_the_middle(client: Client, tmp_path: Path, suffix: str) -> None:
     whole = write_lines(tmp_path / "plain", *[request(f"id-{n}") for n in range(400)]).read_bytes()
-    source = tmp_path / "in.gz"
-    packed = gzip.compress(bytes(whole))
+    source = tmp_path / f"in{suffix}"
+    pack = gzip.compress if suffix == ".gz" else zstandard.ZstdCompressor().compress
+    packed = pack(whole)
     source.write_bytes(packed[: len(packed) // 2])
     files = BatchFiles(inputs=(source,), outputs=(tmp_path / "out",))
-    with pytest.raises(PipemaxSystemError, match=r"cannot read .*in\.gz behind line \d+"):
+    with pytest.raises(PipemaxSystemError, match=rf"cannot read .*in\{suffix} behind line \d+"):
         run_files(client, files, SETTINGS)
+
+
+def test_input_that_is_not_what_its_name_says(client: Client, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.zst", request("a"))
+    with pytest.raises(PipemaxSystemError, match=r"cannot read .*in\.zst behind line 0"):
+        run_files(client, BatchFiles(inputs=(source,), outputs=(tmp_path / "out",)), SETTINGS)
 
 
 KILLED = """

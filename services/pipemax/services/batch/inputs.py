@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import hashlib
 import importlib
-import io
 import json
 import stat
 import sys
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import zstandard
-
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
+from pipemax.services.batch import zst
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest input line; longer ones could not be sent to the coordinator."""
@@ -67,6 +65,8 @@ def check_input(path: Path) -> None:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a .jsonl file") from error
     if path.suffix == ".parquet":
         _columns_of(path)
+    elif path.suffix == ".zst":
+        zst.library()
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -90,7 +90,7 @@ def lines(path: Path) -> Iterator[InputLine]:
         for line in _rows(path) if path.suffix == ".parquet" else _text_lines(path):
             number = line.number
             yield line
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PipemaxSystemError(
             f"cannot read {path} behind line {number}: {reason}; mend the file and run the batch "
@@ -110,8 +110,7 @@ def _opened(path: Path, stack: ExitStack) -> BinaryIO:
     if path.suffix == ".gz":
         return stack.enter_context(gzip.GzipFile(fileobj=raw))  # type: ignore[return-value]
     if path.suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return stack.enter_context(io.BufferedReader(reader, _READ_BYTES))
+        return stack.enter_context(zst.reader(raw))
     return raw
 
 

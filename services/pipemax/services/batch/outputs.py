@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import zstandard
-
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
+from pipemax.services.batch import zst
 
 STDOUT: Final = Path("-")
 SYNC_INTERVAL_S = 5.0
@@ -31,6 +30,8 @@ def check_output(path: Path) -> None:
         return
     if path.suffix == ".parquet":
         _parquet(path)
+    elif path.suffix == ".zst":
+        zst.library()
     try:
         existed = path.exists() or path.is_symlink()
         with path.open("ab"):
@@ -187,8 +188,7 @@ def unpack(path: Path, working: Path) -> None:
 def _packer(path: Path, made: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(made, "wb")  # type: ignore[return-value]
-    packer: BinaryIO = zstandard.open(made, "wb")
-    return packer
+    return zst.writer(made)
 
 
 def _packed_lines(path: Path) -> Iterator[bytes]:
@@ -201,8 +201,8 @@ def _packed_lines(path: Path) -> Iterator[bytes]:
         with gzip.open(path, "rb") as source:
             yield from source
     else:
-        with zstandard.open(path, "rb") as source:
-            yield from io.BufferedReader(source, _COPY_BYTES)
+        with path.open("rb") as raw, zst.reader(raw) as source:
+            yield from source
 
 
 def _write_parquet(working: Path, made: Path) -> None:
