@@ -63,11 +63,13 @@ def run_part(
     folder: Path,
     echo: Callable[[str], None],
 ) -> Outcome:
-    """Runs `command`, which writes `findings_file`. Nothing it started is alive afterwards.
+    """Runs `command`, which writes `findings_file`. Nothing it started is alive afterwards; other
+    processes below this one are left alone.
 
     Raises Interrupted, with what was found until then, for a KeyboardInterrupt."""
     findings_file.unlink(missing_ok=True)
     started_s = time.monotonic()
+    bystanders = frozenset(process.pid for process in _alive(frozenset()))
     part = subprocess.Popen(
         command,
         cwd=folder,
@@ -94,7 +96,7 @@ def run_part(
     if problem:
         part.kill()
     part.wait()  # first of all: whoever else waits for it takes its status
-    left = _kill_descendants(0.0 if problem else SETTLE_S)
+    left = _kill_descendants(bystanders, 0.0 if problem else SETTLE_S)
     reader.join(GRACE_S)
     if part.stdout is not None and not reader.is_alive():
         part.stdout.close()
@@ -154,17 +156,17 @@ def _ask_to_end(part: subprocess.Popen[str]) -> None:
         part.wait(GRACE_S)
 
 
-def _kill_descendants(settle_s: float) -> list[str]:
-    """Kills everything below this process that is alive after `settle_s`, waits until it is gone,
-    and says in words what it was."""
+def _kill_descendants(bystanders: frozenset[int], settle_s: float) -> list[str]:
+    """Kills everything below this process, but for `bystanders`, that is alive after `settle_s`,
+    waits until it is gone, and says in words what it was."""
     import psutil
 
     settled_s = time.monotonic() + settle_s
-    while _alive(psutil) and time.monotonic() < settled_s:
+    while _alive(bystanders) and time.monotonic() < settled_s:
         time.sleep(0.05)
-    found = [f"process {process.pid}, {_name(process)}" for process in _alive(psutil)]
+    found = [f"process {process.pid}, {_name(process)}" for process in _alive(bystanders)]
     deadline_s = time.monotonic() + GRACE_S
-    while (alive := _alive(psutil)) and time.monotonic() < deadline_s:
+    while (alive := _alive(bystanders)) and time.monotonic() < deadline_s:
         for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -172,9 +174,11 @@ def _kill_descendants(settle_s: float) -> list[str]:
     return found
 
 
-def _alive(psutil: Any) -> list[Any]:
+def _alive(bystanders: frozenset[int]) -> list[Any]:
+    import psutil
+
     processes = psutil.Process().children(recursive=True)
-    return [process for process in processes if _is_running(psutil, process)]
+    return [p for p in processes if p.pid not in bystanders and _is_running(psutil, p)]
 
 
 def _is_running(psutil: Any, process: Any) -> bool:

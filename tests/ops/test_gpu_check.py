@@ -72,6 +72,10 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tup
     return run_parts
 
 
+def children() -> set[int]:
+    return {process.pid for process in psutil.Process().children(recursive=True)}
+
+
 def test_passes_and_says_what_it_found(run: Callable[..., tuple[int, Any, str]]) -> None:
     status, result, printed = run(GOOD, NOTHING_TO_CHECK)
     assert status == 0
@@ -120,7 +124,7 @@ def test_a_part_is_killed_at_its_limit_with_all_it_started(
         f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
         "time.sleep(600)"
     )
-    started_s = time.monotonic()
+    before, started_s = children(), time.monotonic()
     status, result, _ = run(part("slow", script, limit_s=1.5), GOOD)
     assert status == 1
     slow = result["parts"][0]
@@ -128,7 +132,7 @@ def test_a_part_is_killed_at_its_limit_with_all_it_started(
     assert [figure["name"] for figure in slow["figures"]] == ["first"]  # what it had is kept
     assert time.monotonic() - started_s < 60
     assert result["parts"][1]["status"] == "pass"
-    assert psutil.Process().children(recursive=True) == []
+    assert children() == before
 
 
 def test_a_part_at_its_limit_is_asked_first(run: Callable[..., tuple[int, Any, str]]) -> None:
@@ -152,10 +156,13 @@ def test_a_part_may_leave_no_process(
         " start_new_session=True, stdout=subprocess.DEVNULL)\n"
         "found.figure('a', 1.0); found.finish()"
     )
-    status, result, _ = run(part("leaver", script))
-    assert status == 1
-    assert "left behind process" in result["parts"][0]["reason"]
-    assert psutil.Process().children(recursive=True) == []
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as bystander:
+        before = children()
+        status, result, _ = run(part("leaver", script))
+        assert status == 1
+        assert "left behind process" in result["parts"][0]["reason"]
+        assert children() == before, "what was there before is not the part's"
+        bystander.kill()
 
 
 def test_one_part_alone(run: Callable[..., tuple[int, Any, str]]) -> None:
