@@ -7,21 +7,21 @@ import torch
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import SweepSample
-from pipemax.stage_worker.channels.ring import RingMemory, RingShape
+from pipemax.stage_worker.channels.ring import RingMemory
 from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.devices.cpu import CpuDevice
-from pipemax.stage_worker.dtypes import dtype_name
 from pipemax.stage_worker.engine import WorkLoop, pool_blocks
 from pipemax.stage_worker.executor import Executor, Links
-from pipemax.stage_worker.kv_end import KvEnd, MappedPool
+from pipemax.stage_worker.kv_end import MappedPool
 from pipemax.stage_worker.model.load import load_stage_model
+from pipemax.stage_worker.model_engine import ModelEngine
 from pipemax.stage_worker.model_step import ModelStep
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits, sweep
 
 
-class TorchEngine:
+class TorchEngine(ModelEngine):
     """StageEngine for stage `stage`. Loads weights, KV pool and compiled kernels."""
 
     def __init__(self, config: EngineConfig, stage: int) -> None:
@@ -46,31 +46,6 @@ class TorchEngine:
         self._model.warm_up()
         self._work = ModelStep(
             self._model, self._device, self.num_blocks, Path(config.model) / "tokenizer.json"
-        )
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        return self._model.layers
-
-    @property
-    def weights_bytes(self) -> int:
-        return self._model.weights_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self._model.geometry.block_bytes
-
-    @property
-    def kv(self) -> KvEnd:
-        return self._kv
-
-    @property
-    def ring_shape(self) -> RingShape:
-        return RingShape(
-            num_slots=self._config.num_slots,
-            max_rows=self._config.max_num_batched_tokens,
-            hidden_size=self._model.hidden_size,
-            dtype=dtype_name(self._model.dtype),
         )
 
     @property

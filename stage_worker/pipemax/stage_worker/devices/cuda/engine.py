@@ -18,10 +18,10 @@ from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.attention.device.layout import BatchLayout
 from pipemax.stage_worker.attention.device.select import open_attention
-from pipemax.stage_worker.channels.ring import RingMemory, RingShape
+from pipemax.stage_worker.channels.ring import RingMemory
 from pipemax.stage_worker.devices.cuda import torch_side
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu
-from pipemax.stage_worker.devices.cuda.copies import DevicePool, open_kv_end
+from pipemax.stage_worker.devices.cuda.copies import CudaKvEnd, DevicePool, open_kv_end
 from pipemax.stage_worker.devices.cuda.forward import ForwardPass
 from pipemax.stage_worker.devices.cuda.graphs import DecodeGraphs
 from pipemax.stage_worker.devices.cuda.host_region import HostRegions
@@ -38,12 +38,11 @@ from pipemax.stage_worker.devices.cuda.work_loop import (
     MAX_IN_FLIGHT,
     CudaWorkLoop,
 )
-from pipemax.stage_worker.dtypes import dtype_name
 from pipemax.stage_worker.engine import WorkLoop, pool_blocks
 from pipemax.stage_worker.executor import Links
-from pipemax.stage_worker.kv_end import KvEnd
 from pipemax.stage_worker.model.load import load_stage_model
 from pipemax.stage_worker.model.stage_model import StageModel
+from pipemax.stage_worker.model_engine import ModelEngine
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits, sweep
@@ -59,8 +58,10 @@ _NOWHERE: Final = Path(os.devnull)
 log = logging.getLogger(__name__)
 
 
-class CudaEngine:
+class CudaEngine(ModelEngine):
     """StageEngine for stage `stage`. Loads weights, records graphs, allocates the KV pool."""
+
+    _kv: CudaKvEnd
 
     def __init__(self, config: EngineConfig, stage: int, run_dir: Path | None) -> None:
         assert config.cuda is not None
@@ -197,31 +198,6 @@ class CudaEngine:
             self._runtime.synchronize(self._compute)
             self._graphs.free()
             self._graphs = None
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        return self._model.layers
-
-    @property
-    def weights_bytes(self) -> int:
-        return self._model.weights_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self._model.geometry.block_bytes
-
-    @property
-    def kv(self) -> KvEnd:
-        return self._kv
-
-    @property
-    def ring_shape(self) -> RingShape:
-        return RingShape(
-            num_slots=self._config.num_slots,
-            max_rows=self._config.max_num_batched_tokens,
-            hidden_size=self._model.hidden_size,
-            dtype=dtype_name(self._model.dtype),
-        )
 
     @property
     def ring_memory(self) -> RingMemory:
