@@ -161,7 +161,7 @@ class CrashRun:
             self._client.communicate()
         if self._up is not None:
             if self._up.process.poll() is None:
-                os.kill(self._up.process.pid, signal.SIGINT)
+                os.kill(self._up.process.pid, signal.SIGTERM)
                 self._up.process.wait(30)
             self._up.__exit__()
 
