@@ -148,7 +148,6 @@ class Batch:
         working, errors = working_file(planned.output), self._files.errors
         if manifests.can_have_one(planned.output):
             stack.enter_context(locked(planned.output))
-        if manifests.can_have_one(planned.output):
             if planned.start == "new":
                 _empty(working)
             elif working != planned.output and not working.exists():

@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import hashlib
-import importlib
 import json
 import stat
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
-from pipemax.services.batch import zst
+from pipemax.services.batch import parquet, zst
 
 MAX_LINE_BYTES = 16 * 2**20
 """Longest input line; longer ones could not be sent to the coordinator."""
@@ -131,7 +130,7 @@ def _split(source: BinaryIO) -> Iterator[InputLine]:
 def _rows(path: Path) -> Iterator[InputLine]:
     """A row is a line: `body` is a struct, or a string of JSON."""
     columns = _columns_of(path)
-    with _parquet(path).ParquetFile(path) as table:
+    with parquet.library(path).ParquetFile(path) as table:
         number = 0
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
@@ -152,20 +151,11 @@ def _row_text(row: dict[str, Any]) -> bytes | None:
 
 def _columns_of(path: Path) -> list[str]:
     """Raises ConfigError when the file is no Parquet file, or has other columns than a line."""
-    parquet = _parquet(path)
+    library = parquet.library(path)
     try:
-        names = list(parquet.read_schema(path).names)
+        names = list(library.read_schema(path).names)
     except Exception as error:  # pyarrow's own hierarchy, from a module that may be absent
         raise ConfigError(f"cannot read {path}: {error}") from error
     if sorted(names) != sorted(_COLUMNS):
         raise ConfigError(f"{path} has the columns {names}; a batch file has {list(_COLUMNS)}")
     return names
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: Parquet files need pyarrow; install pipemax[parquet], or give .jsonl"
-        ) from error

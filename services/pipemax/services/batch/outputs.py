@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
-from pipemax.services.batch import zst
+from pipemax.services.batch import parquet, zst
 
 STDOUT: Final = Path("-")
 SYNC_INTERVAL_S = 5.0
@@ -29,7 +29,7 @@ def check_output(path: Path) -> None:
     if path == STDOUT:
         return
     if path.suffix == ".parquet":
-        _parquet(path)
+        parquet.library(path)
     elif path.suffix == ".zst":
         zst.library()
     try:
@@ -193,7 +193,7 @@ def _packer(path: Path, made: Path) -> BinaryIO:
 
 def _packed_lines(path: Path) -> Iterator[bytes]:
     if path.suffix == ".parquet":
-        with _parquet(path).ParquetFile(path) as table:
+        with parquet.library(path).ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=["line"]):
                 for text in batch.column("line").to_pylist():
                     yield text.encode(errors="surrogatepass") + b"\n"
@@ -215,7 +215,7 @@ def _write_parquet(working: Path, made: Path) -> None:
     schema = arrow.schema(
         [(name, getattr(arrow, kind)()) for name, kind in {**kinds, "line": "string"}.items()]
     )
-    with _parquet(made).ParquetWriter(made, schema) as writer, working.open("rb") as source:
+    with parquet.library(made).ParquetWriter(made, schema) as writer, working.open("rb") as source:
         rows: list[dict[str, Any]] = []
         for line in source:
             rows.append(_columns(msgspec.json.decode(line)) | {"line": line.rstrip(b"\n").decode()})
@@ -235,12 +235,3 @@ def _columns(result: dict[str, Any]) -> dict[str, Any]:
         "text": choice.get("text", message.get("content")),
         "error": result["error"] and result["error"]["message"],
     }
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: Parquet files need pyarrow; install pipemax[parquet], or give .jsonl"
-        ) from error

@@ -48,6 +48,8 @@ class Ledger:
             self._db.execute(statement)
         self.finished = 0
         """Results and error lines of earlier runs."""
+        self._any_failed = False
+        """Else no line need be looked up among those that did, which most batches have none of."""
 
     def load(self, path: Path) -> None:
         """Takes in the lines of an earlier run. Cuts off a last line that was not written whole.
@@ -62,6 +64,7 @@ class Ledger:
                     "INSERT OR IGNORE INTO ids VALUES (?, NULL, NULL)", (_digest(result.custom_id),)
                 )
             else:
+                self._any_failed = True
                 place = (result.error.file or "", result.error.line)
                 self._db.execute("INSERT OR IGNORE INTO failed VALUES (?, ?)", place)
 
@@ -82,6 +85,8 @@ class Ledger:
 
     def has_failed(self, file: str, line: int) -> bool:
         """The line has its error line from an earlier run."""
+        if not self._any_failed:
+            return False
         place = (file, line)
         query = "SELECT 1 FROM failed WHERE file = ? AND line = ?"
         return self._db.execute(query, place).fetchone() is not None
