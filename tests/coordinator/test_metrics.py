@@ -12,7 +12,7 @@ from pipemax.coordinator.state import SchedulerLimits, SchedulerState
 from pipemax.coordinator.status import StatusView
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
-from pipemax.proto.messages.ingest import Finished, FinishReason
+from pipemax.proto.messages.ingest import Finished, FinishReason, JobProgress
 from support.promtool import check_metrics
 
 STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
@@ -33,7 +33,7 @@ def view() -> StatusView:
 
 def report(load_bytes: int, load_seconds: float) -> KvReport:
     links = tuple(LinkTotals(load_bytes=load_bytes, load_seconds=load_seconds) for _ in range(2))
-    return KvReport(host_blocks_total=9, host_blocks_used=1, links=links, queued_load_bytes=(0, 0))
+    return KvReport(host_blocks_total=9, host_blocks_used=1, links=links, queued_load_bytes=(0, 7))
 
 
 def exposition(view: StatusView, *finished: Finished) -> str:
@@ -114,3 +114,43 @@ def test_jobs_are_counted_by_state(view: StatusView) -> None:
     assert 'pipemax_job_requests_pending{model_name="tiny"} 7.0' in text
     assert 'pipemax_job_requests_finished{model_name="tiny"} 5.0' in text
     assert 'pipemax_journal_bytes{model_name="tiny"} 4096.0' in text
+
+
+def test_links_tiers_phase_and_slots(view: StatusView) -> None:
+    view.kv_report(report(1000, 0.5))
+    view.refresh()
+    text = exposition(view)
+    check_metrics(text)
+    assert 'pipemax_link_bytes_total{direction="load",stage="1"} 1000.0' in text
+    assert 'pipemax_link_busy_seconds_total{direction="load",stage="0"} 0.5' in text
+    assert 'pipemax_link_queued_load_bytes{stage="1"} 7.0' in text
+    assert 'pipemax_kv_blocks{model_name="tiny",tier="host"} 0.0' in text
+    assert 'pipemax_phase{model_name="tiny",phase="starting"} 1.0' in text
+    assert 'pipemax_phase{model_name="tiny",phase="ready"} 0.0' in text
+    assert 'pipemax_missing_processes{model_name="tiny"} 3.0' in text
+    assert 'pipemax_slot_requests{slot="1"} 0.0' in text
+
+
+def test_time_that_the_coordinator_did_not_wait_is_busy(view: StatusView) -> None:
+    before = view.refresh()
+    after = view.refresh()
+    grown = after.coordinator_busy_seconds - before.coordinator_busy_seconds
+    assert grown == pytest.approx(after.uptime_s - before.uptime_s)
+    view.waited(10.0)
+    assert view.refresh().coordinator_busy_seconds == 0.0
+
+
+def test_unfinished_jobs_have_a_series_each_and_an_eta_if_there_is_one(view: StatusView) -> None:
+    def progress(name: str, eta_s: float | None) -> JobProgress:
+        return JobProgress(
+            name=name, state="running", num_requests=9, num_results=4, num_failed=1, eta_s=eta_s
+        )
+
+    view.jobs = (progress("night", 12.5), progress("day", None))
+    view.refresh()
+    text = exposition(view)
+    check_metrics(text)
+    assert 'pipemax_job_size_requests{job_name="day"} 9.0' in text
+    assert 'pipemax_job_failed_results{job_name="night"} 1.0' in text
+    assert 'pipemax_job_eta_seconds{job_name="night"} 12.5' in text
+    assert 'pipemax_job_eta_seconds{job_name="day"}' not in text

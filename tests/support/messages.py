@@ -71,6 +71,9 @@ _ROW = control.SampleRow(
         target=8,
     ),
 )
+_LINK = control.LinkTotals(
+    load_bytes=1, load_seconds=0.5, load_copies=2, store_bytes=3, store_seconds=1.5, store_copies=4
+)
 _STATES = {"compute": 1.5, "wait_kv": 0.25}
 _REFUSED = ingest.Refused(request_id="r-2", code="too_long", message="prompt of 9 tokens")
 _JOB = ingest.JobInfo(
@@ -210,6 +213,22 @@ EXAMPLES: tuple[Message, ...] = (
     control.KvReady(pool_bytes=2**30, context_bytes=(400 * 2**20, 400 * 2**20)),
     control.Reset(epoch=2, keep_host_blocks=False),
     control.ResetDone(epoch=2, num_host_blocks=400),
+                device="GPU 0",
+                kv_copies="stage",
+                link=_LINK,
+                queued_load_bytes=7,
+                link_bandwidth_bytes_s=2.5,
+            ),
+        ),
+        slots=(ingest.SlotStatus(requests=3, context_tokens=40, prefill_tokens=5),),
+        jobs=(
+            ingest.JobProgress(
+                name="night",
+                state="running",
+                num_requests=9,
+                num_results=4,
+                num_failed=1,
+                eta_s=12.5,
     control.StepPlan(
         epoch=2,
         step=11,

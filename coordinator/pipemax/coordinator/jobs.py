@@ -57,6 +57,8 @@ class JobTotals:
     requests_pending: int = 0
     requests_finished: int = 0
     journal_bytes: int = 0
+    unfinished: tuple[ingest.JobInfo, ...] = ()
+    """Oldest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +154,15 @@ class Jobs:
                 rows, journal_bytes = self._journal.jobs(), self._journal.used_bytes
             except sqlite3.Error as error:
                 raise journal_file.refusal(self._path, error) from error
+            infos = [row.info(self._settings) for row in rows]
             self._totals = JobTotals(
-                jobs=Counter(row.info(self._settings).state for row in rows),
+                jobs=Counter(info.state for info in infos),
                 requests_pending=sum(
                     row.num_requests - row.num_results for row in rows if not row.is_over
                 ),
                 requests_finished=sum(row.num_results for row in rows),
                 journal_bytes=journal_bytes,
+                unfinished=tuple(info for info in infos if info.ended_at is None),
             )
         return self._totals
 

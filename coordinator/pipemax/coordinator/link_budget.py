@@ -80,6 +80,11 @@ class LinkBudget:
             ]
 
     @property
+    def bandwidths_bytes_s(self) -> list[float]:
+        """What each stage's link is trusted to carry; 0 before it was measured."""
+        return [link.dependable for link in self._links]
+
+    @property
     def blocks_per_s(self) -> float | None:
         """What the slowest link carries; None before one was measured."""
         return min([rate for _, rate in self._rates], default=None)

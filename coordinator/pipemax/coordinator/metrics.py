@@ -34,6 +34,8 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
         lambda s: s.host_blocks_used / max(1, s.host_blocks_total),
     ),
     ("epoch", "Resets so far; the first is the start.", lambda s: s.epoch),
+    ("uptime_seconds", "Since the coordinator started.", lambda s: s.uptime_s),
+    ("missing_processes", "Processes the system waits for.", lambda s: len(s.missing)),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("prompt_tokens", "Prompt tokens computed, each once.", lambda s: s.prompt_tokens),
@@ -57,7 +59,11 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
      lambda s: s.load_seconds),
     ("kv_offload_store_seconds", "Time with a device-to-host copy under way, all links.",
      lambda s: s.store_seconds),
+    ("coordinator_busy_seconds", "Time in which the coordinator did not wait for messages.",
+     lambda s: s.coordinator_busy_seconds),
 )  # fmt: skip
+_PHASES = ("starting", "ready", "recovering", "draining")
+_FINISH_REASONS = ("stop", "length", "abort")
 
 
 class StatusCollector(Collector):
@@ -84,9 +90,14 @@ class StatusCollector(Collector):
             counter = CounterMetricFamily(f"pipemax_{name}", text, labels=["model_name"])
             counter.add_metric(model, read(status))
             yield counter
+        yield from _phase(status, model)
+        yield from _kv_by_tier(status, model)
         yield from self._requests(model)
         yield from self._jobs(model)
-        yield from self._stages(status)
+        yield from _unfinished_jobs(status)
+        yield from _slots(status)
+        yield from _stages(status)
+        yield from _links(status)
 
     def _requests(self, model: list[str]) -> Iterator[Metric]:
         success = CounterMetricFamily(
@@ -94,7 +105,7 @@ class StatusCollector(Collector):
             "Requests finished, by reason.",
             labels=["model_name", "finished_reason"],
         )
-        for reason in ("stop", "length", "abort"):
+        for reason in _FINISH_REASONS:
             success.add_metric([*model, reason], self.finished[reason])
         yield success
         lost = CounterMetricFamily(
@@ -130,19 +141,124 @@ class StatusCollector(Collector):
             gauge.add_metric(model, value)
             yield gauge
 
-    def _stages(self, status: Status) -> Iterator[Metric]:
-        seconds = CounterMetricFamily(
-            "pipemax_stage_seconds",
-            "Each stage's wall time by state; all but compute is a bubble.",
-            labels=["stage", "state"],
-        )
-        steps = CounterMetricFamily("pipemax_stage_steps", "Steps computed.", labels=["stage"])
-        for stage in status.stages:
-            for state, value in stage.state_seconds.items():
-                seconds.add_metric([str(stage.stage), state], value)
-            steps.add_metric([str(stage.stage)], stage.steps)
-        yield seconds
-        yield steps
+
+def _phase(status: Status, model: list[str]) -> Iterator[Metric]:
+    phase = GaugeMetricFamily(
+        "pipemax_phase", "1 for the phase the system is in.", labels=["model_name", "phase"]
+    )
+    for name in _PHASES:
+        phase.add_metric([*model, name], float(status.phase == name))
+    yield phase
+
+
+def _kv_by_tier(status: Status, model: list[str]) -> Iterator[Metric]:
+    used = GaugeMetricFamily(
+        "pipemax_kv_blocks", "KV blocks in use, by tier.", labels=["model_name", "tier"]
+    )
+    room = GaugeMetricFamily(
+        "pipemax_kv_blocks_capacity", "KV blocks there are, by tier.", labels=["model_name", "tier"]
+    )
+    for tier, in_use, total in (
+        ("device", status.device_blocks_used, status.device_blocks_total),
+        ("host", status.host_blocks_used, status.host_blocks_total),
+    ):
+        used.add_metric([*model, tier], in_use)
+        room.add_metric([*model, tier], total)
+    yield used
+    yield room
+
+
+def _unfinished_jobs(status: Status) -> Iterator[Metric]:
+    """One series a job, for as long as it is unfinished."""
+    sizes = GaugeMetricFamily(
+        "pipemax_job_size_requests", "Requests of an unfinished job.", labels=["job_name"]
+    )
+    results = GaugeMetricFamily(
+        "pipemax_job_results", "Results of an unfinished job, errors among them.",
+        labels=["job_name"],
+    )  # fmt: skip
+    failed = GaugeMetricFamily(
+        "pipemax_job_failed_results", "Errors among the results of an unfinished job.",
+        labels=["job_name"],
+    )  # fmt: skip
+    eta = GaugeMetricFamily(
+        "pipemax_job_eta_seconds",
+        "Until an unfinished job's last result, if they go on coming as of late.",
+        labels=["job_name"],
+    )
+    for job in status.jobs:
+        sizes.add_metric([job.name], job.num_requests)
+        results.add_metric([job.name], job.num_results)
+        failed.add_metric([job.name], job.num_failed)
+        if job.eta_s is not None:
+            eta.add_metric([job.name], job.eta_s)
+    yield from (sizes, results, failed, eta)
+
+
+def _slots(status: Status) -> Iterator[Metric]:
+    requests = GaugeMetricFamily(
+        "pipemax_slot_requests", "Requests in a slot's step in flight.", labels=["slot"]
+    )
+    context = GaugeMetricFamily(
+        "pipemax_slot_context_tokens",
+        "Tokens whose KV the decode requests of a slot's step read.",
+        labels=["slot"],
+    )
+    prefill = GaugeMetricFamily(
+        "pipemax_slot_prefill_tokens", "Prompt tokens in a slot's step.", labels=["slot"]
+    )
+    for index, slot in enumerate(status.slots):
+        requests.add_metric([str(index)], slot.requests)
+        context.add_metric([str(index)], slot.context_tokens)
+        prefill.add_metric([str(index)], slot.prefill_tokens)
+    yield from (requests, context, prefill)
+
+
+def _stages(status: Status) -> Iterator[Metric]:
+    seconds = CounterMetricFamily(
+        "pipemax_stage_seconds",
+        "Each stage's wall time by state; all but compute is a bubble.",
+        labels=["stage", "state"],
+    )
+    steps = CounterMetricFamily("pipemax_stage_steps", "Steps computed.", labels=["stage"])
+    for stage in status.stages:
+        for state, value in stage.state_seconds.items():
+            seconds.add_metric([str(stage.stage), state], value)
+        steps.add_metric([str(stage.stage)], stage.steps)
+    yield from (seconds, steps)
+
+
+def _links(status: Status) -> Iterator[Metric]:
+    labels = ["stage", "direction"]
+    moved = CounterMetricFamily(
+        "pipemax_link_bytes", "KV bytes a stage's link carried.", labels=labels
+    )
+    busy = CounterMetricFamily(
+        "pipemax_link_busy_seconds", "Time with a copy under way on a stage's link.", labels=labels
+    )
+    copies = CounterMetricFamily(
+        "pipemax_link_copies", "Copies on a stage's link, merged ones once.", labels=labels
+    )
+    queued = GaugeMetricFamily(
+        "pipemax_link_queued_load_bytes", "Prefetches ordered and not yet copied.", labels=["stage"]
+    )
+    planned = GaugeMetricFamily(
+        "pipemax_link_bandwidth_bytes_per_second",
+        "Host to device, measured under load: what prefetches are planned with. 0 until measured.",
+        labels=["stage"],
+    )
+    for stage in status.stages:
+        name, link = str(stage.stage), stage.link
+        for direction, num_bytes, seconds, count in (
+            ("load", link.load_bytes, link.load_seconds, link.load_copies),
+            ("store", link.store_bytes, link.store_seconds, link.store_copies),
+        ):
+            moved.add_metric([name, direction], num_bytes)
+            busy.add_metric([name, direction], seconds)
+            copies.add_metric([name, direction], count)
+        queued.add_metric([name], stage.queued_load_bytes)
+        planned.add_metric([name], stage.link_bandwidth_bytes_s)
+    yield from (moved, busy, copies, queued, planned)
 
 
 class Metrics:

@@ -31,6 +31,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.job_eta import JobEta
 from pipemax.coordinator.jobs import JobLimits, Jobs
 from pipemax.coordinator.jobs_round import JobMessage
 from pipemax.coordinator.journal_file import journal_path
@@ -118,6 +119,7 @@ class CoordinatorShell:
         self._drained = False
         self._stopping = False
         self._next_snapshot = 0.0
+        self._job_eta = JobEta()
 
     def stop(self) -> None:
         """End the loop; safe from a signal handler."""
@@ -133,7 +135,9 @@ class CoordinatorShell:
         try:
             self._jobs.open()
             while not self._stopping:
+                polled_at = time.monotonic()
                 poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
+                self._view.waited(time.monotonic() - polled_at)
                 self._receive_control()
                 more = self._receive_ingest()
                 self._serve_jobs()
@@ -407,6 +411,8 @@ class CoordinatorShell:
         if now >= self._next_snapshot:
             self._view.refresh()
             self.metrics.collector.jobs = self._jobs.totals()
+            totals = self.metrics.collector.jobs = self._jobs.totals()
+            self._view.jobs = self._job_eta.progress(totals.unfinished, now)
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
 
     def _send_control(self, identity: bytes, message: Message) -> None:

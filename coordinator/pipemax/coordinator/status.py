@@ -9,7 +9,7 @@ from pipemax.coordinator.assembly import Assembly, stage_name
 from pipemax.coordinator.state import SchedulerState
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
-from pipemax.proto.messages.ingest import StageStatus, Status
+from pipemax.proto.messages.ingest import JobProgress, SlotStatus, StageStatus, Status
 
 _WAIT_KV = "wait_kv"
 """The stages' state for it."""
@@ -34,8 +34,15 @@ class StatusView:
         self._steps = [0] * config.pipeline_parallel_size
         self._links: tuple[LinkTotals, ...] = ()
         self._links_before: tuple[LinkTotals, ...] = ()
+        self._queued_load_bytes: tuple[int, ...] = ()
+        self._waited_s = 0.0
+        self.jobs: tuple[JobProgress, ...] = ()
         self.draining = False
         self.latest: Status | None = None
+
+    def waited(self, seconds: float) -> None:
+        """The coordinator waited so long for messages."""
+        self._waited_s += seconds
 
     def stage_step(self, stage: int, seconds: dict[str, float]) -> float:
         """A stage finished a step; `seconds` by state are cumulative since its start. Returns the
@@ -64,6 +71,7 @@ class StatusView:
             self._links = ()
         before = self._links or tuple(LinkTotals() for _ in report.links)
         self._links = report.links
+        self._queued_load_bytes = report.queued_load_bytes
         pairs = list(zip(report.links, before, strict=True))
         return (
             [now.load_bytes - then.load_bytes for now, then in pairs],
@@ -73,11 +81,12 @@ class StatusView:
     def refresh(self) -> Status:
         state, counters, blocks = self._state, self._state.counters, self._state.blocks
         links = _add(self._links_before, self._links)
+        uptime_s = time.monotonic() - self._started
         self.latest = Status(
             instance_id=self._instance_id,
             phase=self._phase(),
             model_name=self._config.served_model_name,
-            uptime_s=time.monotonic() - self._started,
+            uptime_s=uptime_s,
             requests_waiting=len(state.waiting),
             requests_running=len(state.running),
             requests_finished=counters.finished,
@@ -103,9 +112,12 @@ class StatusView:
             epoch=self._assembly.epoch,
             missing=() if self._assembly.running else self._assembly.missing,
             stages=tuple(
-                self._stage(i, name)
+                self._stage(i, name, links)
                 for i, name in enumerate(map(stage_name, range(len(self._steps))))
             ),
+            slots=self._slots(),
+            jobs=self.jobs,
+            coordinator_busy_seconds=max(0.0, uptime_s - self._waited_s),
         )
         return self.latest
 
@@ -114,11 +126,24 @@ class StatusView:
             return "recovering" if self._state.epoch else "starting"
         return "draining" if self.draining else "ready"
 
-    def _stage(self, index: int, name: str) -> StageStatus:
+    def _slots(self) -> tuple[SlotStatus, ...]:
+        slots = [SlotStatus()] * self._config.num_slots
+        for flight in self._state.in_flight.values():
+            made_of = flight.features
+            slots[flight.slot] = SlotStatus(
+                requests=len(flight.items),
+                context_tokens=made_of.context_tokens,
+                prefill_tokens=made_of.prefill_tokens,
+            )
+        return tuple(slots)
+
+    def _stage(self, index: int, name: str, links: Sequence[LinkTotals]) -> StageStatus:
         peer = self._assembly.peers[name]
         ready = next((r for r in self._assembly.stages if r.stage == index), None)
         before = self._before.get(name, {})
         now = self._seconds.get(name, {})
+        bandwidths = self._state.budget.bandwidths_bytes_s
+        queued = self._queued_load_bytes
         return StageStatus(
             stage=index,
             pid=peer.pid,
@@ -128,6 +153,9 @@ class StatusView:
             activation_transport=ready.activation_transport if ready else "",
             device=self._config.device_name(index),
             kv_copies="" if self._config.cuda is None else self._config.cuda.kv_copies,
+            link=links[index] if index < len(links) else LinkTotals(),
+            queued_load_bytes=queued[index] if index < len(queued) else 0,
+            link_bandwidth_bytes_s=bandwidths[index] if index < len(bandwidths) else 0.0,
         )
 
 
