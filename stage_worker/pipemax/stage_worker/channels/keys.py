@@ -1,12 +1,12 @@
 """Keys of the activation channel over TCP. The launcher makes them; free of torch."""
 
-import os
 from pathlib import Path
 
 import msgspec
-import zmq
 
+from pipemax.proto.curve import KeyPair, make_key_pair
 from pipemax.proto.errors import ConfigError
+from pipemax.proto.key_files import replace_file
 
 KEYS_FILE = "activation-keys.json"
 
@@ -20,16 +20,23 @@ class ActivationKeys(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sender_public: str
     sender_secret: str
 
+    @property
+    def receiver(self) -> KeyPair:
+        return KeyPair(self.receiver_public, self.receiver_secret)
+
+    @property
+    def sender(self) -> KeyPair:
+        return KeyPair(self.sender_public, self.sender_secret)
+
 
 def create_activation_keys(run_dir: Path) -> None:
     """New keys for this run, readable by the owner only. Replaces an earlier run's."""
-    receiver_public, receiver_secret = zmq.curve_keypair()
-    sender_public, sender_secret = zmq.curve_keypair()
+    receiver, sender = make_key_pair(), make_key_pair()
     keys = ActivationKeys(
-        receiver_public=receiver_public.decode(),
-        receiver_secret=receiver_secret.decode(),
-        sender_public=sender_public.decode(),
-        sender_secret=sender_secret.decode(),
+        receiver_public=receiver.public,
+        receiver_secret=receiver.secret,
+        sender_public=sender.public,
+        sender_secret=sender.secret,
     )
     replace_file(run_dir / KEYS_FILE, msgspec.json.encode(keys))
 
@@ -51,15 +58,3 @@ def load_activation_keys(run_dir: Path) -> ActivationKeys:
 def endpoint_file(run_dir: Path, stage: int) -> Path:
     """Where the receiving stage `stage` says at which TCP endpoint it listens."""
     return run_dir / f"act-{stage}.endpoint"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path`, mode 0600, so that a reader sees the old content or the new, never a part."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(fd, content)
-    finally:
-        os.close(fd)
-    draft.replace(path)

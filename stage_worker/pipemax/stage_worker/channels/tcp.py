@@ -9,16 +9,12 @@ from pathlib import Path
 from typing import Final
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
+from pipemax.proto.curve import Gate, use_keys
 from pipemax.proto.errors import ConfigError, WireError
+from pipemax.proto.key_files import replace_file
 from pipemax.proto.messages.activations import ActivationReady, RingOffer
-from pipemax.stage_worker.channels.keys import (
-    ActivationKeys,
-    endpoint_file,
-    load_activation_keys,
-    replace_file,
-)
+from pipemax.stage_worker.channels.keys import endpoint_file, load_activation_keys
 from pipemax.stage_worker.channels.ring import RingMemory, RingPlace, RingShape, Rows, Written
 
 _ZAP_DOMAIN = "pipemax-activations"
@@ -37,9 +33,7 @@ class TcpWriter:
 
     def secure(self, socket: zmq.Socket[bytes]) -> None:
         """Sets the keys; before the first `reconnect`."""
-        socket.curve_serverkey = self._keys.receiver_public.encode()
-        socket.curve_publickey = self._keys.sender_public.encode()
-        socket.curve_secretkey = self._keys.sender_secret.encode()
+        use_keys(socket, self._keys.sender, self._keys.receiver_public)
 
     def place(self) -> RingPlace:
         return RingPlace()
@@ -63,16 +57,6 @@ class TcpWriter:
     def close(self) -> None: ...
 
 
-class _OnlyThisRun:
-    """Admits the sender's key of this run; zmq.auth calls it per connection."""
-
-    def __init__(self, keys: ActivationKeys) -> None:
-        self._admitted = keys.sender_public.encode()
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._admitted
-
-
 class TcpReader:
     """Receives rows into fixed buffers, one per slot, agreed once."""
 
@@ -85,22 +69,14 @@ class TcpReader:
         self._endpoint_file = endpoint_file(run_dir, stage)
         self._host = host
         self._shape = shape
-        self._authenticator: ThreadAuthenticator | None = None
+        self._gate: Gate | None = None
         self._ring = memory.allocate_ring(shape)
 
     def listen(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
         """Binds `socket`, admitting only this run's sender, and says where. Raises ConfigError
         when the host's address is not ours."""
-        self._authenticator = ThreadAuthenticator(context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(
-            domain=_ZAP_DOMAIN, credentials_provider=_OnlyThisRun(self._keys)
-        )
-        socket.zap_domain = _ZAP_DOMAIN.encode()
-        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.curve_server = True
-        socket.curve_publickey = self._keys.receiver_public.encode()
-        socket.curve_secretkey = self._keys.receiver_secret.encode()
+        self._gate = Gate(context, _ZAP_DOMAIN, self._keys.sender_public.__eq__)
+        self._gate.guard(socket, self._keys.receiver)
         try:
             port = socket.bind_to_random_port(f"tcp://{self._host}")
         except zmq.ZMQError as error:
@@ -124,7 +100,7 @@ class TcpReader:
         return self._ring.read(ready.slot, ready.rows)
 
     def close(self) -> None:
-        if self._authenticator is not None:
-            self._authenticator.stop()
-            self._authenticator = None
+        if self._gate is not None:
+            self._gate.close()
+            self._gate = None
         self._ring.close()
