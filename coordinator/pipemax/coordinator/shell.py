@@ -409,10 +409,9 @@ class CoordinatorShell:
             hung = control.Unresponsive(process=process, silent_s=silent_s)
             self._send_control(identity_of("launcher"), hung)
         if now >= self._next_snapshot:
-            self._view.refresh()
-            self.metrics.collector.jobs = self._jobs.totals()
             totals = self.metrics.collector.jobs = self._jobs.totals()
             self._view.jobs = self._job_eta.progress(totals.unfinished, now)
+            self._view.refresh()
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
 
     def _send_control(self, identity: bytes, message: Message) -> None:

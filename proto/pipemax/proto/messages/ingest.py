@@ -230,6 +230,35 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What it computes on, in words."""
     kv_copies: str = ""
     """Whose streams carry its KV; empty where there is no choice."""
+    link: LinkTotals = LinkTotals()
+    """What its link carried since the coordinator started."""
+    queued_load_bytes: Count = 0
+    """Prefetches ordered and not yet copied."""
+    link_bandwidth_bytes_s: Annotated[float, Meta(ge=0)] = 0.0
+    """Host to device, measured under load: what prefetches are planned with. 0 until measured."""
+
+
+class SlotStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a micro-batch slot's step in flight is made of; zeros between steps."""
+
+    requests: Count = 0
+    context_tokens: Count = 0
+    """Whose KV its decode items read."""
+    prefill_tokens: Count = 0
+    """Prompt tokens it computes."""
+
+
+class JobProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a job is; names as in JobInfo."""
+
+    name: JobName
+    state: JobState
+    num_requests: Count
+    num_results: Count
+    num_failed: Count
+    eta_s: Seconds | None = None
+    """Until its last result, if results go on coming as they did of late; None while nothing is
+    known, and for what does not run."""
 
 
 class Status(Message, frozen=True, kw_only=True, tag="status"):
@@ -270,41 +299,17 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     """Host to device, all stages."""
     store_bytes: Count
     load_seconds: Seconds
-    link: LinkTotals = LinkTotals()
-    """What its link carried since the coordinator started."""
-    queued_load_bytes: Count = 0
-    """Prefetches ordered and not yet copied."""
-    link_bandwidth_bytes_s: Annotated[float, Meta(ge=0)] = 0.0
-    """Host to device, measured under load: what prefetches are planned with. 0 until measured."""
-
-
-class SlotStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a micro-batch slot's step in flight is made of; zeros between steps."""
-
-    requests: Count = 0
-    context_tokens: Count = 0
-    """Whose KV its decode items read."""
-    prefill_tokens: Count = 0
-    """Prompt tokens it computes."""
-
-
-class JobProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far a job is; names as in JobInfo."""
-
-    name: JobName
-    state: JobState
-    num_requests: Count
-    num_results: Count
-    num_failed: Count
-    eta_s: Seconds | None = None
-    """Until its last result, if results go on coming as they did of late; None while nothing is
-    known, and for what does not run."""
     store_seconds: Seconds
     epoch: Count
     """Resets so far, the first being the start."""
     missing: tuple[str, ...]
     """Processes the system waits for."""
     stages: tuple[StageStatus, ...]
+    slots: tuple[SlotStatus, ...] = ()
+    jobs: tuple[JobProgress, ...] = ()
+    """Unfinished jobs, oldest first; of very many, the first."""
+    coordinator_busy_seconds: Seconds = 0.0
+    """Time in which the coordinator did not wait for messages."""
 
 
 class JobInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -345,11 +350,6 @@ class JobRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class JobResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What became of one request of a job."""
 
-    slots: tuple[SlotStatus, ...] = ()
-    jobs: tuple[JobProgress, ...] = ()
-    """Unfinished jobs, oldest first; of very many, the first."""
-    coordinator_busy_seconds: Seconds = 0.0
-    """Time in which the coordinator did not wait for messages."""
     seq: Count
     note: JobNote
     finished_at: Seconds
