@@ -13,7 +13,7 @@ from pipemax.client import Client
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.services.batch import manifest as manifests
 from pipemax.services.batch.inputs import STDIN, Fingerprint, check_input, fingerprint
-from pipemax.services.batch.job import Route, run_batch
+from pipemax.services.batch.job import run_batch
 from pipemax.services.batch.manifest import Manifest, Setting, Start
 from pipemax.services.batch.outputs import (
     STDOUT,
@@ -25,6 +25,7 @@ from pipemax.services.batch.outputs import (
 )
 from pipemax.services.batch.report import BatchProgress, BatchReport
 from pipemax.services.batch.resume import Ledger, drop_errors
+from pipemax.services.batch.tally import Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

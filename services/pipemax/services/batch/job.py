@@ -3,52 +3,16 @@
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Generic, TypeVar
 
 from pipemax.client import Client, Completion
 from pipemax.proto.errors import RequestError
-from pipemax.services.batch import inputs
-from pipemax.services.batch.openai_lines import (
-    BatchRequest,
-    LineError,
-    parse_line,
-)
-from pipemax.services.batch.openai_results import error_line, result_line
-from pipemax.services.batch.outputs import ResultFile
+from pipemax.services.batch.openai_lines import BatchRequest
+from pipemax.services.batch.openai_results import result_line
 from pipemax.services.batch.report import BatchProgress, BatchReport, Quiet
-from pipemax.services.batch.resume import Ledger
+from pipemax.services.batch.tally import Line, Route, Tally, status_of
 
-_STATUS_OF_CODE = {"failed": 500, "draining": 503}
-"""HTTP's word for what is not the request's own fault; all else is 400."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Inputs and where their lines' results go."""
-
-    inputs: tuple[Path, ...]
-    results: ResultFile
-    errors: ResultFile
-    """May be the same file."""
-    ledger: Ledger
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    route: Route
-    file: int
-    """Index among the route's inputs."""
-    number: int
-    text: bytes | None
-
-    @property
-    def label(self) -> str:
-        """Of the file, for error lines; empty where there is only one."""
-        return str(self.route.inputs[self.file]) if len(self.route.inputs) > 1 else ""
-
-    def __str__(self) -> str:
-        return f"{self.label}, line {self.number}" if self.label else f"line {self.number}"
+Place = TypeVar("Place")
 
 
 def run_batch(
@@ -68,140 +32,96 @@ def run_batch(
     """
     progress = progress or Quiet()
     progress.start(num_requests)
-    job = _Job(client, progress)
+    tally = Tally(routes, client.model_name, progress)
     started_at = time.monotonic()
     try:
-        job.run(_lines(routes))
+        for line, request, completion in completions(client, _placed(tally)):
+            _write(tally, client.model_name, line, request, completion)
     finally:
-        job.report.seconds = time.monotonic() - started_at
-    return job.report
+        tally.report.seconds = time.monotonic() - started_at
+    return tally.report
 
 
-def _lines(routes: Sequence[Route]) -> Iterator[_Line]:
-    for route in routes:
-        for file, path in enumerate(route.inputs):
-            for line in inputs.lines(path):
-                yield _Line(route, file, line.number, line.text)
+def _placed(tally: Tally) -> Iterator[tuple[Line, BatchRequest]]:
+    for line, request in tally.wanted():
+        # The text is not needed any more, and there may be thousands of them.
+        yield Line(line.route, line.file, line.number, None), request
 
 
-class _Job:
+def _write(
+    tally: Tally, model_name: str, line: Line, request: BatchRequest, completion: Completion
+) -> None:
+    if completion.error is not None:
+        code = completion.error_code or "failed"
+        error = RequestError(code, completion.error)
+        tally.fail(line, request.custom_id, completion.request_id, status_of(code), error)
+        return
+    result = result_line(
+        request.custom_id,
+        request.form,
+        completion,
+        model_name=model_name,
+        created=int(time.time()),
+    )
+    tally.succeed(line, result, completion.num_prompt_tokens, completion.num_output_tokens)
+
+
+def completions(
+    client: Client, requests: Iterator[tuple[Place, BatchRequest]]
+) -> Iterator[tuple[Place, BatchRequest, Completion]]:
+    """Keeps as many requests submitted as the client may, and yields each with what became of it,
+    as they finish; one that is refused has a completion with its `error`. `requests` are taken as
+    fast as others finish. Raises as `Client.poll`."""
+    return _Stream(client, requests).run()
+
+
+class _Stream(Generic[Place]):
     """The state of one run."""
 
-    def __init__(self, client: Client, progress: BatchProgress) -> None:
-        self.report = BatchReport()
-        self._progress = progress
+    def __init__(self, client: Client, requests: Iterator[tuple[Place, BatchRequest]]) -> None:
         self._client = client
-        self._unfinished: dict[str, tuple[_Line, BatchRequest]] = {}
+        self._requests = requests
+        self._unfinished: dict[str, tuple[Place, BatchRequest]] = {}
         """By request id."""
-        self._postponed: defaultdict[str, deque[tuple[_Line, BatchRequest]]]
+        self._postponed: defaultdict[str, deque[tuple[Place, BatchRequest]]]
         self._postponed = defaultdict(deque)
         """By the request id that they share with an unfinished one: ids are made of custom_ids, so
         that a request without a seed is sampled alike whatever runs beside it."""
 
-    def run(self, lines: Iterator[_Line]) -> None:
+    def run(self) -> Iterator[tuple[Place, BatchRequest, Completion]]:
         more = True
         while more or self._unfinished:
             while more and self._client.free_credits:
-                line = next(lines, None)
-                more = line is not None
-                if line is not None:
-                    self._start(line)
+                found = next(self._requests, None)
+                more = found is not None
+                if found is not None:
+                    yield from self._start(*found)
             if self._unfinished:
                 completion = self._client.poll()
                 if completion is not None:
-                    self._finish(completion)
+                    yield from self._finish(completion)
 
-    def _start(self, line: _Line) -> None:
-        try:
-            request = self._parse(line)
-        except LineError as error:
-            self._fail(line, error.custom_id, f"line-{line.number}", error.status, error)
-            return
-        if request is None:
-            self.report.skipped += 1
-        elif request.submit.request_id in self._unfinished:
-            self._postponed[request.submit.request_id].append((line, request))
-        else:
-            self._submit(line, request)
-
-    def _submit(self, line: _Line, request: BatchRequest) -> None:
+    def _start(
+        self, place: Place, request: BatchRequest
+    ) -> Iterator[tuple[Place, BatchRequest, Completion]]:
         request_id = request.submit.request_id
+        if request_id in self._unfinished:
+            self._postponed[request_id].append((place, request))
+            return
         try:
             self._client.submit(request.submit)
         except RequestError as error:
-            self._fail(line, request.custom_id, request_id, 400, error)
+            yield place, request, Completion.refused(request_id, 0, error.code, str(error))
         else:
-            # The text is not needed any more, and there may be thousands of them.
-            place = _Line(line.route, line.file, line.number, None)
             self._unfinished[request_id] = (place, request)
 
-    def _parse(self, line: _Line) -> BatchRequest | None:
-        """None when the line has its result from an earlier run. Raises LineError."""
-        ledger = line.route.ledger
-        try:
-            if line.text is None:
-                most = inputs.MAX_LINE_BYTES
-                raise LineError("too_large", f"the line is longer than {most} bytes")
-            request = parse_line(line.text, self._client.model_name)
-            first = ledger.claim(request.custom_id, line.file, line.number)
-            if first is None:
-                return None
-            if first != (line.file, line.number):
-                of = _Line(line.route, *first, None)
-                error = LineError("duplicate_custom_id", f"custom_id is that of {of} already")
-                error.custom_id = request.custom_id
-                raise error
-        except LineError:
-            if ledger.has_failed(line.label, line.number):
-                return None
-            raise
-        return None if ledger.has_failed(line.label, line.number) else request
-
-    def _finish(self, completion: Completion) -> None:
+    def _finish(self, completion: Completion) -> Iterator[tuple[Place, BatchRequest, Completion]]:
         request_id = completion.request_id
-        line, request = self._unfinished.pop(request_id)
-        if completion.error is not None:
-            code = completion.error_code or "failed"
-            error = RequestError(code, completion.error)
-            self._fail(line, request.custom_id, request_id, _STATUS_OF_CODE.get(code, 400), error)
-        else:
-            self._succeed(line, request, completion)
-        if postponed := self._postponed.get(request_id):
-            self._submit(*postponed.popleft())
+        yield *self._unfinished.pop(request_id), completion
+        # One that is refused at once makes way for the next.
+        while request_id in self._postponed and request_id not in self._unfinished:
+            postponed = self._postponed[request_id]
+            first = postponed.popleft()
             if not postponed:
                 del self._postponed[request_id]
-
-    def _succeed(self, line: _Line, request: BatchRequest, completion: Completion) -> None:
-        created, model_name = int(time.time()), self._client.model_name
-        line.route.results.write(
-            result_line(
-                request.custom_id,
-                request.form,
-                completion,
-                model_name=model_name,
-                created=created,
-            )
-        )
-        self.report.completed += 1
-        self.report.prompt_tokens += completion.num_prompt_tokens
-        self.report.output_tokens += completion.num_output_tokens
-        self._progress.finished(completion.num_prompt_tokens + completion.num_output_tokens)
-
-    def _fail(
-        self, line: _Line, custom_id: str | None, request_id: str, status: int, error: RequestError
-    ) -> None:
-        line.route.errors.write(
-            error_line(
-                custom_id,
-                request_id,
-                status=status,
-                code=error.code,
-                message=str(error),
-                line=line.number,
-                file=line.label or None,
-            )
-        )
-        self.report.failed += 1
-        if self.report.first_error is None:
-            self.report.first_error = f"{line}: {error}"
-        self._progress.finished(0)
+            yield from self._start(*first)

@@ -105,13 +105,15 @@ def error_line(
     status: int,
     code: str,
     message: str,
-    line: int,
+    line: int | None = None,
     file: str | None = None,
 ) -> bytes:
     """The output line of a request that was not served, without its line break. `line` is the
-    number of its input line, from 1; `file` where there are several."""
+    number of its input line, from 1, where it is known; `file` where there are several."""
     response = {"status_code": status, "request_id": request_id, "body": None}
-    error: dict[str, Any] = {"message": message, "code": code, "line": line}
+    error: dict[str, Any] = {"message": message, "code": code}
+    if line is not None:
+        error["line"] = line
     if file is not None:
         error["file"] = file
     return _line(request_id, custom_id, response, error)
