@@ -38,6 +38,21 @@ def build_config(
     Raises ConfigError naming the flag, the value and what would work; ModelError and
     UnsupportedModelError for the model folder.
     """
+    config = check_options(options, name)
+    if options.device.startswith(MODELLED):
+        return modelled_config(options, config)
+    _refuse_modelled_flags(options)
+    model_dir = Path(config.model).expanduser().absolute()
+    info = inspect_model(model_dir, config.load_format)
+    config = msgspec.structs.replace(config, model=str(model_dir))
+    if options.device == CUDA:
+        return cuda_config(options, config, info, notice)
+    return _cpu_config(options, config, info, notice)
+
+
+def check_options(options: EngineOptions, name: str) -> EngineConfig:
+    """What is wrong with flags whatever the machine and the model. What is returned holds what was
+    asked for, and stand-ins for what depends on those. Raises ConfigError."""
     if not options.ready_timeout > 0:
         raise ConfigError(f"--ready-timeout {options.ready_timeout:g}: must be more than 0 seconds")
     if not options.model:
@@ -45,15 +60,7 @@ def build_config(
     config = _checked_fields(options, options.model, name)
     if options.device != CUDA:
         refuse_cuda_flags(options)
-    if options.device.startswith(MODELLED):
-        return modelled_config(options, config)
-    _refuse_modelled_flags(options)
-    model_dir = Path(options.model).expanduser().absolute()
-    info = inspect_model(model_dir, config.load_format)
-    config = msgspec.structs.replace(config, model=str(model_dir))
-    if options.device == CUDA:
-        return cuda_config(options, config, info, notice)
-    return _cpu_config(options, config, info, notice)
+    return config
 
 
 def _cpu_config(

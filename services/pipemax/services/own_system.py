@@ -33,7 +33,7 @@ def own_system(
         on_notice=lambda line: typer.echo(line, err=True),
         temporary=temporary,
     )
-    with handlers({signum: _leave(signum) for signum in _STOP_SIGNALS}), system:
+    with unwound_by_signals(), system:
         typer.echo(f"starting {config.name}; logs are in {system.run_dir / LOG_DIR}", err=True)
         system.wait_ready()
         try:
@@ -42,6 +42,11 @@ def own_system(
             if system.failed:
                 system.wait()  # raises the cause
             raise
+
+
+def unwound_by_signals() -> contextlib.AbstractContextManager[None]:
+    """While the block runs, signals that ask to stop end it as Ctrl-C does. Main thread only."""
+    return handlers({signum: _leave(signum) for signum in _STOP_SIGNALS})
 
 
 def _leave(signum: signal.Signals) -> Callable[[], NoReturn]:

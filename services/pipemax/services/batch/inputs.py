@@ -23,7 +23,7 @@ _READ_BYTES = 2**20
 _PARQUET_ROWS = 1024
 """Rows of a Parquet file read at a time."""
 _UTF8_MARK = b"\xef\xbb\xbf"
-_COLUMNS = ("custom_id", "method", "url", "body")
+COLUMNS: Final = ("custom_id", "method", "url", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,11 @@ def _rows(path: Path) -> Iterator[InputLine]:
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
             for row in batch.to_pylist():
                 number += 1
-                yield InputLine(number, _row_text(row))
+                yield InputLine(number, row_text(row))
 
 
-def _row_text(row: dict[str, Any]) -> bytes | None:
+def row_text(row: dict[str, Any]) -> bytes | None:
+    """The line of a row with COLUMNS; None when it is longer than MAX_LINE_BYTES."""
     if isinstance(row.get("body"), str):
         with contextlib.suppress(ValueError):  # then refused as a body that is no object
             row["body"] = json.loads(row["body"])
@@ -156,6 +157,6 @@ def _columns_of(path: Path) -> list[str]:
         names = list(library.read_schema(path).names)
     except Exception as error:  # pyarrow's own hierarchy, from a module that may be absent
         raise ConfigError(f"cannot read {path}: {error}") from error
-    if sorted(names) != sorted(_COLUMNS):
-        raise ConfigError(f"{path} has the columns {names}; a batch file has {list(_COLUMNS)}")
+    if sorted(names) != sorted(COLUMNS):
+        raise ConfigError(f"{path} has the columns {names}; a batch file has {list(COLUMNS)}")
     return names

@@ -218,14 +218,16 @@ def _write_parquet(working: Path, made: Path) -> None:
     with parquet.library(made).ParquetWriter(made, schema) as writer, working.open("rb") as source:
         rows: list[dict[str, Any]] = []
         for line in source:
-            rows.append(_columns(msgspec.json.decode(line)) | {"line": line.rstrip(b"\n").decode()})
+            shown = columns_of(msgspec.json.decode(line))
+            rows.append(shown | {"line": line.rstrip(b"\n").decode()})
             if len(rows) == _PARQUET_ROWS:
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
                 rows.clear()
         writer.write_table(arrow.Table.from_pylist(rows, schema))
 
 
-def _columns(result: dict[str, Any]) -> dict[str, Any]:
+def columns_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of a result line where results are rows."""
     body = result["response"]["body"]
     choice = body["choices"][0] if body else {}
     message = choice.get("message") or {}
