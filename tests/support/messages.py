@@ -107,8 +107,26 @@ EXAMPLES: tuple[Message, ...] = (
         ),
         sampling=_SAMPLING,
         echo=True,
+        stream=True,
     ),
     ingest.Cancel(request_id="r-1"),
+    ingest.Partial(
+        number=3,
+        requests=(
+            ingest.RequestDelta(
+                request_id="r-1",
+                choices=(
+                    ingest.ChoiceDelta(
+                        index=1,
+                        token_ids=(5,),
+                        text="fi",
+                        logprobs=((ingest.TokenLogprob(5, "five", -0.5, 1),),),
+                    ),
+                ),
+            ),
+        ),
+    ),
+    ingest.PartialTaken(number=3),
     ingest.Finished(
         request_id="r-1",
         token_ids=(5, 6),

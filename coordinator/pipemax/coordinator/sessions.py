@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipemax.coordinator.events import FinishRequest, Submitted
+from pipemax.coordinator.streams import Output, Stream
 from pipemax.coordinator.text.detokenizer import StopChecker
 from pipemax.coordinator.text.limits import check_sampling
 from pipemax.coordinator.text.logprobs import LogprobsTaken
@@ -19,7 +20,7 @@ from pipemax.coordinator.text.structured import grammar_of
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.control import RowLogprobs
-from pipemax.proto.messages.ingest import Choice, Finished, SamplingParams, Submit
+from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
 from pipemax.proto.messages.types import Message
 
 ClientId = bytes
@@ -35,6 +36,7 @@ class Session:
     keys: dict[str, int] = field(default_factory=dict)
     """Unfinished requests: the client's id to ours."""
     outbox: deque[Message] = field(default_factory=deque)
+    stream: Stream = field(default_factory=Stream)
 
 
 @dataclass(slots=True)
@@ -49,30 +51,8 @@ class Entry:
     num_prompt_tokens: int
     submitted_at: float
     prompt_text: str | None
-    choices: list["Output"]
-
-
-@dataclass(slots=True)
-class Output:
-    """One choice of a request, while it is produced and until the others are."""
-
-    text: StopChecker
-    logprobs: LogprobsTaken
-    result: FinishRequest | None = None
-
-    @property
-    def choice(self) -> Choice:
-        """For the client; it has its result."""
-        result = self.result
-        assert result is not None
-        by_token = result.finish_reason == "stop" and not isinstance(result.stop_reason, str)
-        return Choice(
-            token_ids=result.output_token_ids,
-            text=self.text.text(stopped_by_token=by_token),
-            finish_reason=result.finish_reason,
-            stop_reason=result.stop_reason,
-            logprobs=self.logprobs.outputs(),
-        )
+    choices: list[Output]
+    stream: bool
 
 
 class Sessions:
@@ -92,6 +72,8 @@ class Sessions:
         self._entries: dict[int, tuple[Entry, Output]] = {}
         """By key, one for each choice."""
         self._with_outbox: set[ClientId] = set()
+        self._with_changes: set[ClientId] = set()
+        """Of streaming requests."""
         self._next_key = 0
         self.undelivered = 0
         """Results whose client was gone."""
@@ -122,6 +104,8 @@ class Sessions:
     def accept_for_job(self, job: int, submit: Submit, now: float) -> Submitted:
         """The same for a request of the durable job of this number: `finish` returns its result,
         and there is nothing to deliver."""
+        if submit.stream:
+            raise RequestError("stream", "stream: results of jobs are fetched, not streamed")
         return self._enter(None, submit, -job, now)  # connections are positive numbers
 
     def _enter(self, client: ClientId | None, submit: Submit, job: int, now: float) -> Submitted:
@@ -143,10 +127,11 @@ class Sessions:
         self._next_key += sampling.n
         prompt_text = self._text.prompt_text(submit, prompt) if submit.echo else None
         decoder = self._text if self._text.has_tokenizer else None
-        entry = Entry(client, submit.request_id, key, len(prompt), now, prompt_text, [])
+        stream = submit.stream
+        entry = Entry(client, submit.request_id, key, len(prompt), now, prompt_text, [], stream)
         for index in range(sampling.n):
             taken = LogprobsTaken(self._text, sampling, prompt[0])
-            output = Output(StopChecker(decoder, sampling), taken)
+            output = Output(StopChecker(decoder, sampling, stream=stream), taken)
             entry.choices.append(output)
             self._entries[key + index] = entry, output
         seed = sampling.seed
@@ -177,9 +162,17 @@ class Sessions:
 
     def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
         """Take one sampled token; returns the stop string it completes, if any."""
-        _, output = self._entries[key]
+        entry, output = self._entries[key]
         output.logprobs.take(logprobs)
+        if entry.stream and entry.client is not None:
+            self._sessions[entry.client].stream.changed.setdefault(entry.key, entry)
+            self._with_changes.add(entry.client)
         return output.text.append(token_id)
+
+    def taken(self, client: ClientId, number: int) -> None:
+        """The client is done with the Partials up to this one."""
+        if (session := self._sessions.get(client)) is not None:
+            session.stream.taken(number)
 
     def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
         """Take the logprobs of the next prompt token."""
@@ -200,6 +193,7 @@ class Sessions:
             return entry.key, message
         session = self._sessions[entry.client]
         del session.keys[entry.request_id]
+        session.stream.changed.pop(entry.key, None)
         session.outbox.append(message)
         self._with_outbox.add(entry.client)
         return entry.key, message
@@ -207,22 +201,31 @@ class Sessions:
     def deliver(self) -> list[int]:
         """Send what waits. Returns the keys of unfinished requests whose client is gone."""
         orphans: list[int] = []
-        for client in list(self._with_outbox):
+        for client in [*self._with_outbox, *(self._with_changes - self._with_outbox)]:
             session = self._sessions[client]
             try:
-                while session.outbox:
-                    self._send(client, session.outbox[0])
-                    session.outbox.popleft()
+                self._deliver_to(client, session)
             except BlockingIOError:
                 continue
             except ConnectionError:
                 self.undelivered += len(session.outbox)
                 session.outbox.clear()
+                session.stream.changed.clear()
                 orphans += session.keys.values()
             self._with_outbox.discard(client)
+            if not session.stream.changed:
+                self._with_changes.discard(client)
             if not session.keys:
                 del self._sessions[client]
         return orphans
+
+    def _deliver_to(self, client: ClientId, session: Session) -> None:
+        while session.outbox:
+            self._send(client, session.outbox[0])
+            session.outbox.popleft()
+        while (partial := session.stream.next()) is not None:
+            self._send(client, partial)
+            session.stream.sent(partial)
 
 
 def _finished(entry: Entry, results: list[FinishRequest], now: float) -> Finished:

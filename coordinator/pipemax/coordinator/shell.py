@@ -319,6 +319,8 @@ class CoordinatorShell:
                     self._answer(client, _refused(request_id, "unknown_id", text))
                 else:
                     self._cancel(key)
+            case ingest.PartialTaken(number=number):
+                self._sessions.taken(client, number)
             case ingest.StatusQuery():
                 self._answer(client, self._view.refresh())
             case _ if isinstance(message, JobMessage):

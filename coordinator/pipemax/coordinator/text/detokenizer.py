@@ -68,6 +68,10 @@ class Detokenizer:
         """`text` without an incomplete character at the end."""
         return self._settled + self._window_text.rstrip(REPLACEMENT)
 
+    def settled(self, start: int) -> str:
+        """The settled text from a character on."""
+        return self._settled[start:]
+
     def append(self, token_id: int) -> str:
         """Takes one token; returns the text that became settled, often empty, never part of a
         character."""
@@ -121,16 +125,24 @@ class StopChecker:
     have no stop strings.
     """
 
-    def __init__(self, decoder: TokenDecoder | None, sampling: SamplingParams) -> None:
+    def __init__(
+        self,
+        decoder: TokenDecoder | None,
+        sampling: SamplingParams,
+        *,
+        stream: bool = False,
+    ) -> None:
+        """stream: `sure_text` will be asked for."""
         self._decoder = decoder
         self._sampling = sampling
         self._token_ids: list[int] = []
-        # Without stop strings nobody looks at the text before the end: decode once, then.
+        # Else nobody looks at the text before the end: decode once, then.
         self._detokenizer = (
             Detokenizer(decoder, sampling.skip_special_tokens)
-            if decoder and sampling.stop
+            if decoder and (sampling.stop or stream)
             else None
         )
+        self._longest_stop = max(map(len, sampling.stop), default=0)
         self._searched = 0
         """Characters at the front of the text in which no match may end any more."""
         self._cut: int | None = None
@@ -153,6 +165,29 @@ class StopChecker:
         start, stop = match
         self._cut = start + len(stop) if self._sampling.include_stop_str_in_output else start
         return stop
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All output tokens so far."""
+        return self._token_ids
+
+    def sure_text(self, start: int) -> str:
+        """What is known, from a character on, of the front part of the result's text: no further
+        token changes it, and no stop string that may yet be completed begins in it. Known so if the
+        last token ended nothing; needs `stream`."""
+        if self._detokenizer is None:
+            return ""
+        text = self._detokenizer.settled(max(0, start - self._longest_stop))
+        keep = len(text) - self._begun_stop(text)
+        return text[min(start, self._longest_stop) : keep]
+
+    def _begun_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        for begin in range(max(0, len(text) - self._longest_stop + 1), len(text)):
+            end = text[begin:]
+            if any(len(stop) > len(end) and stop.startswith(end) for stop in self._sampling.stop):
+                return len(end)
+        return 0
 
     def text(self, *, stopped_by_token: bool = False) -> str:
         """The result's text: up to the stop string if one was met, else everything.

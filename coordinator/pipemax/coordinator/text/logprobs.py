@@ -27,10 +27,13 @@ class LogprobsTaken:
         if self._prompt is not None:
             self._prompt.append(_there(row))
 
-    def outputs(self) -> tuple[PositionLogprobs, ...] | None:
+    def outputs(
+        self, start: int = 0, end: int | None = None
+    ) -> tuple[PositionLogprobs, ...] | None:
+        """Of the output tokens from `start` to `end`."""
         if self._outputs is None:
             return None
-        return tuple(map(self._position, self._outputs))
+        return tuple(map(self._position, self._outputs[start:end]))
 
     def prompt(self) -> tuple[PositionLogprobs, ...] | None:
         if self._prompt is None:

@@ -137,6 +137,8 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     sampling: SamplingParams = SamplingParams()
     echo: bool = False
     """The result brings the prompt's text too."""
+    stream: bool = False
+    """What is produced is sent as Partial meanwhile. The result is the same, and whole."""
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
@@ -202,6 +204,44 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     def num_output_tokens(self) -> int:
         """Of all choices."""
         return len(self.token_ids) + sum(len(choice.token_ids) for choice in self.more_choices)
+
+
+class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one choice has got since the last Partial."""
+
+    index: Count
+    """Of the choice, from 0."""
+    token_ids: tuple[int, ...]
+    text: str
+    """It follows the tokens late where more of them may change it, or it may turn out to be a stop
+    string: what was sent stays, and is the front part of the result's text."""
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    """[len(token_ids)], if asked for."""
+
+
+class RequestDelta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one request has got since the last Partial."""
+
+    request_id: RequestId
+    choices: tuple[ChoiceDelta, ...]
+
+
+class Partial(Message, frozen=True, kw_only=True, tag="partial"):
+    """What a client's requests with `stream` have produced and it was not told yet. A result comes
+    whole, also what no Partial told of it.
+
+    Two of these are sent ahead of the client's PartialTaken; while it takes none, what is produced
+    is gathered for the next one."""
+
+    number: Count
+    """Counts a client's, from 1, while it has unfinished requests."""
+    requests: tuple[RequestDelta, ...]
+
+
+class PartialTaken(Message, frozen=True, kw_only=True, tag="partial_taken"):
+    """The client is done with all Partials up to this one."""
+
+    number: Count
 
 
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):

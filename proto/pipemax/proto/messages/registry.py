@@ -36,6 +36,7 @@ INGEST = Channel(
         ingest.ClientHello,
         ingest.Submit,
         ingest.Cancel,
+        ingest.PartialTaken,
         ingest.StatusQuery,
         ingest.OpenJob,
         ingest.AddRequests,
@@ -48,6 +49,7 @@ INGEST = Channel(
     to_peer=(
         ingest.ServerHello,
         ingest.Finished,
+        ingest.Partial,
         ingest.Refused,
         ingest.Status,
         ingest.JobList,
