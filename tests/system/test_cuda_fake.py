@@ -102,10 +102,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
 
 DAILY = (
     Way((0, 0), "stage", "ipc"),
-    Way((0, 2), "daemon", "auto"),
-    Way((0, 1, 1), "stage", "auto", enforce_eager=True),
+    Way((0, 1, 2), "daemon", "auto", enforce_eager=True),
 )
 FULL = (
+    Way((0, 2), "daemon", "auto"),
+    Way((0, 1, 1), "stage", "auto", enforce_eager=True),
     Way((0, 1), "daemon", "auto"),
     Way((0, 0, 2), "stage", "auto", enforce_eager=True),
     *itertools.starmap(

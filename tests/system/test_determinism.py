@@ -65,18 +65,34 @@ def run(model_dir: Path, order: int | None, **settings: Any) -> dict[str, tuple[
     return found
 
 
-def test_stages_pools_order_policy_and_transport_do_not_change_tokens(model_dir: Path) -> None:
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"stages": 3, "device_blocks": 24, "max_num_batched_tokens": 32, "activation_transport": "tcp"},
+    {"stages": 2, "device_blocks": 48, "block_size": 8, "policy": DEFAULT_POLICY, "warm_up_s": 0.1},
+    {"stages": 2, "device_blocks": 24, "host_blocks": 0, "policy": "fcfs", "prefill": "phases"},
+    {"stages": 1, "device_blocks": 24, "max_num_seqs": 3},
+)
+ONE_BY_ONE: tuple[dict[str, Any], ...] = (
+    {"stages": 2, "device_blocks": 24},
+    {"stages": 3, "device_blocks": 24, "max_num_batched_tokens": 32},
+    {"stages": 2, "device_blocks": 24, "host_blocks": 0},
+    {"stages": 2, "device_blocks": 48, "block_size": 8, "activation_transport": "tcp"},
+    {"stages": 2, "device_blocks": 24, "policy": DEFAULT_POLICY, "warm_up_s": 0.1},
+    {"stages": 2, "device_blocks": 24, "policy": "fcfs", "prefill": "phases"},
+)
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        pytest.param(TOGETHER, id="several at once"),
+        pytest.param(ONE_BY_ONE, id="one by one", marks=pytest.mark.full),
+    ],
+)
+def test_stages_pools_order_policy_and_transport_do_not_change_tokens(
+    model_dir: Path, variants: tuple[dict[str, Any], ...]
+) -> None:
     plain = run(model_dir, None, stages=1, device_blocks=400, host_blocks=0)
     assert len({len(tokens) for tokens in plain.values()}) > 4
-    variants: tuple[dict[str, Any], ...] = (
-        {"stages": 2, "device_blocks": 24},
-        {"stages": 3, "device_blocks": 24, "max_num_batched_tokens": 32},
-        {"stages": 2, "device_blocks": 24, "host_blocks": 0},
-        {"stages": 2, "device_blocks": 48, "block_size": 8, "activation_transport": "tcp"},
-        {"stages": 1, "device_blocks": 24, "max_num_seqs": 3},
-        {"stages": 2, "device_blocks": 24, "policy": DEFAULT_POLICY, "warm_up_s": 0.1},
-        {"stages": 2, "device_blocks": 24, "policy": "fcfs", "prefill": "phases"},
-    )
     for order, settings in enumerate(variants):
         assert run(model_dir, order, **settings) == plain, settings
 
