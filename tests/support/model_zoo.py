@@ -167,14 +167,20 @@ def _spread(model: torch.nn.Module) -> None:
 
 @torch.inference_mode()
 def reference_tokens(
-    model_dir: Path, prompts: list[list[int]], max_new_tokens: list[int]
+    model_dir: Path,
+    prompts: list[list[int]],
+    max_new_tokens: list[int],
+    *,
+    ignore_eos: bool = False,
 ) -> list[list[int]]:
     """What `transformers.generate` answers greedily to each prompt alone, without the prompt;
-    the end-of-sequence token, when met, is the last one."""
+    the end-of-sequence token, when met, is the last one unless it is ignored."""
     # Plainly: some versions of transformers leave soft-capping out of their fused attention.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_dir, dtype="auto", attn_implementation="eager"
     ).eval()
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
     answers = []
     for prompt, limit in zip(prompts, max_new_tokens, strict=True):
         ids = torch.tensor([prompt])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pipemax.services.tiny_model import make_demo_model
-from support.crash_run import Blow, CrashRun, tokens_by_id
+from support.crash_run import Blow, CrashRun, requests_of, tokens_by_id
+from support.model_zoo import reference_tokens
 
 NUM_REQUESTS = 500
 INSTANTS = 10
@@ -35,23 +36,43 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     return ("--model", make_demo_model(tmp_path_factory.mktemp("demo")), *UP)
 
 
-_undisturbed: dict[int, dict[str, list[int]]] = {}
+_undisturbed: dict[str, list[int]] = {}
 
 
-def expected(arguments: tuple[object, ...], count: int, tmp_path: Path) -> dict[str, list[int]]:
-    """Of an undisturbed run; each only once."""
-    if count not in _undisturbed:
+def expected(arguments: tuple[object, ...], tmp_path: Path) -> dict[str, list[int]]:
+    """Of an undisturbed run, which is made only once."""
+    if not _undisturbed:
         folder = tmp_path / "undisturbed"
         folder.mkdir()
-        outcome = CrashRun(folder, arguments, count).run([])
+        outcome = CrashRun(folder, arguments, NUM_REQUESTS).run([])
         assert (outcome.client_runs, outcome.system_starts) == (1, 1)
-        _undisturbed[count] = tokens_by_id(outcome)
-        assert len(_undisturbed[count]) == count
-    return _undisturbed[count]
+        found = tokens_by_id(outcome)
+        assert len(found) == NUM_REQUESTS
+        _undisturbed.update(found)
+    return _undisturbed
 
 
-def check(arguments: tuple[object, ...], blows: list[Blow], count: int, tmp_path: Path) -> Any:
-    wanted = expected(arguments, count, tmp_path)
+def of_transformers(model_dir: Path, count: int) -> dict[str, list[int]]:
+    """The same tokens without starting a system."""
+    requests = requests_of(count)
+    bodies = [request["body"] for request in requests]
+    answers = reference_tokens(
+        model_dir,
+        [body["prompt"] for body in bodies],
+        [body["max_tokens"] for body in bodies],
+        ignore_eos=True,
+    )
+    ids = [request["custom_id"] for request in requests]
+    return dict(zip(ids, answers, strict=True))
+
+
+def check(
+    arguments: tuple[object, ...],
+    blows: list[Blow],
+    wanted: dict[str, list[int]],
+    tmp_path: Path,
+) -> Any:
+    count = len(wanted)
     outcome = CrashRun(tmp_path, arguments, count).run(blows)
     assert outcome.struck, "nobody was struck"
     assert tokens_by_id(outcome) == wanted
@@ -62,7 +83,7 @@ def test_client_and_coordinator_die_in_one_batch(
     arguments: tuple[object, ...], tmp_path: Path
 ) -> None:
     blows = [Blow(0.2, ("client",)), Blow(0.5, ("coordinator",)), Blow(0.7, ("stage_worker 1",))]
-    outcome = check(arguments, blows, 60, tmp_path)
+    outcome = check(arguments, blows, of_transformers(Path(str(arguments[1])), 60), tmp_path)
     assert outcome.struck == ["client", "coordinator", "stage_worker 1"]
 
 
@@ -74,7 +95,7 @@ def test_killed(
     arguments: tuple[object, ...], tmp_path: Path, victims: tuple[str, ...], instant: int
 ) -> None:
     at = random.Random(f"{victims} {instant}").uniform(0.0, 0.98)
-    check(arguments, [Blow(at, victims)], NUM_REQUESTS, tmp_path)
+    check(arguments, [Blow(at, victims)], expected(arguments, tmp_path), tmp_path)
 
 
 @pytest.mark.full
@@ -83,4 +104,5 @@ def test_killed(
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_stopped(arguments: tuple[object, ...], tmp_path: Path, victim: str, instant: int) -> None:
     at = random.Random(f"stop {victim} {instant}").uniform(0.0, 0.9)
-    check(arguments, [Blow(at, (victim,), stop_s=STOP_S)], NUM_REQUESTS, tmp_path)
+    blow = Blow(at, (victim,), stop_s=STOP_S)
+    check(arguments, [blow], expected(arguments, tmp_path), tmp_path)
