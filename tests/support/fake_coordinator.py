@@ -13,6 +13,7 @@ from pipemax.proto.messages.ingest import (
     Cancel,
     ClientHello,
     Finished,
+    PartialTaken,
     Refused,
     ServerHello,
     Status,
@@ -24,7 +25,8 @@ from pipemax.proto.messages.types import Message
 from pipemax.proto.sockets import bind_router
 from pipemax.proto.wire import Codec, encode
 
-Answer = Callable[[Submit], Message | None]
+Answer = Callable[[Submit], Message | list[Any] | None]
+"""A list is sent message by message; the last one is the result."""
 
 
 def finished(submit: Submit, **changes: Any) -> Finished:
@@ -73,6 +75,8 @@ class FakeCoordinator:
         self.endpoint = f"ipc://{path}"
         self.submitted: list[Submit] = []
         self.cancelled: list[str] = []
+        self.taken: list[int] = []
+        """Partials."""
         self.hellos = 0
         self.most_unfinished = 0
         self.silent = silent
@@ -146,6 +150,9 @@ class FakeCoordinator:
                 self._unfinished.discard((peer, request_id))
                 result = finished(Submit(request_id=request_id, prompt="cut"))
                 return [(peer, msgspec.structs.replace(result, finish_reason="abort"))]
+            case PartialTaken(number=number):
+                self.taken.append(number)
+                return []
             case Submit():
                 return self._submit(peer, message)
         raise AssertionError(message)
@@ -159,6 +166,9 @@ class FakeCoordinator:
         answer = self._answer(submit)
         if answer is None:
             return []
+        if isinstance(answer, list):
+            self._unfinished.discard(key)
+            return [(peer, message) for message in answer]
         self._held.append((peer, answer))
         if len(self._held) < self._batch:
             return []

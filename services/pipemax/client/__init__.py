@@ -15,6 +15,7 @@ from pipemax.client.jobs import Jobs
 from pipemax.proto.messages.ingest import (
     ChatOptions,
     Choice,
+    ChoiceDelta,
     JobInfo,
     JobRequest,
     SamplingParams,
@@ -26,6 +27,7 @@ __all__ = [
     "Chat",
     "ChatOptions",
     "Choice",
+    "ChoiceDelta",
     "Client",
     "Completion",
     "JobInfo",

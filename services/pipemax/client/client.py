@@ -11,11 +11,14 @@ from typing import Any
 
 from pipemax.client.completion import Completion
 from pipemax.client.connection import Connection
+from pipemax.client.streams import OnDelta, StreamReader
 from pipemax.proto.errors import NotRunningError, PipemaxSystemError, RequestError, WireError
 from pipemax.proto.messages.ingest import (
     Cancel,
     ChatOptions,
     Finished,
+    Partial,
+    PartialTaken,
     Refused,
     SamplingParams,
     ServerHello,
@@ -43,6 +46,7 @@ class _Pending:
     owner: int
     index: int
     attempts: int = 1
+    stream: StreamReader | None = None
 
 
 class Client:
@@ -164,13 +168,25 @@ class Client:
         run: a request without a seed is sampled with one made of the system's seed and its id."""
         return f"auto-{next(self._numbers)}"
 
-    def submit(self, submit: Submit) -> None:
-        """Submits one request, whose completion `poll` will give.
+    def submit(self, submit: Submit, on_delta: OnDelta | None = None) -> None:
+        """Submits one request, whose completion `poll` will give. `on_delta`, with which its
+        `stream` must be set, is called meanwhile, from within `poll`, with what it produces: with
+        all of it before `poll` gives the completion.
 
         Raises RequestError for a request that is malformed, whose id is taken (`duplicate`), or
         when no credit is free (`credits`); it is then not submitted.
         """
+        if submit.stream != (on_delta is not None):
+            raise RequestError("stream", "`stream` and `on_delta` are given together or not at all")
         self._submit(submit, _LOW_LEVEL, 0)
+        if on_delta is not None:
+            self._pending[submit.request_id].stream = StreamReader(on_delta)
+
+    def wait(self, timeout_s: float, or_readable: int) -> None:
+        """Returns when there is something for `poll`, the file descriptor `or_readable` can be read
+        or time is up. For who also waits for other things; call `poll` every second at least, as it
+        also notices when the system is gone."""
+        self._connection.wait(timeout_s, or_readable)
 
     def poll(self, timeout_s: float | None = None) -> Completion | None:
         """The next completion of what `submit` submitted; None when none came in time, or none is
@@ -259,7 +275,12 @@ class Client:
             case Finished():
                 pending = self._finish(message.request_id)
                 if pending is not None:
-                    self._done[pending.owner].append(Completion.of(message, pending.index))
+                    completion = Completion.of(message, pending.index)
+                    if pending.stream is not None:
+                        completion = pending.stream.finish(completion)
+                    self._done[pending.owner].append(completion)
+            case Partial():
+                self._take_partial(message)
             case Refused(request_id=None):
                 self._greet_again(message)
             case Refused(request_id=str(request_id), code=code, message=reason):
@@ -272,6 +293,13 @@ class Client:
                     self._greet_again(None)
             case _:
                 pass  # a second answer to a greeting sent twice
+
+    def _take_partial(self, partial: Partial) -> None:
+        for request in partial.requests:
+            pending = self._pending.get(request.request_id)
+            if pending is not None and pending.stream is not None:
+                pending.stream.take(request.choices)
+        self._connection.send(PartialTaken(number=partial.number))
 
     def _finish(self, request_id: str) -> _Pending | None:
         self._abandoned.discard(request_id)
@@ -294,6 +322,8 @@ class Client:
             if request.attempts > _MAX_ATTEMPTS:
                 self._fail(request, "failed", f"unfinished at {_MAX_ATTEMPTS} starts of the system")
             else:
+                if request.stream is not None:
+                    request.stream.start_again()
                 self._connection.send_request(request.submit)
                 self._pending[request_id] = request
         if refused is not None and self._server.instance_id == instance_id:

@@ -131,6 +131,13 @@ class Connection:
             if time.monotonic() >= deadline:
                 return None
 
+    def wait(self, timeout_s: float, or_readable: int) -> None:
+        """Returns when a message is there, a file descriptor can be read, or time is up."""
+        poller = zmq.Poller()
+        poller.register(self._open_socket(), zmq.POLLIN)
+        poller.register(or_readable, zmq.POLLIN)
+        poller.poll(int(timeout_s * 1000))
+
     def _ask_if_quiet(self) -> None:
         now = time.monotonic()
         if self._asked_at is None:
