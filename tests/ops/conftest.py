@@ -4,6 +4,6 @@ import sys
 
 from support.source_tree import ROOT
 
-for _folder in ("ops", "ops/benchmarks"):
+for _folder in ("ops", "ops/benchmarks", "ops/grafana"):
     if str(ROOT / _folder) not in sys.path:
         sys.path.append(str(ROOT / _folder))
