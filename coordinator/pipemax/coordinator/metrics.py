@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from pipemax.coordinator.jobs import JobTotals
-from pipemax.proto.messages.ingest import Finished, JobState, Status
+from pipemax.proto.messages.ingest import Finished, FinishReason, JobState, Status
 
 _LATENCY_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _ERROR_BUCKETS = (0.01, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
@@ -63,7 +63,6 @@ _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
      lambda s: s.coordinator_busy_seconds),
 )  # fmt: skip
 _PHASES = ("starting", "ready", "recovering", "draining")
-_FINISH_REASONS = ("stop", "length", "abort")
 
 
 class StatusCollector(Collector):
@@ -105,7 +104,7 @@ class StatusCollector(Collector):
             "Requests finished, by reason.",
             labels=["model_name", "finished_reason"],
         )
-        for reason in _FINISH_REASONS:
+        for reason in get_args(FinishReason):
             success.add_metric([*model, reason], self.finished[reason])
         yield success
         lost = CounterMetricFamily(
