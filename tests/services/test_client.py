@@ -292,9 +292,22 @@ def test_another_protocol_is_an_error(path: Path, make: Callable[[Path], FakeCoo
     assert caught.value.code == "protocol"
 
 
-def test_only_local_endpoints(path: Path) -> None:
-    with pytest.raises(ConfigError, match="ipc://"):
-        Client(endpoint="tcp://127.0.0.1:5555")
+@pytest.mark.parametrize(
+    ("endpoint", "keys", "text"),
+    [
+        ("tcp://127.0.0.1:5555", None, "plain TCP is refused"),
+        ("tcp://127.0.0.1", "k", "write tcp://HOST:PORT"),
+        ("udp://127.0.0.1:5555", None, "write tcp://HOST:PORT"),
+        ("ipc:///tmp/x.sock", "k", "go with an endpoint tcp://"),
+        (None, "k", "go with an endpoint tcp://"),
+        ("tcp://127.0.0.1:5555", "/no/such/folder", "no key folder /no/such/folder"),
+    ],
+)
+def test_tcp_goes_by_keys_and_keys_by_tcp(
+    endpoint: str | None, keys: str | None, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Client(endpoint=endpoint, keys=keys)
 
 
 def test_a_closed_client_says_so(path: Path) -> None:

@@ -4,9 +4,10 @@ What a client can cost the others is bounded in size (frames, queued messages, c
 (INGEST_SLICE_S), with two exceptions. A message of endless parts is kept by libzmq until its last
 part or until the peer leaves: no socket option counts parts, and sockets without parts are not in
 its stable interface. And one prompt is tokenised in one go, up to the text that `max_model_len`
-tokens could spell. The socket lies in a folder that only the same user can enter.
+tokens could spell. Who clients may be is `doors.py`'s.
 """
 
+import hashlib
 import logging
 import time
 import uuid
@@ -17,6 +18,7 @@ import zmq
 
 from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
 from pipemax.coordinator.core import Scheduler
+from pipemax.coordinator.doors import Doors
 from pipemax.coordinator.events import (
     BlocksStored,
     Cancelled,
@@ -52,7 +54,7 @@ from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.messages.types import Message, unpack_i32
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sizes import format_size
-from pipemax.proto.sockets import bind_router, identity_of, make_router
+from pipemax.proto.sockets import bind_router, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 
 log = logging.getLogger(__name__)
@@ -62,8 +64,6 @@ INGEST_BATCH = 64
 INGEST_SLICE_S = 0.002
 """Time after which they get it however few client messages were handled. The pipeline waits for as
 long at worst, with every step while clients submit."""
-ANSWERS_QUEUED = 1000
-"""Answers that wait in the socket for one client; further results wait in its session."""
 IDLE_POLL_MS = 200
 JOB_SLICE_S = 0.002
 """The same for tokenising the requests of jobs."""
@@ -105,10 +105,7 @@ class CoordinatorShell:
         self.metrics = Metrics(config.served_model_name, lambda: self._view.latest)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._control = bind_router(self._context, socket_endpoint(run_dir, "control"), CONTROL)
-        self._ingest = make_router(self._context, INGEST)
-        self._ingest.setsockopt(zmq.ROUTER_HANDOVER, 0)  # no client may take another's place
-        self._ingest.setsockopt(zmq.SNDHWM, ANSWERS_QUEUED)
-        self._ingest.bind(socket_endpoint(run_dir, "ingest"))
+        self._doors = Doors(self._context, config, run_dir)
         self._control_codec = Codec(CONTROL, at_binder=True)
         self._ingest_codec = Codec(INGEST, at_binder=True)
         self._names = {
@@ -130,9 +127,10 @@ class CoordinatorShell:
         stopped = False
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
-        poller.register(self._ingest, zmq.POLLIN)
         more = False
         try:
+            self._doors.open()
+            self._doors.register(poller)
             self._jobs.open()
             while not self._stopping:
                 polled_at = time.monotonic()
@@ -148,6 +146,7 @@ class CoordinatorShell:
             raise
         finally:
             self._jobs.close(clean=stopped)
+            self._doors.close()
             self._context.destroy(linger=200)
 
     # Control
@@ -290,14 +289,14 @@ class CoordinatorShell:
         for _ in range(INGEST_BATCH):
             if time.monotonic() > until:
                 break
-            try:
-                identity, *frames = self._ingest.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            received = self._doors.receive()
+            if received is None:
                 return False
+            client, frames = received
             try:
-                self._on_client(identity, self._ingest_codec.decode(single_frame(frames, INGEST)))
+                self._on_client(client, self._ingest_codec.decode(single_frame(frames, INGEST)))
             except WireError as error:
-                self._answer(identity, _refused(None, error.code, str(error)))
+                self._answer(client, _refused(None, error.code, str(error)))
             if self._jobs.has_messages:
                 break
         return True
@@ -359,12 +358,14 @@ class CoordinatorShell:
             self._cancel(key)
 
     def _server_hello(self) -> ingest.ServerHello:
+        settings = _settings_of(self._config).encode()
         return ingest.ServerHello(
             protocol=PROTOCOL_VERSION,
             instance_id=self._instance_id,
             model_name=self._config.served_model_name,
             max_model_len=self._config.max_model_len,
             credits=self._config.client_credits,
+            settings=hashlib.blake2b(settings, digest_size=16).hexdigest(),
         )
 
     # Carrying out
@@ -429,12 +430,7 @@ class CoordinatorShell:
 
     def _send_client(self, client: ClientId, message: Message) -> None:
         """Raises BlockingIOError or ConnectionError; see Sessions."""
-        try:
-            self._ingest.send_multipart((client, encode(message)), zmq.NOBLOCK)
-        except zmq.Again as error:
-            raise BlockingIOError(str(error)) from error
-        except zmq.ZMQError as error:
-            raise ConnectionError(str(error)) from error
+        self._doors.send(client, encode(message))
 
     def _answer(self, client: ClientId, message: Message) -> None:
         """An immediate answer; a client that cannot take it loses it."""

@@ -9,11 +9,12 @@ from msgspec import Meta
 
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.modelled import KV_TOKEN_BYTES, ModelledDevice
-from pipemax.proto.rundir import NAME_PATTERN
+from pipemax.proto.rundir import NAME_PATTERN, TCP_PATTERN
 
 Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 PortNumber = Annotated[int, Meta(ge=0, le=65535)]
+TcpEndpoint = Annotated[str, Meta(pattern=TCP_PATTERN, max_length=300)]
 
 CONFIG_FILE = "config.json"
 
@@ -112,6 +113,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """/metrics port; 0 takes a free one, written to `metrics.port` in the run directory."""
     client_credits: Positive = 4096
     """Most unfinished requests of one client; the next one is refused, not queued."""
+    listen: TcpEndpoint | None = None
+    """Where clients of other machines are served, beside those of this one: `tcp://HOST:PORT`; port
+    0 takes a free one, written to `ingest.endpoint` in the run directory. Goes with `keys_dir`:
+    TCP without keys does not exist."""
+    keys_dir: str | None = None
+    """Folder of the server's key and of the public keys of clients that are let in."""
+    max_jobs: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    """Most jobs in the journal, finished ones included: the next one is refused."""
+    max_journal_bytes: Annotated[int, Meta(ge=2**20, le=2**46)] = 256 * 2**30
+    """Largest journal (`--max-journal-size`): what would make it larger is refused. Results of what
+    was taken before are always written."""
 
     def device_name(self, stage: int) -> str:
         """What this stage computes on, in words."""
@@ -154,6 +166,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("`cuda` goes with device `cuda`, and only with that")
         if self.kv_cache_memory_bytes is None and self.cuda is None:
             raise ValueError("`kv_cache_memory_bytes` may be left open on device `cuda` only")
+        if (self.listen is None) != (self.keys_dir is None):
+            raise ValueError("`listen` and `keys_dir` go together: plain TCP is refused")
         if self.activation_transport == "ipc" and self.cuda is None:
             raise ValueError("`activation_transport` `ipc` goes with device `cuda`")
         if self.cuda is not None:

@@ -17,8 +17,12 @@ from pipemax.proto.errors import AlreadyRunningError, ConfigError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,39}$"
 """Of a system's name, which is also its folder's."""
+TCP_PATTERN = r"^tcp://([A-Za-z0-9.*_-]+|\[[0-9A-Fa-f:.%A-Za-z0-9]+\]):[0-9]{1,5}\Z"
+"""Of a place that clients of other machines connect to."""
 LOCK_FILE = "lock"
 METRICS_PORT_FILE = "metrics.port"
+INGEST_ENDPOINT_FILE = "ingest.endpoint"
+"""Where clients of other machines connect to, if there is such a place."""
 LOG_DIR = "logs"
 MAX_SOCKET_PATH_BYTES = 107
 _LOCK_ATTEMPTS = 20

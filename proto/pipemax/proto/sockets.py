@@ -6,6 +6,9 @@ from pipemax.proto.messages.registry import Channel
 
 HANDSHAKE_TIMEOUT_MS = 3000
 """A connection that does not complete the ZeroMQ handshake in this time is closed."""
+HEARTBEAT_MS = 5_000
+GONE_AFTER_MS = 30_000
+"""A network connection over which no answer to a heartbeat comes for so long is closed."""
 QUEUE_MESSAGES = 10_000
 """Messages that wait in a socket for one peer, in each direction."""
 
@@ -62,6 +65,13 @@ def _limit(socket: zmq.Socket[bytes], channel: Channel) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, QUEUE_MESSAGES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+
+
+def beat(socket: zmq.Socket[bytes]) -> None:
+    """Notices a peer beyond a network that is gone without a word. Before it is bound or connects.
+    ZeroMQ's own threads beat, so that a process which only is busy does not count as gone."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, GONE_AFTER_MS)
 
 
 def identity_of(role: str, index: int = 0) -> bytes:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -52,6 +53,8 @@ class _Pending:
 class Client:
     """A connection to a running system, found by `name`, or by the `endpoint` of its ingest socket.
 
+    On another machine that is `tcp://HOST:PORT`, with the key folder `keys` that `pipemax keys add`
+    made.
     `timeout_s` is how long nobody may answer before the system counts as gone. Requests that are
     unfinished when the coordinator starts anew are submitted again; each prompt gets exactly one
     completion. Not for use by several threads at once.
@@ -65,10 +68,13 @@ class Client:
         name: str = "default",
         *,
         endpoint: str | None = None,
+        keys: Path | str | None = None,
         timeout_s: float = 30.0,
         label: str = "python",
     ) -> None:
-        self._connection = Connection(name, endpoint, timeout_s, label)
+        self._connection = Connection(
+            name, endpoint, None if keys is None else Path(keys), timeout_s, label
+        )
         self._timeout_s = timeout_s
         self._numbers = itertools.count()
         self._owners = itertools.count(_LOW_LEVEL + 1)
@@ -107,6 +113,11 @@ class Client:
     def model_name(self) -> str:
         """Name under which the system serves its model."""
         return self._server.model_name
+
+    @property
+    def settings(self) -> str:
+        """Stands for what results depend on: systems that say the same give the same results."""
+        return self._server.settings
 
     @property
     def max_model_len(self) -> int:
@@ -266,6 +277,8 @@ class Client:
     def _pump(self, timeout_s: float) -> None:
         """Waits for a message, then takes all that are there."""
         message = self._connection.receive(timeout_s)
+        if self._connection.was_lost:
+            self._greet_again(None)
         while message is not None:
             self._take(message)
             message = self._connection.receive(0.0)
@@ -318,7 +331,7 @@ class Client:
         self._abandoned.clear()
         pending, self._pending = self._pending, {}
         for request_id, request in pending.items():
-            request.attempts += 1
+            request.attempts += self._server.instance_id != instance_id
             if request.attempts > _MAX_ATTEMPTS:
                 self._fail(request, "failed", f"unfinished at {_MAX_ATTEMPTS} starts of the system")
             else:

@@ -1,17 +1,21 @@
 """One connection to a coordinator's ingest socket: the greeting, liveness, messages both ways."""
 
+import re
 import time
 from pathlib import Path
 
 import zmq
 
+from pipemax.client.handshake import Handshake
 from pipemax.proto import PROTOCOL_VERSION
+from pipemax.proto.curve import use_keys
 from pipemax.proto.errors import ConfigError, NotRunningError, RequestError, WireError
+from pipemax.proto.key_files import load_client
 from pipemax.proto.messages.ingest import ClientHello, Refused, ServerHello, StatusQuery, Submit
 from pipemax.proto.messages.registry import INGEST
 from pipemax.proto.messages.types import Message
-from pipemax.proto.rundir import launcher_pid, run_dir_of, socket_endpoint
-from pipemax.proto.sockets import connect_dealer
+from pipemax.proto.rundir import TCP_PATTERN, launcher_pid, run_dir_of, socket_endpoint
+from pipemax.proto.sockets import beat, make_dealer
 from pipemax.proto.wire import Codec, encode, single_frame
 
 HEARTBEAT_S = 2.0
@@ -26,12 +30,17 @@ class Connection:
     """A DEALER on `ingest`.
 
     `name` finds the system by its run directory, whose lock then also tells when it has ended;
-    `endpoint` is a socket given outright. `timeout_s` is how long nobody may answer.
+    `endpoint` is a socket given outright, over TCP only with the folder `keys`. `timeout_s` is how
+    long nobody may answer.
     """
 
-    def __init__(self, name: str, endpoint: str | None, timeout_s: float, label: str) -> None:
-        if endpoint is not None and not endpoint.startswith("ipc://"):
-            raise ConfigError(f"endpoint {endpoint!r}: only ipc:// endpoints are implemented")
+    def __init__(
+        self, name: str, endpoint: str | None, keys: Path | None, timeout_s: float, label: str
+    ) -> None:
+        _check_endpoint(endpoint, keys)
+        self._keys_dir = keys
+        self._keys = None if keys is None else load_client(keys)
+        self._handshake: Handshake | None = None
         self._run_dir: Path | None = run_dir_of(name) if endpoint is None else None
         self._endpoint = endpoint or socket_endpoint(run_dir_of(name), INGEST.name)
         self._system = f"system {name!r}" if endpoint is None else f"system at {endpoint}"
@@ -56,7 +65,7 @@ class Connection:
         self._check_launcher(now=True)
         if self._context.closed:
             raise ConfigError("this client is closed; make a new one")
-        self._socket = connect_dealer(self._context, self._endpoint, INGEST)
+        self._connect()
         deadline = time.monotonic() + self._timeout_s
         while (left := deadline - time.monotonic()) > 0:
             self.send(ClientHello(protocol=PROTOCOL_VERSION, client=self._label))
@@ -69,6 +78,20 @@ class Connection:
             f"{self._system} did not answer within {self._timeout_s:g} s; "
             "see `pipemax status` and the logs in its run directory"
         )
+
+    def _connect(self) -> None:
+        self._socket = socket = make_dealer(self._context, INGEST)
+        if self._keys is not None and self._keys_dir is not None:
+            use_keys(socket, self._keys.own, self._keys.server_public)
+            socket.setsockopt(zmq.IPV6, "[" in self._endpoint)
+            beat(socket)
+            self._handshake = Handshake(socket, self._system, self._keys_dir)
+        socket.connect(self._endpoint)
+
+    @property
+    def was_lost(self) -> bool:
+        """The connection broke: whatever was submitted must be submitted again, after `open`."""
+        return self._handshake is not None and self._handshake.was_lost
 
     def _checked(self, hello: ServerHello) -> ServerHello:
         if hello.protocol != PROTOCOL_VERSION:
@@ -128,7 +151,7 @@ class Connection:
                 return message
             self._check_launcher()
             self._ask_if_quiet()
-            if time.monotonic() >= deadline:
+            if self.was_lost or time.monotonic() >= deadline:
                 return None
 
     def wait(self, timeout_s: float, or_readable: int) -> None:
@@ -151,6 +174,8 @@ class Connection:
         """The next message if it comes in time, whatever the liveness."""
         socket = self._open_socket()
         if not socket.poll(int(timeout_s * 1000), zmq.POLLIN):
+            if self._handshake is not None:
+                self._handshake.check()
             return None
         message = self._codec.decode(single_frame(socket.recv_multipart(), INGEST))
         self._heard_at = time.monotonic()
@@ -183,6 +208,9 @@ class Connection:
 
     def close(self) -> None:
         """Closes the connection; safe to call twice."""
+        if self._handshake is not None:
+            self._handshake.close()
+            self._handshake = None
         if self._socket is not None:
             self._socket.close(linger=_CLOSE_LINGER_MS)
             self._socket = None
@@ -193,3 +221,17 @@ class Connection:
         """Closes for good."""
         self.close()
         self._context.term()
+
+
+def _check_endpoint(endpoint: str | None, keys: Path | None) -> None:
+    """Raises ConfigError: ipc has no keys, TCP goes by keys only."""
+    if endpoint is None or endpoint.startswith("ipc://"):
+        if keys is not None:
+            raise ConfigError(f"keys {keys} go with an endpoint tcp://HOST:PORT")
+    elif not re.fullmatch(TCP_PATTERN, endpoint):
+        raise ConfigError(f"endpoint {endpoint!r:.200}: write tcp://HOST:PORT or ipc://PATH")
+    elif keys is None:
+        raise ConfigError(
+            f"{endpoint} without keys: plain TCP is refused; give the key folder that `pipemax "
+            "keys add` made for this machine"
+        )

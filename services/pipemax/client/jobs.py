@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from pipemax.client.connection import Connection
@@ -44,10 +45,13 @@ class Jobs:
         name: str = "default",
         *,
         endpoint: str | None = None,
+        keys: Path | str | None = None,
         timeout_s: float = 30.0,
         label: str = "jobs",
     ) -> None:
-        self._connection = Connection(name, endpoint, timeout_s, label)
+        self._connection = Connection(
+            name, endpoint, None if keys is None else Path(keys), timeout_s, label
+        )
         self._numbers = itertools.count()
         try:
             self._server = self._connection.open()
@@ -134,9 +138,14 @@ class Jobs:
     def _ask(self, message: _Call) -> JobList | JobResults:
         """Says it until it is answered."""
         while True:
+            if self._connection.was_lost:
+                self._server = self._connection.open()
             self._connection.send(message)
             ask_again_at = time.monotonic() + _ASK_AGAIN_S
-            while (left_s := ask_again_at - time.monotonic()) > 0:
+            while not self._connection.was_lost:
+                left_s = ask_again_at - time.monotonic()
+                if left_s <= 0:
+                    break
                 answer = self._connection.receive(left_s)
                 match answer:
                     case JobRefused(number=message.number, code=code, message=text):

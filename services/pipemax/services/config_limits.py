@@ -17,6 +17,7 @@ _FLAG_OF_FIELD = {
     "kv_offloading_bytes": "--kv-offloading-size",
     "emulate_link_bandwidth_bytes_s": "--emulate-link-bandwidth",
     "hung_after_s": "--hung-after",
+    "max_journal_bytes": "--max-journal-size",
 }
 SPARE_BLOCKS = 1
 """Device blocks that the coordinator wants beyond those of the longest request; it checks again

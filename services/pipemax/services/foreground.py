@@ -51,9 +51,15 @@ def ready_line(system: System) -> str:
         f"{config.pipeline_parallel_size} {stages}, "
         f"at most {config.max_model_len} tokens per request; "
         f"metrics http://{config.metrics_host}:{system.metrics_port}/metrics; "
+        f"{_doors(system)}"
         f"send work with `pipemax run-batch{selector} -i in.jsonl -o out.jsonl` "
         f"or pipemax.client.Client({config.name!r})"
     )
+
+
+def _doors(system: System) -> str:
+    endpoint = system.client_endpoint
+    return "" if endpoint is None else f"clients on other machines connect to {endpoint}; "
 
 
 def _show_draining(system: System, looks: int) -> None:

@@ -21,6 +21,7 @@ from pipemax.services.batch.outputs import ResultFile
 from pipemax.services.cli import main
 from pipemax.services.jobs import results as results_module
 from pipemax.services.jobs import submit as submit_module
+from pipemax.services.where import Where
 from support.batch_lines import read_lines, request, write_lines
 from support.job_coordinator import JobCoordinator
 
@@ -185,11 +186,11 @@ def test_an_interrupted_submit_goes_on_and_hands_nothing_over_twice(
     with JobCoordinator():
         monkeypatch.setattr(Jobs, "add", add_some)
         with pytest.raises(KeyboardInterrupt):
-            submit_module.submit_files("default", [source], None)
-        job, before = submit_module.submit_files("default", [source], None)
+            submit_module.submit_files(Where(), [source], None)
+        job, before = submit_module.submit_files(Where(), [source], None)
         assert (job.num_requests, before) == (17, 8)
         assert calls == [0, 4, 8, 8, 12, 16]
-        with results_module.source_of("default", None, print) as results:
+        with results_module.source_of(Where(), None, print) as results:
             results_module.fetch(results, job.name, tmp_path / "out", follow=True)
     check_all(read_lines(tmp_path / "out"))
 
@@ -197,10 +198,10 @@ def test_an_interrupted_submit_goes_on_and_hands_nothing_over_twice(
 def test_other_files_do_not_become_part_of_a_job(source: Path, tmp_path: Path) -> None:
     other = write_lines(tmp_path / "other.jsonl", request("x"))
     with JobCoordinator():
-        submit_module.submit_files("default", [source], "a")
+        submit_module.submit_files(Where(), [source], "a")
         with pytest.raises(ConfigError, match="made of other lines"):
-            submit_module.submit_files("default", [other], "a")
-        job, _ = submit_module.submit_files("default", [source, other], "b")
+            submit_module.submit_files(Where(), [other], "a")
+        job, _ = submit_module.submit_files(Where(), [source, other], "b")
         assert job.num_requests == 18
 
 
@@ -215,7 +216,7 @@ def test_a_message_nobody_answers_is_said_again(
         return deaf_for[type(message)] >= 0  # type: ignore[index]
 
     with JobCoordinator(deaf=deaf) as system:
-        job, _ = submit_module.submit_files("default", [source], "a")
+        job, _ = submit_module.submit_files(Where(), [source], "a")
         assert job.num_requests == 17
         kinds = Counter(type(message) for message in system.received)
         assert min(kinds[kind] for kind in deaf_for if kind in kinds) >= 1
@@ -238,8 +239,8 @@ def test_results_go_on_wherever_they_were_interrupted(
         write(self, line)
 
     with JobCoordinator():
-        submit_module.submit_files("default", [source], "a")
-        with results_module.source_of("default", None, print) as results:
+        submit_module.submit_files(Where(), [source], "a")
+        with results_module.source_of(Where(), None, print) as results:
             monkeypatch.setattr(ResultFile, "write", write_some)
             for count in (5, 4, 1):
                 left[0] = count
@@ -258,9 +259,9 @@ def test_an_output_of_something_else_is_not_appended_to(source: Path, tmp_path: 
     out = write_lines(tmp_path / "out", request("x"), b"")
     before = out.read_bytes()
     with JobCoordinator():
-        submit_module.submit_files("default", [source], "a")
-        submit_module.submit_files("default", [write_lines(tmp_path / "i", request("y"))], "b")
-        with results_module.source_of("default", None, print) as results:
+        submit_module.submit_files(Where(), [source], "a")
+        submit_module.submit_files(Where(), [write_lines(tmp_path / "i", request("y"))], "b")
+        with results_module.source_of(Where(), None, print) as results:
             with pytest.raises(ConfigError, match="not results of job 'a'"):
                 results_module.fetch(results, "a", out)
             assert out.read_bytes() == before
@@ -274,8 +275,8 @@ def test_a_packed_output_is_made_when_the_job_is_over(source: Path, tmp_path: Pa
     out = tmp_path / "out.jsonl.gz"
     with JobCoordinator() as system:
         system.paused = True
-        submit_module.submit_files("default", [source], "a")
-        with results_module.source_of("default", None, print) as results:
+        submit_module.submit_files(Where(), [source], "a")
+        with results_module.source_of(Where(), None, print) as results:
             results_module.fetch(results, "a", out)
             assert not out.exists()
             system.paused = False
@@ -294,7 +295,7 @@ def test_results_outlive_the_system(
 ) -> None:
     out = tmp_path / "out"
     with JobCoordinator(), Jobs() as jobs:
-        submit_module.submit_files("default", [source], "a")
+        submit_module.submit_files(Where(), [source], "a")
         while jobs.info("a").state != "finished":
             pass
     assert pipemax(monkeypatch, "jobs", "--json") == 0
@@ -320,7 +321,7 @@ def test_a_job_not_made_of_lines_is_for_the_python_client(tmp_path: Path) -> Non
             pass
         assert page.results[0].note == b"?"
         with (
-            results_module.source_of("default", None, print) as results,
+            results_module.source_of(Where(), None, print) as results,
             pytest.raises(ConfigError, match=r"with pipemax\.client\.Jobs"),
         ):
             results_module.fetch(results, "mine", tmp_path / "out")
@@ -329,7 +330,7 @@ def test_a_job_not_made_of_lines_is_for_the_python_client(tmp_path: Path) -> Non
 def test_a_system_that_ends_is_noticed(source: Path) -> None:
     with JobCoordinator() as system:
         system.paused = True
-        submit_module.submit_files("default", [source], "a")
+        submit_module.submit_files(Where(), [source], "a")
         jobs = Jobs()
     with jobs, pytest.raises(NotRunningError, match="has ended"):
         jobs.info("a")
@@ -361,17 +362,17 @@ def test_nobody_waits_for_a_job_that_is_held(source: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     with JobCoordinator() as system:
         system.paused = True
-        submit_module.submit_files("default", [source], "a")
-        with results_module.source_of("default", None, print) as results:
+        submit_module.submit_files(Where(), [source], "a")
+        with results_module.source_of(Where(), None, print) as results:
             before = results_module.fetch(results, "a", out)
     with (
         JobCoordinator(settings="other"),
-        results_module.source_of("default", None, print) as results,
+        results_module.source_of(Where(), None, print) as results,
     ):
         assert results_module.fetch(results, "a", out).job.state == "held"
         with pytest.raises(ConfigError, match="waits for a system like that which took it"):
             results_module.fetch(results, "a", out, follow=True)
     assert len(read_lines(out)) >= before.lines
-    with JobCoordinator(), results_module.source_of("default", None, print) as results:
+    with JobCoordinator(), results_module.source_of(Where(), None, print) as results:
         results_module.fetch(results, "a", out, follow=True)
     check_all(read_lines(out))

@@ -109,6 +109,8 @@ class ServerHello(Message, frozen=True, kw_only=True, tag="server_hello"):
     max_model_len: Count
     credits: Count
     """Most unfinished requests this client may have."""
+    settings: ShortText = ""
+    """Stands for what results depend on: model, its name, dtype and seed."""
 
 
 class ChatOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,7 +1,7 @@
 """`pipemax run-batch`: which system runs a batch, and what is printed about it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import typer
@@ -12,7 +12,7 @@ from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.rundir import launcher_pid, run_dir_of, runtime_root
 from pipemax.services.batch.files import Batch, BatchFiles
 from pipemax.services.batch.job import run_batch
-from pipemax.services.batch.manifest import settings_of
+from pipemax.services.batch.manifest import Setting, settings_of
 from pipemax.services.batch.outputs import STDOUT
 from pipemax.services.batch.report import BatchReport
 from pipemax.services.cli.options import DEFAULT_NAME, EngineOptions
@@ -20,21 +20,36 @@ from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
 from pipemax.services.own_system import own_system
 from pipemax.services.token_bar import TokenBar
+from pipemax.services.where import Where
 
 _PURPOSE = "batch"
+_LABEL = "run-batch"
 
 
-def run_batch_files(engine: EngineOptions, files: BatchFiles, name: str | None) -> BatchReport:
+def run_batch_files(
+    engine: EngineOptions, files: BatchFiles, name: str | None, elsewhere: Where | None = None
+) -> BatchReport:
     """Runs every line that has no result yet and prints what it came to.
 
-    With `name`, the running system of that name does the work, or a new one under that name if
-    there is none. Without a name, a model gets a new system of its own, and no model means the
-    running system of the default name. Raises ConfigError before anything is loaded when input or
-    output cannot be used or a flag cannot work, and PipemaxSystemError when no line was served.
+    `elsewhere` is a system on another machine. Else, with `name`, the running system of that name
+    does the work, or a new one under that name if there is none. Without a name, a model gets a new
+    system of its own, and no model means the running system of the default name. Raises ConfigError
+    before anything is loaded when input or output cannot be used or a flag cannot work, and
+    PipemaxSystemError when no line was served.
     """
     files.check()
-    system = _system_for(engine, name)
-    batch = Batch(files, settings_of(system.config))
+    if elsewhere is None:
+        return _run(files, _system_for(engine, name))
+    if given := engine.given():
+        raise ConfigError(
+            f"{elsewhere} is running already and keeps its settings: leave out {', '.join(given)}"
+        )
+    with elsewhere.client(_LABEL) as client:
+        return _run(files, _Connected(client))
+
+
+def _run(files: BatchFiles, system: "_SystemFor | _Connected") -> BatchReport:
+    batch = Batch(files, system.settings)
     outputs = ", ".join(str(path) for path in files.outputs)
     if batch.nothing_to_do:
         typer.echo(f"{outputs}: every line has its result already", err=True)
@@ -43,8 +58,7 @@ def run_batch_files(engine: EngineOptions, files: BatchFiles, name: str | None) 
         typer.echo(f"going on with {outputs}", err=True)
     with (
         batch.opened() as (routes, num_requests),
-        system.ready() as system_name,
-        Client(system_name, label="run-batch") as client,
+        system.client() as client,
         TokenBar() as bar,
     ):
         report = run_batch(client, routes, bar, num_requests)
@@ -67,16 +81,37 @@ class _SystemFor:
     runs: bool
     temporary: bool
 
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """That results depend on."""
+        return settings_of(self.config)
+
     @contextlib.contextmanager
-    def ready(self) -> Iterator[str]:
-        """Name of the system, once it is ready."""
-        if self.runs:
-            yield self.config.name
-            return
-        with own_system(
-            self.config, ready_timeout_s=self.ready_timeout_s, temporary=self.temporary
-        ) as system:
-            yield system.config.name
+    def client(self) -> Iterator[Client]:
+        """Of the system, once it is ready."""
+        with contextlib.ExitStack() as stack:
+            if not self.runs:
+                own = own_system(
+                    self.config, ready_timeout_s=self.ready_timeout_s, temporary=self.temporary
+                )
+                stack.enter_context(own)
+            yield stack.enter_context(Client(self.config.name, label=_LABEL))
+
+
+@dataclass(frozen=True, slots=True)
+class _Connected:
+    """A system elsewhere, which is known by what it says of itself."""
+
+    connection: Client
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        model_name, settings = self.connection.model_name, self.connection.settings
+        return {"served_model_name": model_name, "system": settings}
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Client]:
+        yield self.connection
 
 
 def _system_for(engine: EngineOptions, name: str | None) -> _SystemFor:

@@ -15,6 +15,7 @@ from pipemax.services.cli.collect_env import collect_env
 from pipemax.services.cli.demo import demo
 from pipemax.services.cli.down import down
 from pipemax.services.cli.jobs import jobs
+from pipemax.services.cli.keys import keys
 from pipemax.services.cli.plan import plan
 from pipemax.services.cli.results import results
 from pipemax.services.cli.run_batch import run_batch
@@ -38,6 +39,7 @@ app = typer.Typer(
 _JOBS = (submit, jobs, results, cancel)
 for _command in (up, down, status, run_batch, *_JOBS, demo, plan, simulate, collect_env, version):
     app.command(name=_command.__name__.replace("_", "-"))(_command)
+app.add_typer(keys, name="keys")
 
 # What Typer raises for a flag it does not know or cannot read. Its base class moved between
 # versions; its place above the public BadParameter did not.

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from pipemax.services.cli.options import DEFAULT_NAME, SystemName
+from pipemax.services.cli.where import WhereOptions, takes_where
 
 
+@takes_where
 def jobs(
+    where: WhereOptions,
     delete: Annotated[
         str | None,
         typer.Option(
@@ -18,7 +20,6 @@ def jobs(
     as_json: Annotated[
         bool, typer.Option("--json", help="A JSON list, for programs. Times are Unix time.")
     ] = False,
-    name: SystemName = DEFAULT_NAME,
 ) -> None:
     """List the jobs of a system: how far they are, and what they came to.
 
@@ -32,14 +33,15 @@ def jobs(
     from pipemax.services.jobs.table import as_json as plain
     from pipemax.services.jobs.table import job_table
 
+    system = where.system
     if delete is not None:
-        delete_job(name, delete)
+        delete_job(system, delete)
         typer.echo(f"{delete} deleted", err=True)
         return
-    found = all_jobs(name, lambda line: typer.echo(line, err=True))
+    found = all_jobs(system, lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(msgspec.json.encode([plain(job) for job in found]))
     elif found:
         Console().print(job_table(found, time.time()))
     else:
-        typer.echo(f"{name} has no jobs", err=True)
+        typer.echo(f"{system} has no jobs", err=True)

@@ -12,7 +12,9 @@ import typer
 from pipemax.proto.config import EngineConfig
 from pipemax.services.cli.flag_group import takes
 
-_CONFIG = EngineConfig(model="", served_model_name="", layer_split=(1,), max_model_len=1)
+CONFIG_DEFAULTS = _CONFIG = EngineConfig(
+    model="", served_model_name="", layer_split=(1,), max_model_len=1
+)
 _MODEL, _PIPELINE, _GPUS, _MEMORY, _BATCH, _LAUNCH = (
     "Model",
     "Pipeline",

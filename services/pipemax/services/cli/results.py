@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from pipemax.services.cli.options import DEFAULT_NAME, SystemName
+from pipemax.services.cli.where import WhereOptions, takes_where
 
 
+@takes_where
 def results(
+    where: WhereOptions,
     job: Annotated[str, typer.Argument(metavar="JOB", help="Name of the job.")],
     output_file: Annotated[
         Path,
@@ -33,7 +35,6 @@ def results(
             help="Read a journal that no system uses, such as a damaged one that was moved away.",
         ),
     ] = None,
-    name: SystemName = DEFAULT_NAME,
 ) -> None:
     """Fetch a job's results as OpenAI batch lines.
 
@@ -47,7 +48,7 @@ def results(
     def tell(line: str) -> None:
         typer.echo(line, err=True)
 
-    with source_of(name, journal, tell) as source:
+    with source_of(where.system, journal, tell) as source:
         fetched = fetch(source, job, output_file, follow=follow, overwrite=overwrite)
     state, left = fetched.job.state, fetched.job.num_requests - fetched.lines
     failed = f", {fetched.failed} of them error lines" if fetched.failed else ""

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pipemax.services.cli.options import EngineOptions, takes_engine_options
+from pipemax.services.cli.where import Connect, Keys, endpoint_of, keys_of
 
 _RESUMING = "Going on"
 
@@ -70,6 +71,8 @@ def run_batch(
             show_default="a system of its own with --model, else the running default",
         ),
     ] = None,
+    connect: Connect = None,
+    keys: Keys = None,
 ) -> None:
     """Run files of OpenAI batch requests, starting and stopping a system for it if need be.
 
@@ -78,7 +81,11 @@ def run_batch(
     """
     from pipemax.services.batch.command import run_batch_files
     from pipemax.services.batch.files import BatchFiles
+    from pipemax.services.where import Where
 
+    starts_its_own = name or engine.model  # which a variable of the environment does not change
+    endpoint = endpoint_of(name, connect, keys, ask_environment=not starts_its_own)
+    elsewhere = None if endpoint is None else Where(endpoint=endpoint, keys=keys_of(keys))
     files = BatchFiles(
         inputs=tuple(input_file),
         outputs=tuple(output_file),
@@ -87,4 +94,4 @@ def run_batch(
         overwrite=overwrite,
         retry_errors=retry_errors,
     )
-    run_batch_files(engine, files, name)
+    run_batch_files(engine, files, name, elsewhere)

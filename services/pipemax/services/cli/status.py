@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipemax.services.cli.options import DEFAULT_NAME, SystemName
+from pipemax.services.cli.where import WhereOptions, takes_where
 
 if TYPE_CHECKING:
     from pipemax.client import Client
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 _WATCH_EVERY_S = 1.0
 
 
+@takes_where
 def status(
-    name: SystemName = DEFAULT_NAME,
+    where: WhereOptions,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")
     ] = False,
@@ -23,13 +24,12 @@ def status(
     ] = False,
 ) -> None:
     """Show what a running system does: requests, tokens, KV by tier, each stage's time by state."""
-    from pipemax.client import Client
-
-    with Client(name) as client:
+    system = where.system
+    with system.client("status") as client:
         if as_json:
             _print_json(client, watch)
         else:
-            _show(name, client, watch)
+            _show(str(system), client, watch)
 
 
 def _print_json(client: "Client", watch: bool) -> None:

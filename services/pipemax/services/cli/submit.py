@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from pipemax.services.cli.options import DEFAULT_NAME, SystemName
+from pipemax.services.cli.where import WhereOptions, takes_where
 
 
+@takes_where
 def submit(
+    where: WhereOptions,
     input_file: Annotated[
         list[Path],
         typer.Option(
@@ -25,7 +27,6 @@ def submit(
             metavar="JOB", help="Name of the job.", show_default="made of the file's name and hash"
         ),
     ] = None,
-    name: SystemName = DEFAULT_NAME,
 ) -> None:
     """Hand files of OpenAI batch requests to a running system as a job, and leave.
 
@@ -35,7 +36,7 @@ def submit(
     """
     from pipemax.services.jobs.submit import submit_files
 
-    found, before = submit_files(name, input_file, job)
+    found, before = submit_files(where.system, input_file, job)
     if before == found.num_requests and before:
         typer.echo(f"{found.name} was submitted before and is {found.state}", err=True)
     else:

@@ -30,6 +30,7 @@ from pipemax.services.batch.outputs import (
     working_file,
 )
 from pipemax.services.jobs.notes import completion_of, output_line
+from pipemax.services.where import Where
 
 _LOOK_AGAIN_S = 0.5
 _READ_BYTES = 2**20
@@ -89,12 +90,15 @@ class Fetched:
 
 
 @contextlib.contextmanager
-def source_of(system: str, journal: Path | None, tell: Callable[[str], None]) -> Iterator[Source]:
+def source_of(system: Where, journal: Path | None, tell: Callable[[str], None]) -> Iterator[Source]:
     """The running system of that name; without one its journal, or the one that is given. Raises
     NotRunningError or ConfigError when there is neither."""
-    path = journal or journal_path(system)
-    if journal is None and (launcher_pid(run_dir_of(system)) is not None or not path.exists()):
-        with Jobs(system, label="results") as jobs:
+    path = journal or (None if system.is_elsewhere else journal_path(system.name))
+    if journal is None and path is not None:
+        runs = launcher_pid(run_dir_of(system.name)) is not None
+        path = None if runs or not path.exists() else path
+    if path is None:
+        with system.jobs("results") as jobs:
             yield _Running(jobs)
         return
     tell(f"reading {path}; no system is asked")

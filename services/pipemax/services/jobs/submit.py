@@ -18,6 +18,7 @@ from pipemax.services.batch.inputs import STDIN, InputLine, check_input, fingerp
 from pipemax.services.batch.openai_lines import LineError, parse_line
 from pipemax.services.batch.resume import Ledger
 from pipemax.services.jobs.notes import About, refusal_of, request_of
+from pipemax.services.where import Where
 
 MAX_REQUEST_BYTES = 15 * 2**20
 """Of one request: with others' overhead it must fit in a message."""
@@ -26,7 +27,7 @@ _BATCH_BYTES = 2**20
 _NAME_CHARS = 100
 
 
-def submit_files(system: str, paths: Sequence[Path], name: str | None) -> tuple[JobInfo, int]:
+def submit_files(system: Where, paths: Sequence[Path], name: str | None) -> tuple[JobInfo, int]:
     """Makes a job of the files' lines, or goes on with one that was made of the same files and not
     completed. A line that cannot be run becomes a request that has failed already. Returns the job,
     and how many of its requests were there before.
@@ -44,7 +45,7 @@ def submit_files(system: str, paths: Sequence[Path], name: str | None) -> tuple[
         check_job_name(name)
     if STDIN not in paths:
         about = About.of(fingerprint(path) for path in paths)
-    with Jobs(system, label="submit") as jobs:
+    with system.jobs("submit") as jobs:
         job = _open(jobs, name or _default_name(paths, about), about)
         before = job.num_requests
         if job.state in ("finished", "cancelled", "running"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipemax.proto.config import CONFIG_FILE, EngineConfig, save_config
 from pipemax.proto.errors import PipemaxError
 from pipemax.proto.process import error_file
-from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock
+from pipemax.proto.rundir import INGEST_ENDPOINT_FILE, LOG_DIR, METRICS_PORT_FILE, RunLock
 from pipemax.services.launcher.processes import log_file
 from pipemax.stage_worker.channels.keys import KEYS_FILE, create_activation_keys
 
@@ -22,6 +22,7 @@ _OWNED_PATTERNS = (
     "act-*.endpoint*",
     f"{KEYS_FILE}*",
     METRICS_PORT_FILE,
+    f"{INGEST_ENDPOINT_FILE}*",
     CONFIG_FILE,
 )
 _OWN_NAME = re.compile(r"[a-z]+-(\d+)")

@@ -19,7 +19,13 @@ from typing import Self
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, ProcessFailedError
 from pipemax.proto.messages.ingest import Status
-from pipemax.proto.rundir import LOG_DIR, METRICS_PORT_FILE, RunLock, create_run_dir
+from pipemax.proto.rundir import (
+    INGEST_ENDPOINT_FILE,
+    LOG_DIR,
+    METRICS_PORT_FILE,
+    RunLock,
+    create_run_dir,
+)
 from pipemax.services.launcher import commands as do
 from pipemax.services.launcher import events as on
 from pipemax.services.launcher import rundir_files
@@ -172,6 +178,14 @@ class System:
         try:
             return int((self.run_dir / METRICS_PORT_FILE).read_text())
         except (OSError, ValueError):
+            return None
+
+    @property
+    def client_endpoint(self) -> str | None:
+        """Where clients of other machines connect to, None when there is no such place."""
+        try:
+            return (self.run_dir / INGEST_ENDPOINT_FILE).read_text()
+        except OSError:
             return None
 
     def pids(self) -> dict[str, int]:
