@@ -1,4 +1,4 @@
-"""OpenAI batch lines: a line of JSON to a request.
+"""OpenAI's request bodies, and the batch lines that hold them: JSON to a request.
 
 A line is `{"custom_id", "method", "url", "body"}`; what comes out is in `openai_results`. Field
 names and meanings are OpenAI's and vLLM's. Nothing is accepted and ignored: a field must be known,
@@ -97,10 +97,31 @@ class BatchRequest:
     """Of its output line."""
 
 
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a line says beside its request."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
 def parse_line(line: bytes, model_name: str) -> BatchRequest:
     """The request in one line of a batch file. Its request id is made of its `custom_id`, so that
     a request without a seed is sampled alike in every run, wherever in the file it stands. Raises
     LineError, with the `custom_id` if that much could be read."""
+    envelope = parse_envelope(line)
+    digest = hashlib.blake2b(envelope.custom_id.encode(errors="surrogatepass"), digest_size=12)
+    try:
+        submit, form = parse_body(envelope.body, envelope.url, model_name, digest.hexdigest())
+    except LineError as error:
+        error.custom_id = envelope.custom_id
+        raise
+    return BatchRequest(envelope.custom_id, submit, form)
+
+
+def parse_envelope(line: bytes) -> Envelope:
+    """A line, without a look at its body. Raises LineError as `parse_line`."""
     try:
         found = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -108,14 +129,14 @@ def parse_line(line: bytes, model_name: str) -> BatchRequest:
     if not isinstance(found, dict):
         raise LineError("invalid_line", f"a line is an object with the keys {_LINE_FIELDS}")
     try:
-        return _parse(found, model_name)
+        return _envelope(found)
     except LineError as error:
         custom_id = found.get("custom_id")
         error.custom_id = custom_id if isinstance(custom_id, str) else None
         raise
 
 
-def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
+def _envelope(line: dict[str, Any]) -> Envelope:
     for name in line:
         if name not in _LINE_FIELDS:
             raise LineError("unknown_field", f"unknown field {name!r}; a line has {_LINE_FIELDS}")
@@ -136,9 +157,15 @@ def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
     body = line.get("body")
     if not isinstance(body, dict):
         raise LineError("invalid_line", "body must be an object")
-    digest = hashlib.blake2b(custom_id.encode(errors="surrogatepass"), digest_size=12)
+    return Envelope(custom_id, url, body)
+
+
+def parse_body(
+    body: dict[str, Any], url: str, model_name: str, request_id: str
+) -> tuple[Submit, ResultForm]:
+    """The request in a body for `url`, and the form of its result. Raises LineError."""
     _check_model(body.get("model"), model_name)
-    submit = _parse_body(body, url, digest.hexdigest())
+    submit = _parse_body(body, url, request_id)
     form = ResultForm(
         url=url,
         token_ids=submit.prompt_token_ids is not None,
@@ -147,7 +174,7 @@ def _parse(line: dict[str, Any], model_name: str) -> BatchRequest:
         echo=submit.echo,
         output=not (submit.echo and body.get("max_tokens") == 0),
     )
-    return BatchRequest(custom_id, submit, form)
+    return submit, form
 
 
 def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
@@ -301,7 +328,7 @@ def _completion_submit(
         if len(prompt) > 1:
             raise LineError(
                 "not_implemented",
-                f"not implemented: {len(prompt)} prompts in one line; write one line for each",
+                f"not implemented: {len(prompt)} prompts in one request; make a request of each",
             )
         prompt = prompt[0]
     if isinstance(prompt, str):

@@ -22,11 +22,13 @@ def chat_logprobs(positions: Sequence[PositionLogprobs], num_top: int) -> dict[s
     }
 
 
-def completion_logprobs(positions: Sequence[PositionLogprobs], num_top: int) -> dict[str, Any]:
+def completion_logprobs(
+    positions: Sequence[PositionLogprobs], num_top: int, start: int = 0
+) -> dict[str, Any]:
     """`choices[].logprobs` of a completion. The likeliest tokens of a position are keyed by their
-    text, and the token itself is always among them."""
+    text, and the token itself is always among them. `start`: characters of tokens before."""
     offsets: list[int] = []
-    end = 0
+    end = start
     for own, *_ in positions:
         offsets.append(end)
         end += len(own.text)

@@ -41,11 +41,18 @@ def result_line(
 ) -> bytes:
     """The output line of a request that was served, without its line break. `created` is a Unix
     time in seconds."""
+    body = result_body(form, completion, model_name=model_name, created=created)
+    response = {"status_code": 200, "request_id": completion.request_id, "body": body}
+    return _line(completion.request_id, custom_id, response, None)
+
+
+def result_body(
+    form: ResultForm, completion: Completion, *, model_name: str, created: int
+) -> dict[str, Any]:
+    """What the endpoint answers."""
     is_chat = form.url == CHAT_URL
-    prompt_tokens = completion.num_prompt_tokens
-    output_tokens = completion.num_output_tokens if form.output else 0
     body: dict[str, Any] = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{completion.request_id}",
+        "id": response_id(form, completion.request_id),
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": model_name,
@@ -53,16 +60,26 @@ def result_line(
             {"index": index, **_choice(form, completion, choice)}
             for index, choice in enumerate(completion.choices)
         ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt_tokens + output_tokens,
-        },
+        "usage": usage(form, completion),
     }
     if is_chat and form.prompt_logprobs:
         body["prompt_logprobs"] = prompt_logprobs(completion.prompt_logprobs or ())
-    response = {"status_code": 200, "request_id": completion.request_id, "body": body}
-    return _line(completion.request_id, custom_id, response, None)
+    return body
+
+
+def response_id(form: ResultForm, request_id: str) -> str:
+    return f"{'chatcmpl' if form.url == CHAT_URL else 'cmpl'}-{request_id}"
+
+
+def usage(form: ResultForm, completion: Completion) -> dict[str, int]:
+    """Tokens, as they are accounted for."""
+    prompt_tokens = completion.num_prompt_tokens
+    output_tokens = completion.num_output_tokens if form.output else 0
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": prompt_tokens + output_tokens,
+    }
 
 
 def _choice(form: ResultForm, completion: Completion, choice: Choice) -> dict[str, Any]:
