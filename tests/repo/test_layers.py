@@ -24,12 +24,14 @@ FOLDER_OF = {
 }
 """Which folder provides `pipemax.<name>`."""
 
-HEAVY = ("torch", "transformers", "numba")
+HEAVY = ("torch", "transformers", "numba", "ray", "pyarrow")
 LIGHT_MODULES = (
     "pipemax.stage_worker.main",
     "pipemax.stage_worker.modelled.engine",
     "pipemax.services.cli",
     "pipemax.client",
+    "pipemax.ray",
+    "pipemax.ray.batch",
     "pipemax.coordinator.main",
     "pipemax.kv_daemon.main",
     "pipemax.stage_worker.devices.cuda.list_gpus",
