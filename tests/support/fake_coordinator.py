@@ -22,7 +22,7 @@ from pipemax.proto.messages.ingest import (
 )
 from pipemax.proto.messages.registry import INGEST
 from pipemax.proto.messages.types import Message
-from pipemax.proto.sockets import bind_router
+from pipemax.proto.sockets import make_router
 from pipemax.proto.wire import Codec, encode
 
 Answer = Callable[[Submit], Message | list[Any] | None]
@@ -71,8 +71,11 @@ class FakeCoordinator:
         instance_id: str = "first",
         silent: bool = False,
         refuse_hello: str | None = None,
+        secure: Callable[["zmq.Socket[bytes]"], None] | None = None,
     ) -> None:
+        """secure: makes the socket one that listens on a free port of TCP."""
         self.endpoint = f"ipc://{path}"
+        self._secure = secure
         self.submitted: list[Submit] = []
         self.cancelled: list[str] = []
         self.taken: list[int] = []
@@ -112,7 +115,12 @@ class FakeCoordinator:
     def _run(self) -> None:
         codec = Codec(INGEST, at_binder=True)
         try:
-            with zmq.Context() as context, bind_router(context, self.endpoint, INGEST) as socket:
+            with zmq.Context() as context, make_router(context, INGEST) as socket:
+                if self._secure is not None:
+                    self._secure(socket)
+                    self.endpoint = "tcp://127.0.0.1:*"
+                socket.bind(self.endpoint)
+                self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
                 self._ready.set()
                 while not self._stop.is_set():
                     if not socket.poll(20):

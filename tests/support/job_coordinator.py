@@ -18,7 +18,7 @@ from pipemax.proto.errors import RequestError
 from pipemax.proto.messages import ingest
 from pipemax.proto.messages.registry import INGEST
 from pipemax.proto.rundir import RunLock, create_run_dir, socket_endpoint
-from pipemax.proto.sockets import bind_router
+from pipemax.proto.sockets import make_router
 from pipemax.proto.wire import Codec, encode
 from support.batch_lines import answer
 from support.fake_coordinator import status
@@ -26,7 +26,8 @@ from support.fake_coordinator import status
 
 class JobCoordinator:
     """From entry to exit the system `name` runs. `answer` says what becomes of a request; None
-    keeps it unfinished. `deaf` swallows messages for which it says so."""
+    keeps it unfinished. `deaf` swallows messages for which it says so. `secure` makes the socket
+    one that listens on a free port of TCP."""
 
     def __init__(
         self,
@@ -35,7 +36,9 @@ class JobCoordinator:
         answer: Callable[[ingest.Submit], Any] = answer,
         deaf: Callable[[object], bool] = lambda message: False,
         settings: str = "s",
+        secure: Callable[["zmq.Socket[bytes]"], None] | None = None,
     ) -> None:
+        self._secure = secure
         self._name = name
         self._answer = answer
         self._deaf = deaf
@@ -51,7 +54,7 @@ class JobCoordinator:
     def __enter__(self) -> "JobCoordinator":
         run_dir = create_run_dir(self._name)
         self._lock = RunLock(run_dir)
-        self._endpoint = socket_endpoint(run_dir, "ingest")
+        self.endpoint = socket_endpoint(run_dir, "ingest")
         self._thread.start()
         assert self._ready.wait(20)
         return self
@@ -70,7 +73,12 @@ class JobCoordinator:
         self._running: dict[int, ingest.Submit] = {}
         try:
             jobs.open()
-            with zmq.Context() as context, bind_router(context, self._endpoint, INGEST) as socket:
+            with zmq.Context() as context, make_router(context, INGEST) as socket:
+                if self._secure is not None:
+                    self._secure(socket)
+                    self.endpoint = "tcp://127.0.0.1:*"
+                socket.bind(self.endpoint)
+                self.endpoint = socket.getsockopt_string(zmq.LAST_ENDPOINT)
                 self._ready.set()
                 while not self._stop.is_set():
                     self._round(jobs, socket)
