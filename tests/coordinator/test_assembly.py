@@ -2,22 +2,40 @@
 
 import pytest
 
-from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
+from pipemax.coordinator.assembly import (
+    DAEMON,
+    Action,
+    Assembly,
+    ResetAll,
+    sampler_name,
+    stage_name,
+)
 from pipemax.coordinator.events import Paused, Resumed
-from pipemax.proto.messages.control import Hello, KvReady, Role, StageReady, SweepSample
+from pipemax.proto.messages.control import (
+    Hello,
+    KvReady,
+    Role,
+    SamplerReady,
+    StageReady,
+    SweepSample,
+)
 
 SWEEP = (SweepSample(1, 64, 0, 0, 0.01), SweepSample(8, 512, 0, 0, 0.02))
 
 
 def hello(name: str, incarnation: str) -> Hello:
     role: Role = "kv_daemon" if name == DAEMON else "stage"
-    index = 0 if name == DAEMON else int(name.removeprefix("stage-"))
+    if name.startswith("sampler"):
+        role = "sampler"
+    index = 0 if name == DAEMON else int(name.rpartition("-")[2])
     return Hello(protocol=1, role=role, index=index, pid=1, incarnation=incarnation)
 
 
-def ready(name: str, num_blocks: int = 100) -> StageReady | KvReady:
+def ready(name: str, num_blocks: int = 100) -> StageReady | SamplerReady | KvReady:
     if name == DAEMON:
         return KvReady(pool_bytes=1)
+    if name.startswith("sampler"):
+        return SamplerReady(sampler=int(name.removeprefix("sampler-")))
     return StageReady(
         stage=int(name.removeprefix("stage-")),
         layers=(0, 1),
@@ -48,8 +66,8 @@ def answer_reset(assembly: Assembly, names: list[str]) -> list[Action]:
 
 @pytest.fixture
 def running() -> tuple[Assembly, list[str]]:
-    assembly = Assembly(2)
-    names = [stage_name(0), stage_name(1), DAEMON]
+    assembly = Assembly(2, num_samplers=1)
+    names = [stage_name(0), stage_name(1), sampler_name(0), DAEMON]
     for name in names:
         start(assembly, name)
     answer_reset(assembly, names)
@@ -84,7 +102,8 @@ def test_repeated_hello_changes_nothing(running: tuple[Assembly, list[str]]) -> 
 
 
 @pytest.mark.parametrize(
-    ("lost", "device_kept", "host_kept"), [("stage-1", False, True), (DAEMON, True, False)]
+    ("lost", "device_kept", "host_kept"),
+    [("stage-1", False, True), (DAEMON, True, False), ("sampler-0", True, True)],
 )
 def test_a_restarted_process_pauses_and_says_what_survived(
     running: tuple[Assembly, list[str]], lost: str, device_kept: bool, host_kept: bool
@@ -106,7 +125,7 @@ def test_a_second_loss_during_recovery_voids_the_first_reset(
 ) -> None:
     assembly, names = running
     start(assembly, "stage-0", "2")
-    answer_reset(assembly, ["stage-0", "stage-1"])
+    answer_reset(assembly, ["stage-0", "stage-1", "sampler-0"])
     (reset,) = start(assembly, DAEMON, "2")
     assert isinstance(reset, ResetAll)
     assert reset.message.epoch == 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipemax.coordinator.events import Cancelled, Event, StepReturned
 from pipemax.proto.messages.control import NO_TOKEN
 from pipemax.proto.messages.ingest import SamplingParams
-from support.scheduler_world import VOCAB, World, expected_output
+from support.scheduler_world import SAMPLER, VOCAB, World, expected_output
 
 Req = tuple[int, list[int], SamplingParams]
 POLICIES = ("oldest-first", "pipemax", "fcfs", "count-balanced", "static-prefetch:0.2")
@@ -63,7 +63,7 @@ class Troubles:
         draw = world.random
         if self.losses and draw.random() < 0.03:
             self.losses -= 1
-            world.lose(stage=draw.choice([None, *range(len(world.stages))]))
+            world.lose(stage=draw.choice([None, SAMPLER, *range(len(world.stages))]))
         if self.cancels and draw.random() < 0.03:
             self.cancels -= 1
             key = draw.randrange(count)

@@ -9,6 +9,8 @@ from pipemax.proto.config import CudaDevice
 from pipemax.services.launcher.processes import system_processes
 from support.fake_system import fake_config
 
+RUN_DIR = Path("/run")
+
 
 def test_threads_are_those_of_the_configuration_and_do_not_spin(
     monkeypatch: pytest.MonkeyPatch,
@@ -20,6 +22,16 @@ def test_threads_are_those_of_the_configuration_and_do_not_spin(
     assert by_name["stage-0"].env["OMP_NUM_THREADS"] == "3"
     assert by_name["coordinator"].env["OMP_NUM_THREADS"] == "1"
     assert {spec.env["OMP_WAIT_POLICY"] for spec in by_name.values()} == {"PASSIVE"}
+
+
+def test_samplers_are_processes_of_their_own() -> None:
+    assert not any(s.name.startswith("sampler") for s in system_processes(fake_config(), RUN_DIR))
+    config = msgspec.structs.replace(fake_config(), sampler_workers=2, threads_per_stage=3)
+    first, second = system_processes(config, RUN_DIR)[-2:]
+    assert (first.name, second.name) == ("sampler-0", "sampler-1")
+    assert first.argv[2:4] == ("-m", "pipemax.stage_worker.sampling")
+    assert second.argv[-2:] == ("--index", "1")
+    assert first.env["OMP_NUM_THREADS"] == "1"
 
 
 def test_how_threads_wait_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class World:
         self.log.append(f"send {plan.step}")
 
     def step_done(
-        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, logprobs: object = ()
+        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, *rest: object
     ) -> None:
         self.log.append(f"report {plan.step}")
         self.reported.append((plan.step, compute_s, tokens))

@@ -78,7 +78,7 @@ class FakeLinks:
         self.rows.append((plan.step, rows))
 
     def step_done(
-        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, logprobs: object = ()
+        self, plan: StepPlan, compute_s: float, tokens: list[int] | None, *rest: object
     ) -> None:
         self.log.append(f"done {plan.step}")
         self.seconds.append(self.clock.seconds())

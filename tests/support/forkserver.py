@@ -34,6 +34,7 @@ _PRELOAD = (
     "torch",
     *(f"transformers.models.{family}.modeling_{family}" for family in _MODEL_FAMILIES),
     "pipemax.stage_worker.main",
+    "pipemax.stage_worker.sampling.main",
     "pipemax.kv_daemon.main",
     "pipemax.coordinator.main",
 )

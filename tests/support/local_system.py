@@ -24,6 +24,7 @@ _BODIES = {
     "coordinator": "pipemax.coordinator.main:body",
     "kv-daemon": "pipemax.kv_daemon.main:body",
     "stage": "pipemax.stage_worker.main:body",
+    "sampler": "pipemax.stage_worker.sampling.main:body",
 }
 _SIMULATED_BODIES = {
     **_BODIES,
@@ -100,6 +101,8 @@ class LocalSystem:
             self.start("kv-daemon")
             for index in range(self.config.pipeline_parallel_size):
                 self.start(f"stage-{index}")
+            for index in range(self.config.sampler_workers):
+                self.start(f"sampler-{index}")
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -121,7 +124,8 @@ class LocalSystem:
                 error.add_note(f"--- {path.name}\n{path.read_text()[-3000:]}")
 
     def start(self, name: str) -> None:
-        role, _, index = name.partition("-") if name.startswith("stage-") else (name, "", "0")
+        numbered = name.startswith(("stage-", "sampler-"))
+        role, _, index = name.partition("-") if numbered else (name, "", "0")
         bodies = _BODIES if self.machine is None else _SIMULATED_BODIES
         self.processes[name] = start_process(name, bodies[role], self.run_dir, int(index or 0))
 

@@ -2,7 +2,7 @@
 `tests/proto/test_conformance.py` fails until they are."""
 
 from pipemax.proto.memory import MemfdHandle
-from pipemax.proto.messages import activations, control, ingest, kv
+from pipemax.proto.messages import activations, control, ingest, kv, logits
 from pipemax.proto.messages.types import Message, pack_f32, pack_i32
 
 _HANDLE = MemfdHandle(pid=4242, fd=7, inode=99, size_bytes=2**40)
@@ -220,6 +220,7 @@ EXAMPLES: tuple[Message, ...] = (
                 link_bandwidth_bytes_s=2.5,
             ),
         ),
+        samplers=(ingest.SamplerStatus(sampler=0, pid=4243, rows=70, state_seconds=_STATES),),
         slots=(ingest.SlotStatus(requests=3, context_tokens=40, prefill_tokens=5),),
         jobs=(
             ingest.JobProgress(
@@ -245,6 +246,7 @@ EXAMPLES: tuple[Message, ...] = (
         activation_transport="shm",
         sweep=(control.SweepSample(8, 520, 64, 2080, 0.004),),
     ),
+    control.SamplerReady(sampler=1),
     control.KvReady(pool_bytes=2**30, context_bytes=(400 * 2**20, 400 * 2**20)),
     control.Reset(epoch=2, keep_host_blocks=False),
     control.ResetDone(epoch=2, num_host_blocks=400),
@@ -269,6 +271,14 @@ EXAMPLES: tuple[Message, ...] = (
         state_seconds=_STATES,
         tokens=pack_i32([42]),
         logprobs=(control.RowLogprobs(1, 2, pack_i32([5]), pack_f32([-0.5])),),
+        elsewhere=pack_i32([0]),
+    ),
+    control.RowsSampled(
+        epoch=2,
+        step=11,
+        rows=pack_i32([0]),
+        tokens=pack_i32([42]),
+        logprobs=(control.RowLogprobs(0, 2, pack_i32([5]), pack_f32([-0.5])),),
     ),
     control.Beat(state_seconds=_STATES),
     control.Failure(error="out of memory"),
@@ -326,4 +336,9 @@ EXAMPLES: tuple[Message, ...] = (
     ),
     activations.RingAccepted(epoch=2),
     activations.ActivationReady(epoch=2, step=11, slot=1, rows=4, event=71),
+    logits.LogitsOffer(epoch=2, handle=_HANDLE, num_slots=2, max_rows=256, vocab_size=32000),
+    logits.LogitsAccepted(epoch=2),
+    logits.LogitsReady(
+        epoch=2, step=11, slot=1, first_row=1, rows=pack_i32([0]), sample=(_ROW,), ended=(2,)
+    ),
 )

@@ -49,6 +49,8 @@ VOCAB = 60
 """Small, so that end-of-sequence and stop tokens do come up."""
 EOS = frozenset({7})
 BLOCK_BYTES = 64
+SAMPLER = -1
+"""Among what may be lost. Nothing goes with it but the steps in flight."""
 Block = list[int]
 
 
@@ -211,7 +213,8 @@ class World:
         self.tell(Cancelled(key))
 
     def lose(self, *, stage: int | None) -> None:
-        """A stage (or, with None, the daemon) dies. Nothing is planned until `come_back`."""
+        """A stage (with None the daemon, with SAMPLER a sampler) dies. Nothing is planned until
+        `come_back`."""
         if not self.lost:
             self.tell(Paused())
         self.lost.append(stage)
@@ -224,7 +227,7 @@ class World:
             queue.clear()
         if stage is None:
             self.host.clear()
-        else:
+        elif stage != SAMPLER:
             self.stages[stage].pool = [[-1] * self.size for _ in range(self.num_blocks)]
             self.host = {k: v for k, v in self.host.items() if None not in v}
 
@@ -238,7 +241,7 @@ class World:
                 self.num_blocks,
                 self.num_host_blocks,
                 [BLOCK_BYTES] * len(self.stages),
-                device_kept=all(stage is None for stage in lost),
+                device_kept=all(stage in (None, SAMPLER) for stage in lost),
                 host_kept=None not in lost,
             )
         )

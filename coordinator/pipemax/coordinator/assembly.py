@@ -8,7 +8,7 @@ a new incarnation at any time starts it over. Pure: events in, actions out.
 from dataclasses import dataclass, field
 
 from pipemax.coordinator.events import Paused, Resumed
-from pipemax.proto.messages.control import Hello, KvReady, Reset, StageReady
+from pipemax.proto.messages.control import Hello, KvReady, Reset, SamplerReady, StageReady
 
 DAEMON = "kv-daemon"
 
@@ -17,9 +17,13 @@ def stage_name(index: int) -> str:
     return f"stage-{index}"
 
 
+def sampler_name(index: int) -> str:
+    return f"sampler-{index}"
+
+
 @dataclass(frozen=True, slots=True)
 class ResetAll:
-    """Send this to every stage and to the daemon."""
+    """Send this to every stage and sampler and to the daemon."""
 
     message: Reset
 
@@ -31,15 +35,16 @@ Action = ResetAll | Paused | Resumed
 class Peer:
     incarnation: str | None = None
     pid: int = 0
-    ready: StageReady | KvReady | None = None
+    ready: StageReady | SamplerReady | KvReady | None = None
     reset_epoch: int = 0
 
 
 @dataclass(slots=True)
 class Assembly:
-    """`num_stages` stage workers and one KV daemon."""
+    """`num_stages` stage workers, `num_samplers` sampler workers and one KV daemon."""
 
     num_stages: int
+    num_samplers: int = 0
     epoch: int = 0
     running: bool = False
     peers: dict[str, Peer] = field(init=False)
@@ -48,8 +53,9 @@ class Assembly:
     _daemon_lost: bool = True
 
     def __post_init__(self) -> None:
-        names = [stage_name(i) for i in range(self.num_stages)] + [DAEMON]
-        self.peers = {name: Peer() for name in names}
+        stages = [stage_name(i) for i in range(self.num_stages)]
+        samplers = [sampler_name(i) for i in range(self.num_samplers)]
+        self.peers = {name: Peer() for name in [*stages, *samplers, DAEMON]}
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -71,18 +77,19 @@ class Assembly:
         return [ready for ready in found if isinstance(ready, StageReady)]
 
     def hello(self, name: str, message: Hello) -> list[Action]:
-        """A process said Hello; the same incarnation may say it several times."""
+        """A process said Hello; the same incarnation may say it several times. A sampler that is
+        lost takes nothing with it: what it knew of requests is sent again in every epoch."""
         peer = self.peers[name]
         if peer.incarnation == message.incarnation:
             return []
         self.peers[name] = Peer(message.incarnation, message.pid)
         if name == DAEMON:
             self._daemon_lost = True
-        else:
+        elif name in map(stage_name, range(self.num_stages)):
             self._stage_lost = True
         return self._stop()
 
-    def ready(self, name: str, message: StageReady | KvReady) -> list[Action]:
+    def ready(self, name: str, message: StageReady | SamplerReady | KvReady) -> list[Action]:
         self.peers[name].ready = message
         if any(peer.ready is None for peer in self.peers.values()):
             return []

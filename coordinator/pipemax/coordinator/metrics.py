@@ -96,6 +96,7 @@ class StatusCollector(Collector):
         yield from _unfinished_jobs(status)
         yield from _slots(status)
         yield from _stages(status)
+        yield from _samplers(status)
         yield from _links(status)
 
     def _requests(self, model: list[str]) -> Iterator[Metric]:
@@ -225,6 +226,22 @@ def _stages(status: Status) -> Iterator[Metric]:
             seconds.add_metric([str(stage.stage), state], value)
         steps.add_metric([str(stage.stage)], stage.steps)
     yield from (seconds, steps)
+
+
+def _samplers(status: Status) -> Iterator[Metric]:
+    seconds = CounterMetricFamily(
+        "pipemax_sampler_seconds",
+        "Each sampler worker's wall time by state.",
+        labels=["sampler", "state"],
+    )
+    rows = CounterMetricFamily(
+        "pipemax_sampler_rows", "Rows of logits sampled by sampler workers.", labels=["sampler"]
+    )
+    for sampler in status.samplers:
+        for state, value in sampler.state_seconds.items():
+            seconds.add_metric([str(sampler.sampler), state], value)
+        rows.add_metric([str(sampler.sampler)], sampler.rows)
+    yield from (seconds, rows)
 
 
 def _links(status: Status) -> Iterator[Metric]:

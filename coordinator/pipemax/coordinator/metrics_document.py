@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
-from pipemax.coordinator.assembly import Assembly, stage_name
+from pipemax.coordinator.assembly import Assembly, sampler_name, stage_name
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.state import SchedulerLimits, SchedulerState
 from pipemax.coordinator.status import StatusView
@@ -19,7 +19,9 @@ from pipemax.proto.messages.ingest import Finished, JobProgress
 
 STAGE_STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
 """As stages report them."""
-_NUMBERED = ("stage", "slot")
+SAMPLER_STATES = ("sample", "wait")
+"""Likewise samplers."""
+_NUMBERED = ("stage", "slot", "sampler")
 _NAMED = ("model_name", "job_name")
 _HEAD = """\
 # Metrics
@@ -35,9 +37,9 @@ coordinator and go on when other processes are started again. Dashboards and ale
 |---|---|---|---|
 """
 _TAIL = """
-Labels: `model_name` is the name under which the model is served, `stage` and `slot` count from 0,
-`job_name` is that of a durable job. A histogram has the series `_bucket` (with `le`), `_sum` and
-`_count`.
+Labels: `model_name` is the name under which the model is served, `stage`, `slot` and `sampler`
+count from 0, `job_name` is that of a durable job. A histogram has the series `_bucket` (with `le`),
+`_sum` and `_count`.
 """
 
 
@@ -73,10 +75,13 @@ def _metrics(registry: CollectorRegistry) -> list[Metric]:
 
 def _example() -> CollectorRegistry:
     """A registry in which every metric has samples."""
-    config = EngineConfig(model="m", served_model_name="m", layer_split=(1,), max_model_len=1)
+    config = EngineConfig(
+        model="m", served_model_name="m", layer_split=(1,), max_model_len=1, sampler_workers=1
+    )
     limits = SchedulerLimits(16, 1, 1, 1, 1, frozenset())
-    view = StatusView(config, "example", SchedulerState(limits), Assembly(1))
+    view = StatusView(config, "example", SchedulerState(limits), Assembly(1, 1))
     view.stage_seconds(stage_name(0), dict.fromkeys(STAGE_STATES, 1.0))
+    view.stage_seconds(sampler_name(0), dict.fromkeys(SAMPLER_STATES, 1.0))
     view.kv_report(
         KvReport(
             host_blocks_total=1, host_blocks_used=0, links=(LinkTotals(),), queued_load_bytes=(0,)

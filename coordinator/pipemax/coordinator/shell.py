@@ -16,7 +16,14 @@ from pathlib import Path
 
 import zmq
 
-from pipemax.coordinator.assembly import DAEMON, Action, Assembly, ResetAll, stage_name
+from pipemax.coordinator.assembly import (
+    DAEMON,
+    Action,
+    Assembly,
+    ResetAll,
+    sampler_name,
+    stage_name,
+)
 from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.doors import Doors
 from pipemax.coordinator.events import (
@@ -44,6 +51,7 @@ from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.sessions import ClientId, Sessions
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.coordinator.status import StatusView
+from pipemax.coordinator.step_parts import StepParts, WholeStep
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
@@ -51,7 +59,7 @@ from pipemax.proto.errors import ConfigError, InvariantError, RequestError, Wire
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages import control, ingest
 from pipemax.proto.messages.registry import CONTROL, INGEST
-from pipemax.proto.messages.types import Message, unpack_i32
+from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sizes import format_size
 from pipemax.proto.sockets import bind_router, identity_of
@@ -88,7 +96,8 @@ class CoordinatorShell:
             make_policy(config.policy),
             make_prefill(config.prefill, config.num_slots),
         )
-        self._assembly = Assembly(config.pipeline_parallel_size)
+        self._assembly = Assembly(config.pipeline_parallel_size, config.sampler_workers)
+        self._parts = StepParts()
         self._liveness = Liveness(config.hung_after_s)
         self._sessions = Sessions(config, text, self._send_client)
         self._jobs = Jobs(
@@ -108,9 +117,12 @@ class CoordinatorShell:
         self._doors = Doors(self._context, config, run_dir)
         self._control_codec = Codec(CONTROL, at_binder=True)
         self._ingest_codec = Codec(INGEST, at_binder=True)
+        stages, samplers = range(config.pipeline_parallel_size), range(config.sampler_workers)
         self._names = {
-            identity_of("stage", i): stage_name(i) for i in range(config.pipeline_parallel_size)
-        } | {identity_of("kv_daemon"): DAEMON}
+            **{identity_of("stage", index): stage_name(index) for index in stages},
+            **{identity_of("sampler", index): sampler_name(index) for index in samplers},
+            identity_of("kv_daemon"): DAEMON,
+        }
         self._launcher = False
         self._draining = False
         self._drained = False
@@ -185,9 +197,12 @@ class CoordinatorShell:
                 log.error("control message of unknown process %r", identity)
             case control.StepDone() if self._names[identity] == stage_name(message.stage):
                 self._on_step_done(message)
+            case control.RowsSampled() if self._is_current(message.epoch):
+                self._view.rows_sampled(self._names[identity], len(message.rows) // 4)
+                self._step_returned(message.step, self._parts.rows_sampled(message))
             case control.Beat():
                 self._view.stage_seconds(self._names[identity], message.state_seconds)
-            case control.StageReady() | control.KvReady():
+            case control.StageReady() | control.SamplerReady() | control.KvReady():
                 self._act(self._assembly.ready(self._names[identity], message))
             case control.ResetDone(epoch=epoch, num_host_blocks=num_host_blocks):
                 name = self._names[identity]
@@ -233,27 +248,31 @@ class CoordinatorShell:
             self.metrics.step_predicted(message.stage, error)
         if message.tokens is None:
             return
-        rows = self._scheduler.rows_of(message.step)
-        if len(message.tokens) != 4 * len(rows):
+        self._step_returned(message.step, self._parts.stage_done(message))
+
+    def _step_returned(self, step: int, whole: WholeStep | None) -> None:
+        """`whole`: None while a part of the step is missing."""
+        if whole is None:
+            return
+        rows = self._scheduler.rows_of(step)
+        if len(whole.tokens) != len(rows):
             # Going on without this step would leave its requests waiting for ever.
             raise InvariantError(
-                f"step {message.step} brought {len(message.tokens)} bytes of tokens "
-                f"for {len(rows)} requests"
+                f"step {step} brought {len(whole.tokens)} tokens for {len(rows)} requests"
             )
-        logprobs = {found.row: found for found in message.logprobs}
         tokens: list[int] = []
         stopped: dict[int, str] = {}
-        for index, (row, token) in enumerate(zip(rows, unpack_i32(message.tokens), strict=True)):
+        for index, (row, token) in enumerate(zip(rows, whole.tokens, strict=True)):
             if not row.samples:
-                self._sessions.scored(row.key, logprobs.get(index))
+                self._sessions.scored(row.key, whole.logprobs.get(index))
                 continue
             tokens.append(token)
             if token == control.NO_TOKEN:
                 continue
-            stop = self._sessions.token(row.key, token, logprobs.get(index))
+            stop = self._sessions.token(row.key, token, whole.logprobs.get(index))
             if stop is not None:
                 stopped[row.key] = stop
-        self._tell(StepReturned(message.step, tokens, stopped))
+        self._tell(StepReturned(step, tokens, stopped))
 
     def _on_kv_report(self, report: control.KvReport) -> None:
         grown_bytes, grown_seconds = self._view.kv_report(report)
@@ -268,6 +287,7 @@ class CoordinatorShell:
             match action:
                 case ResetAll(message):
                     log.info("reset to epoch %d", message.epoch)
+                    self._parts.reset()
                     for identity in self._names:
                         self._send_control(identity, message)
                 case Paused():

@@ -5,11 +5,17 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from pipemax.coordinator.assembly import Assembly, stage_name
+from pipemax.coordinator.assembly import Assembly, sampler_name, stage_name
 from pipemax.coordinator.state import SchedulerState
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
-from pipemax.proto.messages.ingest import JobProgress, SlotStatus, StageStatus, Status
+from pipemax.proto.messages.ingest import (
+    JobProgress,
+    SamplerStatus,
+    SlotStatus,
+    StageStatus,
+    Status,
+)
 
 _WAIT_KV = "wait_kv"
 """The stages' state for it."""
@@ -32,6 +38,8 @@ class StatusView:
         self._seconds: dict[str, dict[str, float]] = {}
         self._before: dict[str, dict[str, float]] = {}
         self._steps = [0] * config.pipeline_parallel_size
+        self._sampled = dict.fromkeys(map(sampler_name, range(config.sampler_workers)), 0)
+        """Rows, by sampler."""
         self._links: tuple[LinkTotals, ...] = ()
         self._links_before: tuple[LinkTotals, ...] = ()
         self._queued_load_bytes: tuple[int, ...] = ()
@@ -61,6 +69,9 @@ class StatusView:
             for state, value in known.items():
                 before[state] = before.get(state, 0.0) + value
         self._seconds[name] = seconds
+
+    def rows_sampled(self, name: str, count: int) -> None:
+        self._sampled[name] += count
 
     def kv_report(self, report: KvReport) -> tuple[Sequence[int], Sequence[float]]:
         """Take the daemon's totals; returns what loads grew by since the last report, in bytes and
@@ -115,6 +126,15 @@ class StatusView:
                 self._stage(i, name, links)
                 for i, name in enumerate(map(stage_name, range(len(self._steps))))
             ),
+            samplers=tuple(
+                SamplerStatus(
+                    sampler=index,
+                    pid=self._assembly.peers[name].pid,
+                    rows=rows,
+                    state_seconds=self._all_seconds(name),
+                )
+                for index, (name, rows) in enumerate(self._sampled.items())
+            ),
             slots=self._slots(),
             jobs=self.jobs,
             coordinator_busy_seconds=max(0.0, uptime_s - self._waited_s),
@@ -140,15 +160,13 @@ class StatusView:
     def _stage(self, index: int, name: str, links: Sequence[LinkTotals]) -> StageStatus:
         peer = self._assembly.peers[name]
         ready = next((r for r in self._assembly.stages if r.stage == index), None)
-        before = self._before.get(name, {})
-        now = self._seconds.get(name, {})
         bandwidths = self._state.budget.bandwidths_bytes_s
         queued = self._queued_load_bytes
         return StageStatus(
             stage=index,
             pid=peer.pid,
             layers=ready.layers if ready else (0, 0),
-            state_seconds={s: now.get(s, 0.0) + before.get(s, 0.0) for s in now | before},
+            state_seconds=self._all_seconds(name),
             steps=self._steps[index],
             activation_transport=ready.activation_transport if ready else "",
             device=self._config.device_name(index),
@@ -157,6 +175,12 @@ class StatusView:
             queued_load_bytes=queued[index] if index < len(queued) else 0,
             link_bandwidth_bytes_s=bandwidths[index] if index < len(bandwidths) else 0.0,
         )
+
+    def _all_seconds(self, name: str) -> dict[str, float]:
+        """By state, of the process and of those before it."""
+        before = self._before.get(name, {})
+        now = self._seconds.get(name, {})
+        return {s: now.get(s, 0.0) + before.get(s, 0.0) for s in now | before}
 
 
 def _is_behind(now: LinkTotals, then: LinkTotals) -> bool:

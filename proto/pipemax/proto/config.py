@@ -84,6 +84,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
     """Most tokens in one micro-batch. Longer prompts are prefilled in chunks."""
+    sampler_workers: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Processes that sample what is more than greedy (`--sampler-workers`), off the last stage's
+    way: it goes on with its next step at once. 0: the last stage samples itself."""
     policy: str = "pipemax"
     """Which requests take part in a step: `pipemax`, `oldest-first`, `fcfs`, `count-balanced` or
     `static-prefetch:<fraction>`; see the coordinator's policy.py."""
@@ -166,6 +169,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("`cuda` goes with device `cuda`, and only with that")
         if self.kv_cache_memory_bytes is None and self.cuda is None:
             raise ValueError("`kv_cache_memory_bytes` may be left open on device `cuda` only")
+        if self.sampler_workers and self.modelled is not None:
+            raise ValueError("`sampler_workers` have nothing to sample on device `modelled`")
         if (self.listen is None) != (self.keys_dir is None):
             raise ValueError("`listen` and `keys_dir` go together: plain TCP is refused")
         if self.activation_transport == "ipc" and self.cuda is None:

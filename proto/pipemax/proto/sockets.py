@@ -75,8 +75,9 @@ def beat(socket: zmq.Socket[bytes]) -> None:
 
 
 def identity_of(role: str, index: int = 0) -> bytes:
-    """Routing identity of a process of the system: `stage-0`, `kv_daemon`, `launcher`."""
-    return f"{role}-{index}".encode() if role == "stage" else role.encode()
+    """Routing identity of a process of the system: `stage-0`, `sampler-0`, `kv_daemon`,
+    `launcher`."""
+    return f"{role}-{index}".encode() if role in ("stage", "sampler") else role.encode()
 
 
 def region_identity(stage: int) -> bytes:

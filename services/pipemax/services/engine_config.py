@@ -115,6 +115,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         **_given_sizes(options),
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
+        **({} if options.sampler_workers is None else {"sampler_workers": options.sampler_workers}),
         "policy": options.policy,
         "prefill": options.prefill,
         "seed": options.seed,

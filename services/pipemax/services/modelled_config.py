@@ -83,6 +83,11 @@ def _check_flags(options: EngineOptions) -> None:
         raise ConfigError(
             f"--load-format {options.load_format}: modelled stages load no weights; leave it out"
         )
+    if options.sampler_workers:
+        raise ConfigError(
+            f"--sampler-workers {options.sampler_workers}: modelled GPUs make their tokens up, and "
+            "there is nothing to sample from; leave it out"
+        )
     if options.threads_per_stage is not None:
         raise ConfigError("--threads-per-stage: modelled stages compute nothing; leave it out")
 

@@ -1,11 +1,12 @@
 """A system's status as tables for a terminal."""
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from pipemax.proto.messages.ingest import StageStatus, Status
+from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import run_dir_of
 from pipemax.proto.sizes import format_size
 
@@ -16,7 +17,8 @@ STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send
 def status_view(name: str, status: Status, previous: Status | None = None) -> RenderableType:
     """What the system does now. With `previous`, rates and shares are those since then, else
     since the start."""
-    return Group(_summary(name, status, previous), "", stage_table(status, previous))
+    samplers = ("", sampler_table(status, previous)) if status.samplers else ()
+    return Group(_summary(name, status, previous), "", stage_table(status, previous), *samplers)
 
 
 def stage_table(status: Status, previous: Status | None = None) -> Table:
@@ -43,8 +45,30 @@ def stage_table(status: Status, previous: Status | None = None) -> Table:
     return table
 
 
-def state_shares(stage: StageStatus, previous: StageStatus | None = None) -> Mapping[str, float]:
-    """Share of each state in the stage's time since `previous`, else since its start. They sum to
+def sampler_table(status: Status, previous: Status | None = None) -> Table:
+    """Each sampler worker's rows and share of time spent sampling, as for stages."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("sampler", overflow="fold")
+    for heading in ("rows", "sample"):
+        table.add_column(heading, justify="right", overflow="fold")
+    before = {} if previous is None else {(s.sampler, s.pid): s for s in previous.samplers}
+    for sampler in status.samplers:
+        shares = state_shares(sampler, before.get((sampler.sampler, sampler.pid)))
+        table.add_row(
+            f"sampler-{sampler.sampler}", str(sampler.rows), f"{shares.get('sample', 0.0):.1%}"
+        )
+    return table
+
+
+class HasStates(Protocol):
+    """A process that says what it spends its time on."""
+
+    @property
+    def state_seconds(self) -> dict[str, float]: ...
+
+
+def state_shares(stage: HasStates, previous: HasStates | None = None) -> Mapping[str, float]:
+    """Share of each state in the process's time since `previous`, else since its start. They sum to
     one, or are empty when no time has passed."""
     earlier = {} if previous is None else previous.state_seconds
     seconds = {

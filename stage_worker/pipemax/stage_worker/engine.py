@@ -12,6 +12,7 @@ from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, InvariantError
 from pipemax.proto.messages.control import SweepSample
 from pipemax.proto.sizes import format_size
+from pipemax.stage_worker.channels.logits import LogitsPlace
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.executor import Links
 from pipemax.stage_worker.kv_end import KvEnd
@@ -57,6 +58,10 @@ class StageEngine(Protocol):
 
     @property
     def ring_memory(self) -> RingMemory: ...
+
+    @property
+    def logits_place(self) -> LogitsPlace | None:
+        """Where samplers find logits; None where they get none of this stage."""
 
     def sweep(self, limit_s: float) -> tuple[SweepSample, ...]:
         """The warm-up sweep; 0 makes none. Only before the first step."""

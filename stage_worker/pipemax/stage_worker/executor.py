@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pipemax.proto.messages.control import RowLogprobs, StepPlan
+from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.state_clock import State, StateClock
 from pipemax.stage_worker.step_queue import StepQueue
@@ -26,6 +27,8 @@ class StepResult:
     tokens: list[int] | None = None
     """From the last stage, one per sample row of the plan."""
     logprobs: tuple[RowLogprobs, ...] = ()
+    shares: Shares = ()
+    """Rows that samplers sample; their logits lie in the ring, and in `tokens` is NO_TOKEN."""
     compute_s: float | None = None
     """How long the device says the step took; None: as long as this process waited for it."""
 
@@ -63,8 +66,9 @@ class Links(Protocol):
         compute_s: float,
         tokens: list[int] | None,
         logprobs: tuple[RowLogprobs, ...] = (),
+        shares: Shares = (),
     ) -> None:
-        """To the coordinator: the step is over."""
+        """To the coordinator: the step is over. To samplers, if any: their shares of it."""
 
     def computed(self, plan: StepPlan, event: int = -1) -> None:
         """To the daemon: see the message of this name."""
@@ -137,7 +141,7 @@ class Executor(Generic[Batch]):
         """Activations first: the next stage waits for them. Then the tokens: the next plan does."""
         if result.rows is not None:
             self._links.send_rows(plan, result.rows)
-        self._links.step_done(plan, compute_s, result.tokens, result.logprobs)
+        self._links.step_done(plan, compute_s, result.tokens, result.logprobs, result.shares)
         self._links.computed(plan)
         self._queue.finish(plan)
 

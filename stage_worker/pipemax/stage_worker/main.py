@@ -7,7 +7,6 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,26 +14,19 @@ import zmq
 
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig, load_config
-from pipemax.proto.errors import ConfigError, ModelError
-from pipemax.proto.messages.control import Failure, Hello, StageReady, SweepSample
+from pipemax.proto.messages.control import Hello, StageReady, SweepSample
 from pipemax.proto.messages.registry import CONTROL, KV
 from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
-from pipemax.stage_worker.channels.connect import Context, Neighbours, open_neighbours
+from pipemax.proto.sockets import identity_of
+from pipemax.stage_worker.channels.connect import Neighbours, open_neighbours
 from pipemax.stage_worker.engine import StageEngine, WrongKvError, open_engine
-from pipemax.stage_worker.shell import Peer, StageShell
+from pipemax.stage_worker.peer import Context, Peer, last_words
+from pipemax.stage_worker.shell import StageShell
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
-FAILURE_LINGER_MS = 500
-"""How long last words may take to reach the coordinator."""
-
 log = logging.getLogger(__name__)
-
-
-class StageFailedError(Exception):
-    """A step could not be computed. Not a PipemaxError: a fresh process may do better, so the
-    launcher is to start one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +40,15 @@ class LoadedStage:
 
 def body(run_dir: Path, index: int) -> None:
     """Runs stage `index`. Returns after SIGTERM or Stop; raises ConfigError, ModelError or
-    WrongKvError when no restart would help, StageFailedError when one might."""
+    WrongKvError when no restart would help, WorkFailedError when one might."""
     on_stop_signals(lambda: sys.exit(0))  # while loading there is nothing to finish
     config = load_config(run_dir)
     with contextlib.ExitStack() as stack:
         context: Context = zmq.Context()
         stack.callback(context.destroy)
-        control = Peer(context, run_dir, CONTROL, index)
-        stack.enter_context(_last_words(control))
+        identity = identity_of("stage", index)
+        control = Peer(context, run_dir, CONTROL, identity)
+        stack.enter_context(last_words(control, WrongKvError))
         hello = _hello(index)
         control.send(hello)
         stage = _load(stack, context, config, run_dir, index)
@@ -64,7 +57,7 @@ def body(run_dir: Path, index: int) -> None:
         clock = StateClock(time.monotonic_ns)  # loading is over; it is told as `load_s`
         shell = StageShell(
             control,
-            Peer(context, run_dir, KV, index),
+            Peer(context, run_dir, KV, identity),
             hello=hello,
             ready=_ready(index, stage, samples),
             pool=stage.engine.kv,
@@ -95,7 +88,13 @@ def _load(
     engine = open_engine(config, index, run_dir)
     stack.callback(engine.close)
     neighbours = open_neighbours(
-        context, config, run_dir, stage=index, memory=engine.ring_memory, shape=engine.ring_shape
+        context,
+        config,
+        run_dir,
+        stage=index,
+        memory=engine.ring_memory,
+        shape=engine.ring_shape,
+        logits=engine.logits_place,
     )
     stack.callback(neighbours.close)
     return LoadedStage(engine, neighbours, time.monotonic() - started_s)
@@ -130,17 +129,3 @@ def _ready(index: int, stage: LoadedStage, samples: tuple[SweepSample, ...]) -> 
         stage.load_s,
     )
     return ready
-
-
-@contextlib.contextmanager
-def _last_words(control: Peer) -> Iterator[None]:
-    """Tells the coordinator why this process ends when it ends by an exception."""
-    try:
-        yield
-    except Exception as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        control.socket.setsockopt(zmq.LINGER, FAILURE_LINGER_MS)
-        control.send(Failure(error=line[:4000]))
-        if isinstance(error, ConfigError | ModelError | WrongKvError):
-            raise
-        raise StageFailedError(line) from error

@@ -13,19 +13,27 @@ from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.executor import StepResult
 from pipemax.stage_worker.model.stage_model import StageModel
 from pipemax.stage_worker.sampling import Sampler
+from pipemax.stage_worker.sampling.logits_exit import LogitsExit
 
 
 class ModelStep:
     """Implements `executor.StepWork` for one stage's model."""
 
     def __init__(
-        self, model: StageModel, device: Device, num_blocks: int, tokenizer: Path | None = None
+        self,
+        model: StageModel,
+        device: Device,
+        num_blocks: int,
+        tokenizer: Path | None = None,
+        logits_exit: LogitsExit | None = None,
     ) -> None:
-        """`num_blocks`: blocks of the pool that is bound to the model. tokenizer: see Sampler."""
+        """`num_blocks`: blocks of the pool that is bound to the model. tokenizer: see Sampler.
+        logits_exit: to samplers; None where this stage samples itself."""
         self._model = model
         self._device = device
         self._num_blocks = num_blocks
         self._sampler = Sampler(tokenizer)
+        self._logits_exit = logits_exit
 
     def prepare(self, plan: StepPlan) -> StepBatch:
         batch = prepare_batch(plan, self._model.geometry.block_size)
@@ -40,10 +48,14 @@ class ModelStep:
         """A CPU's rows are copied before they are announced."""
 
     def compute(self, plan: StepPlan, batch: StepBatch, rows: Rows | None) -> StepResult:
-        """Sampling counts as computing: it is part of what makes the last stage's step longer."""
+        """Sampling, or leaving logits to samplers, counts as computing: it is part of what makes
+        the last stage's step longer."""
         output = self._model.forward(batch, cast(torch.Tensor | None, rows))
         self._device.synchronize()
         if not self._model.is_last:
             return StepResult(rows=output)
-        sampled = self._sampler.sample(plan, output)
-        return StepResult(tokens=sampled.tokens, logprobs=sampled.logprobs)
+        if self._logits_exit is not None:
+            sampled = self._logits_exit.take(plan, output)
+        else:
+            sampled = self._sampler.sample(plan, output)
+        return StepResult(tokens=sampled.tokens, logprobs=sampled.logprobs, shares=sampled.shares)

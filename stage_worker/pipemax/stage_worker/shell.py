@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import zmq
 
@@ -21,14 +20,12 @@ from pipemax.proto.messages.control import (
     Welcome,
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, CopyOrder, Loaded, PoolAttached
-from pipemax.proto.messages.registry import Channel
-from pipemax.proto.messages.types import Message, pack_i32
-from pipemax.proto.rundir import socket_endpoint
-from pipemax.proto.sockets import connect_dealer, identity_of
-from pipemax.proto.wire import Codec, encode, single_frame
-from pipemax.stage_worker.channels.connect import Context, Neighbours
+from pipemax.proto.messages.types import pack_i32
+from pipemax.stage_worker.channels.connect import Neighbours
+from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.kv_end import KvEnd
+from pipemax.stage_worker.peer import Peer
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
@@ -37,38 +34,6 @@ TICK_S = 0.5
 stop signal is noticed."""
 
 log = logging.getLogger(__name__)
-
-
-class Peer:
-    """A DEALER to one of the processes that bind."""
-
-    def __init__(
-        self,
-        context: Context,
-        run_dir: Path,
-        channel: Channel,
-        stage: int,
-    ) -> None:
-        endpoint = socket_endpoint(run_dir, channel.name)
-        self.socket = connect_dealer(context, endpoint, channel, identity_of("stage", stage))
-        self._channel = channel
-        self._codec = Codec(channel, at_binder=False)
-
-    def send(self, message: Message) -> None:
-        """Never blocks. A peer that has taken nothing for ten thousand messages is gone; whoever
-        replaces it resets us, so that the message is void anyway."""
-        try:
-            self.socket.send(encode(message), zmq.DONTWAIT)
-        except zmq.Again:
-            log.warning("%s takes no messages; dropped one", self._channel.name)
-
-    def receive(self) -> Message | None:
-        """The next message that has arrived. Raises WireError."""
-        try:
-            frames = self.socket.recv_multipart(zmq.DONTWAIT)
-        except zmq.Again:
-            return None
-        return self._codec.decode(single_frame(frames, self._channel))
 
 
 class StageShell:
@@ -116,6 +81,9 @@ class StageShell:
             sources.append((self._neighbours.previous.socket, self._on_activations))
         if self._neighbours.next is not None:
             sources.append((self._neighbours.next.socket, self._neighbours.next.poll))
+        if self._neighbours.samplers is not None:
+            samplers = self._neighbours.samplers
+            sources += [(socket, samplers.poll) for socket in samplers.sockets]
         for source, handler in sources:
             self._poller.register(source, zmq.POLLIN)
             self._handlers[source] = handler
@@ -152,7 +120,11 @@ class StageShell:
         compute_s: float,
         tokens: list[int] | None,
         logprobs: tuple[RowLogprobs, ...] = (),
+        shares: Shares = (),
     ) -> None:
+        """Logits first: samplers have work to do."""
+        if self._neighbours.samplers is not None:
+            self._neighbours.samplers.send(plan, shares)
         done = StepDone(
             epoch=plan.epoch,
             step=plan.step,
@@ -161,6 +133,7 @@ class StageShell:
             state_seconds=self._clock.seconds(),
             tokens=None if tokens is None else pack_i32(tokens),
             logprobs=logprobs,
+            elsewhere=pack_i32(row for share in shares for row in share),
         )
         self._control.send(done)
 

@@ -16,6 +16,7 @@ from pipemax.stage_worker.kv_end import MappedPool
 from pipemax.stage_worker.model.load import load_stage_model
 from pipemax.stage_worker.model_engine import ModelEngine
 from pipemax.stage_worker.model_step import ModelStep
+from pipemax.stage_worker.sampling.logits_exit import LogitsExit
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits, sweep
@@ -44,8 +45,16 @@ class TorchEngine(ModelEngine):
         self._model.bind_pool(self._pool.tensor)
         self._kv = MappedPool(self._pool.handle)
         self._model.warm_up()
+        self._logits_exit: LogitsExit | None = None
+        if self._logits_shape is not None:
+            self._logits_exit = LogitsExit(self._logits_shape, config.sampler_workers)
+            self.logits_place = self._logits_exit.place
         self._work = ModelStep(
-            self._model, self._device, self.num_blocks, Path(config.model) / "tokenizer.json"
+            self._model,
+            self._device,
+            self.num_blocks,
+            Path(config.model) / "tokenizer.json",
+            self._logits_exit,
         )
 
     @property
@@ -66,4 +75,6 @@ class TorchEngine(ModelEngine):
         return Executor(queue, self._work, links, clock)
 
     def close(self) -> None:
+        if self._logits_exit is not None:
+            self._logits_exit.close()
         self._pool.close()

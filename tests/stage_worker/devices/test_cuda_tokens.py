@@ -44,7 +44,7 @@ class Stage:
         packed = self.version.pack(step, 16, plan.sample, VOCAB, self.compute)
         assert packed.sample is not None
         made = [logits.clone()]
-        return self.way_out.take(packed.sample, len(plan.sample), made.pop, self.compute)
+        return self.way_out.take(packed.sample, len(plan.sample), made.pop, self.compute, plan.slot)
 
     def close(self) -> None:
         for stream in (self.compute, self.way_out.stream):

@@ -20,12 +20,12 @@ from pipemax.proto.messages.types import (
     StepId,
 )
 
-Role = Literal["stage", "kv_daemon", "launcher"]
+Role = Literal["stage", "sampler", "kv_daemon", "launcher"]
 
 
 class Hello(Message, frozen=True, kw_only=True, tag="hello"):
-    """First message of a process. A stage says it again with every beat, so that a coordinator
-    that was started again learns of it; the same incarnation twice changes nothing."""
+    """First message of a process. A stage or a sampler says it again with every beat, so that a
+    coordinator that was started again learns of it; the same incarnation twice changes nothing."""
 
     protocol: int
     role: Role
@@ -79,12 +79,18 @@ class KvReady(Message, frozen=True, kw_only=True, tag="kv_ready"):
     one. Empty where the daemon uses no GPU."""
 
 
+class SamplerReady(Message, frozen=True, kw_only=True, tag="sampler_ready"):
+    """The sampler worker is loaded and waits for a Reset."""
+
+    sampler: Count
+
+
 class Reset(Message, frozen=True, kw_only=True, tag="reset"):
     """Void everything planned so far and get ready for `epoch`.
 
     Stages forget plans and activations, attach their pool to the daemon (again) and connect to
-    their neighbours. The daemon forgets queued transfers; what the host pool holds stays, unless
-    `keep_host_blocks` is false.
+    their neighbours; the last one also to the samplers, which forget all SampleRules. The daemon
+    forgets queued transfers; what the host pool holds stays, unless `keep_host_blocks` is false.
     """
 
     epoch: Epoch
@@ -92,11 +98,11 @@ class Reset(Message, frozen=True, kw_only=True, tag="reset"):
 
 
 class ResetDone(Message, frozen=True, kw_only=True, tag="reset_done"):
-    """A stage or the daemon is ready for `epoch`.
+    """A stage, a sampler or the daemon is ready for `epoch`.
 
     What earlier epochs left under way on a device has ended: the daemon says it after the last
     void copy, a stage after the last step that it had queued. So nothing of this epoch can meet an
-    old kernel or an old copy in a block.
+    old kernel or an old copy in a block. A sampler reads no logits of earlier epochs any more.
     """
 
     epoch: Epoch
@@ -137,8 +143,9 @@ class RowExtras(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     request: int = -1
     """Whose SampleRules apply; -1: nobody's."""
     rules: SampleRules | None = None
-    """Given with the request's first row of an epoch. The last stage keeps them, adds the tokens
-    that it samples, and forgets them when a plan says that the request has `ended`."""
+    """Given with the request's first row of an epoch. Whoever samples the request, the last stage
+    or one sampler, keeps them, adds the tokens that it samples, and forgets them when a plan says
+    that the request has `ended`."""
     num_logprobs: int = -1
     """Wanted beside the token's own: of so many likeliest tokens. -1: none, nor its own."""
     rows_back: int = 0
@@ -206,7 +213,7 @@ class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
     """[sum(num_tokens)]"""
     sample: tuple[SampleRow, ...]
     ended: tuple[RequestKey, ...] = ()
-    """Requests whose SampleRules the last stage need not keep."""
+    """Requests whose SampleRules nobody need keep."""
 
 
 class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):
@@ -225,13 +232,30 @@ class StepDone(Message, frozen=True, kw_only=True, tag="step_done"):
     one. NO_TOKEN where a grammar turned out too complex to be followed: the request fails."""
     logprobs: tuple[RowLogprobs, ...] = ()
     """Of the rows that ask for them, in order."""
+    elsewhere: I32 = b""
+    """Sample rows whose logits went to samplers, which send their tokens and logprobs (see
+    RowsSampled); in `tokens` they have NO_TOKEN. The step is over when all are there."""
+
+
+class RowsSampled(Message, frozen=True, kw_only=True, tag="rows_sampled"):
+    """From a sampler: its share of a step's tokens. May come before the last stage's StepDone."""
+
+    epoch: Epoch
+    step: StepId
+    rows: I32
+    """Indices in the plan's `sample`."""
+    tokens: I32
+    """Of `rows`; as in StepDone."""
+    logprobs: tuple[RowLogprobs, ...] = ()
+    """Of those of `rows` that ask for them."""
 
 
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):
-    """Sent from a stage's or the daemon's work loop while it waits, at least once a second."""
+    """Sent from a stage's, a sampler's or the daemon's work loop while it waits, at least once a
+    second."""
 
     state_seconds: dict[str, float] = msgspec.field(default_factory=dict)
-    """As in StepDone; empty from the daemon."""
+    """As in StepDone, from a sampler by states of its own; empty from the daemon."""
 
 
 class Failure(Message, frozen=True, kw_only=True, tag="failure"):

@@ -10,7 +10,7 @@ import textwrap
 from types import ModuleType
 
 from pipemax.proto import PROTOCOL_VERSION, memory
-from pipemax.proto.messages import activations, control, ingest, kv, types
+from pipemax.proto.messages import activations, control, ingest, kv, logits, types
 from pipemax.proto.messages.registry import CHANNELS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.sizes import format_size
@@ -29,8 +29,9 @@ it. No message is pickled, no message carries code.
 
 **Sockets** are `ipc://` files in the run directory, which only its owner can enter. The binder
 has a ROUTER, peers have a DEALER. The processes of the system connect under fixed identities
-(`stage-0`, `kv_daemon`, `launcher`), clients under any. A message above the limit closes the
-connection it came on; a connection that does not finish the ZeroMQ handshake within 3 s is closed.
+(`stage-0`, `sampler-0`, `kv_daemon`, `launcher`), clients under any. A message above the limit
+closes the connection it came on; a connection that does not finish the ZeroMQ handshake within 3 s
+is closed.
 With `--activation-transport tcp` the `act` sockets are TCP, encrypted with CURVE keys from the run
 directory, and `activation_ready` has a second frame that holds the rows.
 
@@ -45,13 +46,16 @@ one answer with its `number` and may be sent again when none comes.
 |---|---|---|---|
 """
 
+_NUMBERED = {"act": "-<s>", "logits": "-<i>"}
+"""Channels of which there are several, and how their sockets are told apart."""
+
 
 def render() -> str:
     """The whole page, as Markdown."""
     lines = [_HEAD.format(version=PROTOCOL_VERSION).rstrip("\n")]
     for channel in CHANNELS:
         limit = format_size(channel.max_message_bytes).replace(".0 ", " ")
-        name = f"{channel.name}-<s>" if channel.name == "act" else channel.name
+        name = channel.name + _NUMBERED.get(channel.name, "")
         lines.append(f"| `{name}` | {channel.binder} | {channel.peers} | {limit} |")
     for channel in CHANNELS:
         lines += _channel_section(channel)
@@ -84,7 +88,7 @@ def _section(title: str, column: str, rows: list[tuple[str, str, str]]) -> list[
 def _part_rows() -> list[tuple[str, str, str]]:
     """Structs that are fields of messages, in the order of their definition."""
     rows = []
-    for module in (memory, ingest, control, kv, activations):
+    for module in (memory, ingest, control, kv, activations, logits):
         for part in _structs_of(module):
             if not issubclass(part, Message):
                 rows.append((part.__name__, _fields(part), _meaning(part)))

@@ -303,6 +303,16 @@ class JobProgress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     known, and for what does not run."""
 
 
+class SamplerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One sampler worker's part of Status."""
+
+    sampler: int
+    pid: int
+    rows: int
+    """Sampled so far."""
+    state_seconds: dict[str, float]
+
+
 class Status(Message, frozen=True, kw_only=True, tag="status"):
     """What the system is doing now."""
 
@@ -347,6 +357,7 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     missing: tuple[str, ...]
     """Processes the system waits for."""
     stages: tuple[StageStatus, ...]
+    samplers: tuple[SamplerStatus, ...] = ()
     slots: tuple[SlotStatus, ...] = ()
     jobs: tuple[JobProgress, ...] = ()
     """Unfinished jobs, oldest first; of very many, the first."""

@@ -6,7 +6,7 @@ and `proto/README.md` is generated from it.
 
 from dataclasses import dataclass
 
-from pipemax.proto.messages import activations, control, ingest, kv
+from pipemax.proto.messages import activations, control, ingest, kv, logits
 from pipemax.proto.messages.types import Message
 
 
@@ -61,14 +61,16 @@ INGEST = Channel(
 CONTROL = Channel(
     name="control",
     binder="coordinator",
-    peers="stage workers, KV daemon, launcher",
+    peers="stage workers, sampler workers, KV daemon, launcher",
     max_message_bytes=64 * 2**20,
     to_binder=(
         control.Hello,
         control.StageReady,
         control.KvReady,
+        control.SamplerReady,
         control.ResetDone,
         control.StepDone,
+        control.RowsSampled,
         control.Beat,
         control.Failure,
         control.Stored,
@@ -106,7 +108,15 @@ ACTIVATIONS = Channel(
     to_binder=(activations.RingOffer, activations.ActivationReady),
     to_peer=(activations.RingAccepted,),
 )
-CHANNELS = (INGEST, CONTROL, KV, ACTIVATIONS)
+LOGITS = Channel(
+    name="logits",
+    binder="sampler worker i",
+    peers="last stage worker",
+    max_message_bytes=64 * 2**20,  # sample rows travel in plans, which are not larger
+    to_binder=(logits.LogitsOffer, logits.LogitsReady),
+    to_peer=(logits.LogitsAccepted,),
+)
+CHANNELS = (INGEST, CONTROL, KV, ACTIVATIONS, LOGITS)
 
 REGISTRY: dict[str, type[Message]] = {
     str(message.__struct_config__.tag): message

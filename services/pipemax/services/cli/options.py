@@ -255,6 +255,16 @@ class EngineOptions:
             rich_help_panel=_BATCH,
         ),
     ] = _CONFIG.max_num_batched_tokens
+    sampler_workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that sample what is more than greedy, while the last stage goes on; 0: "
+            "the last stage does it.",
+            show_default=str(_CONFIG.sampler_workers),
+            rich_help_panel=_BATCH,
+        ),
+    ] = None
     policy: Annotated[
         str,
         typer.Option(

@@ -36,17 +36,22 @@ class ProcessSpec:
 
 
 def system_processes(config: EngineConfig, run_dir: Path) -> tuple[ProcessSpec, ...]:
-    """Coordinator, KV daemon and stages, in the order in which they start."""
+    """Coordinator, KV daemon, stages and samplers, in the order in which they start."""
     threads = config.threads_per_stage
     device = {} if config.cuda is None else cuda_environment()
     stages = (
         _python_process("stage_worker", f"stage-{index}", run_dir, threads, device, index)
         for index in range(config.pipeline_parallel_size)
     )
+    samplers = (
+        _python_process("stage_worker.sampling", f"sampler-{index}", run_dir, 1, {}, index)
+        for index in range(config.sampler_workers)
+    )
     return (
         _python_process("coordinator", COORDINATOR, run_dir, 1, {}),
         _python_process("kv_daemon", "kv-daemon", run_dir, 1, device),
         *stages,
+        *samplers,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import zmq
 
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.messages.registry import ACTIVATIONS
+from pipemax.proto.messages.registry import ACTIVATIONS, LOGITS
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import (
     bind_router,
@@ -15,6 +15,7 @@ from pipemax.proto.sockets import (
     make_dealer,
     make_router,
 )
+from pipemax.stage_worker.channels.logits import LogitsPlace, LogitsSender
 from pipemax.stage_worker.channels.receiver import ActivationReceiver
 from pipemax.stage_worker.channels.ring import RingMemory, RingShape
 from pipemax.stage_worker.channels.sender import ActivationSender
@@ -25,10 +26,12 @@ Context = zmq.Context[zmq.Socket[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """A stage's channels. The first stage has no `previous`, the last one no `next`."""
+    """A stage's channels. The first stage has no `previous`, the last one no `next`, and only the
+    last one may have `samplers`."""
 
     previous: ActivationReceiver | None = None
     next: ActivationSender | None = None
+    samplers: LogitsSender | None = None
 
     @property
     def transport(self) -> str:
@@ -40,22 +43,25 @@ class Neighbours:
     @property
     def agreed(self) -> bool:
         """Every channel is agreed on for the present epoch."""
-        return all(end.agreed for end in (self.previous, self.next) if end is not None)
+        return all(end.agreed for end in self._ends)
 
     def reset(self, epoch: int) -> None:
-        for channel in (self.previous, self.next):
-            if channel is not None:
-                channel.reset(epoch)
+        for channel in self._ends:
+            channel.reset(epoch)
 
     def offer(self) -> None:
-        """Offers the ring to the next stage, unless it has accepted it already."""
-        if self.next is not None and not self.next.agreed:
-            self.next.offer()
+        """Offers the rings to the next stage and to samplers, unless they have accepted already."""
+        for end in (self.next, self.samplers):
+            if end is not None and not end.agreed:
+                end.offer()
 
     def close(self) -> None:
-        for channel in (self.previous, self.next):
-            if channel is not None:
-                channel.close()
+        for channel in self._ends:
+            channel.close()
+
+    @property
+    def _ends(self) -> list[ActivationReceiver | ActivationSender | LogitsSender]:
+        return [end for end in (self.previous, self.next, self.samplers) if end is not None]
 
 
 def open_neighbours(
@@ -66,14 +72,19 @@ def open_neighbours(
     stage: int,
     memory: RingMemory,
     shape: RingShape,
+    logits: LogitsPlace | None = None,
 ) -> Neighbours:
-    """Raises ConfigError for TCP without keys or on an address that is not ours, and for a
-    transport that this device cannot offer."""
+    """`logits`: where the last stage leaves them for samplers. Raises ConfigError for TCP without
+    keys or on an address that is not ours, and for a transport that this device cannot offer."""
     connect = _Connect(context, config, run_dir, stage, memory, shape)
     is_first, is_last = stage == 0, stage == config.pipeline_parallel_size - 1
     previous = None if is_first else connect.receiver()
     try:
-        return Neighbours(previous, None if is_last else connect.sender())
+        return Neighbours(
+            previous,
+            None if is_last else connect.sender(),
+            None if logits is None else connect.samplers(logits),
+        )
     except BaseException:
         if previous is not None:
             previous.close()
@@ -100,6 +111,15 @@ class _Connect:
         endpoint = socket_endpoint(self.run_dir, f"act-{self.stage + 1}")
         socket = connect_dealer(self.context, endpoint, ACTIVATIONS, identity)
         return ActivationSender(socket, self.memory.row_writer(transport, self.shape), self.shape)
+
+    def samplers(self, place: LogitsPlace) -> LogitsSender:
+        identity = identity_of("stage", self.stage)
+        endpoints = [
+            socket_endpoint(self.run_dir, f"logits-{i}") for i in range(self.config.sampler_workers)
+        ]
+        return LogitsSender(
+            [connect_dealer(self.context, end, LOGITS, identity) for end in endpoints], place
+        )
 
     def receiver(self) -> ActivationReceiver:
         peer = identity_of("stage", self.stage - 1)

@@ -37,6 +37,7 @@ class ModelledEngine:
         self._pool = ModelledPool(self.num_blocks, config.block_size, self.layers)
         self._kv = MappedPool(self._pool.memory.handle)
         self._ring_memory = ModelledRingMemory()
+        self.logits_place = None  # tokens are made up: there is nothing to sample from
 
     @property
     def weights_bytes(self) -> int:

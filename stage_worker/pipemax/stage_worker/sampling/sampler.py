@@ -1,6 +1,7 @@
-"""The last stage's sampler: a step's logits to tokens, by the rules that requests brought along."""
+"""A step's logits to tokens, by the rules that requests brought along: on the last stage, or in a
+sampler worker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, SampleRow, StepPlan
 from pipemax.proto.messages.types import unpack_i32
+from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.sampling.draw import sample
 from pipemax.stage_worker.sampling.guide import Guides
 from pipemax.stage_worker.sampling.logprobs import row_logprobs
@@ -18,9 +20,11 @@ from pipemax.stage_worker.sampling.rules import TokenRules
 @dataclass(frozen=True, slots=True)
 class Sampled:
     tokens: list[int]
-    """One per row."""
+    """One per row; NO_TOKEN for those of `shares`."""
     logprobs: tuple[RowLogprobs, ...] = ()
     """Of the rows that ask for them, in order."""
+    shares: Shares = ()
+    """Rows that samplers sample, from logits left in the ring."""
 
 
 class Sampler:
@@ -50,14 +54,32 @@ class Sampler:
 
         See `draw.sample`. Raises InvariantError when the plan and the rules kept contradict each
         other."""
-        self._forget(plan)
+        if plan.epoch != self._epoch:
+            self._epoch = plan.epoch
+            self.forget_all()
+        self.forget(plan.ended)
         if indices is None:
             indices = range(len(plan.sample))
-        rows = [plan.sample[index] for index in indices]
+        return self.sample_rows([plan.sample[index] for index in indices], logits, indices)
+
+    def sample_rows(
+        self, rows: Sequence[SampleRow], logits: torch.Tensor, indices: Sequence[int]
+    ) -> Sampled:
+        """Without minding the epoch. `rows` are the plan's sample rows at `indices`, and `logits`
+        theirs; the rest as in `sample`."""
         if not any(row.extras for row in rows):
             return Sampled(sample(logits, rows))
         tokens = self._pick(logits, rows)
         return Sampled(tokens, row_logprobs(logits, rows, tokens, indices))
+
+    def forget_all(self) -> None:
+        """An epoch has ended."""
+        self._rules.clear()
+
+    def forget(self, ended: Iterable[int]) -> None:
+        """These requests have ended."""
+        for request in ended:
+            self._rules.pop(request, None)
 
     def _pick(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
         """One token per row: sampled, or the row's target, or NO_TOKEN."""
@@ -78,13 +100,6 @@ class Sampler:
             if tokens[index] != NO_TOKEN:
                 rules.append(tokens[index])
         return tokens
-
-    def _forget(self, plan: StepPlan) -> None:
-        if plan.epoch != self._epoch:
-            self._epoch = plan.epoch
-            self._rules.clear()
-        for request in plan.ended:
-            self._rules.pop(request, None)
 
     def _rules_of(self, row: SampleRow, vocab_size: int) -> TokenRules:
         assert row.extras is not None

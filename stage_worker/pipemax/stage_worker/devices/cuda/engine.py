@@ -151,7 +151,10 @@ class CudaEngine(ModelEngine):
                 vocab_size=model.vocab_size,
                 steps=MAX_IN_FLIGHT,
                 tokenizer=Path(config.model) / "tokenizer.json",
+                num_samplers=config.sampler_workers,
+                ring=self._logits_shape,
             )
+            self.logits_place = self._token_exit.place
             self._opened.callback(self._token_exit.free)
         self._busy.append(self._way_out.stream)
         self._opened.callback(self._drop_graphs)

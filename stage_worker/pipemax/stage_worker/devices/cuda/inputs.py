@@ -20,8 +20,10 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import SampleRow
 from pipemax.stage_worker.attention.device.batch import DeviceStep
 from pipemax.stage_worker.attention.device.layout import BatchLayout, pack_step
+from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.sampling import is_plain_greedy
+from pipemax.stage_worker.sampling.shares import share_out
 
 _ALIGNMENT_BYTES: Final = 64
 MAX_BANS: Final = 4096
@@ -38,6 +40,8 @@ class SampleInputs:
     drawn: torch.Tensor | None
     """int64 [len(drawn_rows)] on the device: rows whose logits go to the host; None likewise."""
     drawn_rows: tuple[int, ...]
+    shares: Shares = ()
+    """Of `drawn_rows`, in their order, where samplers draw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +105,21 @@ class InputVersion:
         sample: Sequence[SampleRow],
         vocab_size: int,
         upload: Stream,
+        num_samplers: int = 0,
     ) -> StepInputs:
         """Writes `step` and queues the copy on `upload`: as its batch is laid out, whose views are
-        on this version or on what it is copied to later. `sample` is empty but on the last stage.
-        Raises InvariantError when it does not fit."""
+        on this version or on what it is copied to later. `sample` is empty but on the last stage;
+        `num_samplers` draw, or that stage itself. Raises InvariantError when it does not fit."""
         layout, columns = step.batch.layout, step.columns
         needed = layout.num_bytes + 8 * (MAX_BANS + len(sample)) + 2 * _ALIGNMENT_BYTES
         if needed > self._size_bytes:
             raise InvariantError(f"a step of {needed} bytes for inputs of {self._size_bytes}")
         num_bytes = pack_step(columns, layout, tile_tokens, self._pinned.bytes)
         self._upload(0, num_bytes, upload)
-        sampling = self._pack_sampling(sample, vocab_size, layout.num_bytes, upload)
+        bans, shares = _sort_rows(sample, vocab_size, max(1, num_samplers))
+        sampling = self._pack_sampling(
+            bans, shares if num_samplers else (), _in_order(shares), layout.num_bytes, upload
+        )
         self._runtime.record(self.uploaded, upload)
         return StepInputs(
             step,
@@ -120,10 +128,9 @@ class InputVersion:
         )
 
     def _pack_sampling(
-        self, sample: Sequence[SampleRow], vocab_size: int, begin: int, upload: Stream
+        self, bans: list[int], shares: Shares, drawn: list[int], begin: int, upload: Stream
     ) -> SampleInputs:
         """Behind the batch, which ends at `begin`."""
-        bans, drawn = _sort_rows(sample, vocab_size)
         if not bans and not drawn:
             return SampleInputs(None, None, ())
         begin = _align(begin)
@@ -131,7 +138,10 @@ class InputVersion:
         drawn_view, end = self._append(np.array(drawn, np.int64), end)
         self._upload(begin, end - begin, upload)
         return SampleInputs(
-            banned_view if bans else None, drawn_view if drawn else None, tuple(drawn)
+            banned_view if bans else None,
+            drawn_view if drawn else None,
+            tuple(drawn),
+            shares if drawn else (),
         )
 
     def _append(self, values: npt.NDArray[np.int64], begin: int) -> tuple[torch.Tensor, int]:
@@ -180,8 +190,10 @@ def inputs_bytes(largest: BatchLayout) -> int:
     return _align(largest.num_bytes) + 8 * (MAX_BANS + largest.samples) + 2 * _ALIGNMENT_BYTES
 
 
-def _sort_rows(sample: Sequence[SampleRow], vocab_size: int) -> tuple[list[int], list[int]]:
-    """(bans for the device, rows for the host)"""
+def _sort_rows(
+    sample: Sequence[SampleRow], vocab_size: int, num_samplers: int
+) -> tuple[list[int], Shares]:
+    """(bans for the device, rows for the host by who draws from them)"""
     bans: list[int] = []
     drawn: list[int] = []
     for index, row in enumerate(sample):
@@ -190,7 +202,11 @@ def _sort_rows(sample: Sequence[SampleRow], vocab_size: int) -> tuple[list[int],
             drawn.append(index)
         else:
             bans += [index * vocab_size + token for token in banned]
-    return bans, drawn
+    return bans, share_out(sample, drawn, num_samplers)
+
+
+def _in_order(shares: Shares) -> list[int]:
+    return [row for share in shares for row in share]
 
 
 def _align(offset: int) -> int:

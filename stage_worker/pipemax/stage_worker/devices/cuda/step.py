@@ -117,6 +117,7 @@ class CudaSteps:
             plan.sample if self._model.is_last else (),
             self._model.vocab_size,
             self._streams.upload,
+            0 if self._token_exit is None else self._token_exit.num_samplers,
         )
         self._model.check_tokens(inputs.step)
         return Prepared(plan, version, inputs)
@@ -173,7 +174,9 @@ class CudaSteps:
             self._inlet.release(compute)
         tokens = None
         if self._token_exit is not None and inputs.sample is not None:
-            tokens = self._token_exit.take(inputs.sample, len(plan.sample), made.pop, compute)
+            tokens = self._token_exit.take(
+                inputs.sample, len(plan.sample), made.pop, compute, plan.slot
+            )
         self._runtime.record(version.marks.computed, compute)
         computed = self._kv.record_computed(compute)
         if self._outlet is None:

@@ -1,8 +1,9 @@
 """From logits to tokens, as far as the GPU does it, and the way of both to the host.
 
 Plain greedy rows are answered by the device: only token ids travel. All others send their logits
-to pinned memory, where a `Sampler` draws once the step has ended. Both travel on a
-stream of their own: on the kernels' they would wait for their turn among the KV on the link.
+to pinned memory. There a `Sampler` draws once the step has ended; or, where there are sampler
+workers, that memory is the ring which they read. Both travel on a stream of their own: on the
+kernels' they would wait for their turn among the KV on the link.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Final
 import numpy as np
 import torch
 
-from pipemax.proto.cuda.runtime import CudaEvent, Stream
-from pipemax.proto.messages.control import RowLogprobs, StepPlan
+from pipemax.proto.cuda.runtime import CudaEvent, Pointer, Stream
+from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, StepPlan
+from pipemax.stage_worker.channels.logits import LogitsPlace, LogitsShape, Shares
 from pipemax.stage_worker.devices.cuda.buffers import DeviceBuffer, Gpu, PinnedBuffer
 from pipemax.stage_worker.devices.cuda.inputs import SampleInputs
 from pipemax.stage_worker.sampling import Sampled, Sampler
@@ -40,7 +42,8 @@ class PendingTokens:
     buffer: TokenBuffer
     drawn_rows: tuple[int, ...]
     logits: PinnedBuffer | None
-    """Of `drawn_rows`, in order."""
+    """Of `drawn_rows`, in order; None where there are none, or samplers draw."""
+    shares: Shares = ()
 
 
 class TokenExit:
@@ -55,8 +58,11 @@ class TokenExit:
         vocab_size: int,
         steps: int,
         tokenizer: Path | None = None,
+        num_samplers: int = 0,
+        ring: LogitsShape | None = None,
     ) -> None:
-        """`steps`: that may be under way at once. tokenizer: see Sampler."""
+        """`steps`: that may be under way at once. tokenizer: see Sampler. `ring`: of `num_samplers`
+        workers."""
         runtime = self._runtime = gpu.runtime
         self._torch = gpu.torch
         self._max_rows = max_rows
@@ -77,15 +83,22 @@ class TokenExit:
         """Behind the last copy out of `_drawn`."""
         self._logits = [
             PinnedBuffer.create(runtime, "pipemax-logits", logits_bytes)
-            for _ in range(_DRAW_BUFFERS)
+            for _ in range(0 if ring else _DRAW_BUFFERS)
         ]
+        self.num_samplers = num_samplers
+        self._ring: PinnedBuffer | None = None
+        self.place: LogitsPlace | None = None
+        if ring is not None:
+            self._ring = PinnedBuffer.create(runtime, "pipemax-logits", ring.size_bytes)
+            self.place = LogitsPlace(self._ring.handle, ring)
         self._sampler = Sampler(tokenizer)
         self._free_buffers = list(self._buffers)
         self._free_logits = list(self._logits)
 
     def ready(self, inputs: SampleInputs) -> bool:
-        """There is a place for the logits of a step that is drawn from."""
-        return not inputs.drawn_rows or bool(self._free_logits)
+        """There is a place for the logits of a step that is drawn from. A slot's entry in the ring
+        is free whenever a step of that slot is planned."""
+        return not inputs.drawn_rows or self._ring is not None or bool(self._free_logits)
 
     def take(
         self,
@@ -93,9 +106,10 @@ class TokenExit:
         num_rows: int,
         logits: Callable[[], torch.Tensor],
         compute: Stream,
+        slot: int,
     ) -> PendingTokens:
         """Queues the way from `logits`, float32 `[at least num_rows, vocab]`, which the kernels
-        queued before will have made, to tokens. They are changed."""
+        queued before will have made, to tokens. They are changed. `slot`: the step's."""
         runtime, buffer = self._runtime, self._free_buffers.pop()
         num_drawn = len(inputs.drawn_rows)
         if num_drawn:
@@ -118,11 +132,18 @@ class TokenExit:
         runtime.copy(buffer.pinned.pointer, buffer.device.pointer, 8 * num_rows, self.stream)
         if not num_drawn:
             return PendingTokens(buffer, (), None)
-        arriving = self._free_logits.pop()
+        arriving = None if self._ring is not None else self._free_logits.pop()
         size_bytes = 4 * num_drawn * self._vocab_size
-        runtime.copy(arriving.pointer, self._drawn.pointer, size_bytes, self.stream)
+        target = self._entry(slot) if arriving is None else arriving.pointer
+        runtime.copy(target, self._drawn.pointer, size_bytes, self.stream)
         runtime.record(self._sent, self.stream)
-        return PendingTokens(buffer, inputs.drawn_rows, arriving)
+        return PendingTokens(buffer, inputs.drawn_rows, arriving, inputs.shares)
+
+    def _entry(self, slot: int) -> Pointer:
+        """Of the ring."""
+        assert self._ring is not None
+        assert self.place is not None
+        return Pointer(self._ring.pointer + slot * self.place.shape.entry_bytes)
 
     def tokens(self, pending: PendingTokens, plan: StepPlan) -> Sampled:
         """One per sample row, and what was asked for beside them. The step has ended."""
@@ -140,11 +161,14 @@ class TokenExit:
             for index, token in zip(pending.drawn_rows, drawn.tokens, strict=True):
                 tokens[index] = token
             logprobs = drawn.logprobs
+        elif pending.shares:
+            for index in pending.drawn_rows:
+                tokens[index] = NO_TOKEN
         self.forget(pending)
-        return Sampled(tokens, logprobs)
+        return Sampled(tokens, logprobs, pending.shares)
 
     def note_ended(self, plan: StepPlan) -> None:
-        """For the sampler, which a step without drawn rows does not ask."""
+        """For this process's own sampler, which a step without drawn rows does not ask."""
         if plan.ended:
             self._sampler.sample(plan, torch.empty(0, self._vocab_size), ())
 
@@ -163,5 +187,7 @@ class TokenExit:
         self._drawn.close()
         for logits in self._logits:
             logits.close()
+        if self._ring is not None:
+            self._ring.close()
         self._runtime.destroy_event(self._sent)
         self._runtime.destroy_stream(self.stream)

@@ -140,6 +140,8 @@ class CudaWorkLoop:
             if sampled is None:
                 self._links.step_done(plan, spent.compute_s, None)
             else:
-                self._links.step_done(plan, spent.compute_s, sampled.tokens, sampled.logprobs)
+                self._links.step_done(
+                    plan, spent.compute_s, sampled.tokens, sampled.logprobs, sampled.shares
+                )
         if landed:
             self._rings.collect()
