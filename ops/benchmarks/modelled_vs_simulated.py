@@ -25,6 +25,7 @@ from live_system import running, versions
 
 from pipemax.client import Client, Completion, SamplingParams
 from pipemax.proto.messages.ingest import Status
+from pipemax.proto.states import STATES
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.cli.simulation_flags import SimulateFlags
 from pipemax.services.simulator.command import build_spec
@@ -34,7 +35,6 @@ from pipemax.services.simulator.workload import Lengths, Workload
 from pipemax.services.simulator.world import World
 from pipemax.services.tiny_model import VOCAB_SIZE
 from pipemax.stage_worker.modelled.marks import continuation
-from pipemax.stage_worker.state_clock import STATES
 
 PROMPT_VOCAB_SIZE = 30_000
 

@@ -4,7 +4,6 @@ import json
 import re
 
 from pipemax.coordinator import metrics_document
-from pipemax.stage_worker.state_clock import STATES
 from support.source_tree import ROOT
 
 ROWS = re.findall(r"^\| `(\w+)` \| (\w+) \|", metrics_document.render(), re.MULTILINE)
@@ -15,10 +14,6 @@ def test_the_reference_is_generated() -> None:
     assert written == metrics_document.render(), (
         "run `python -m pipemax.coordinator.metrics_document > coordinator/METRICS.md`"
     )
-
-
-def test_its_states_are_those_of_the_stages() -> None:
-    assert metrics_document.STAGE_STATES == STATES
 
 
 def test_every_metric_is_there_and_its_labels_are_known() -> None:

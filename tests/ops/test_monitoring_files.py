@@ -12,8 +12,8 @@ import yaml
 from make_dashboards import DASHBOARDS as MADE
 from make_dashboards import STATE_COLOURS
 
+from pipemax.proto.states import STATES
 from pipemax.services.simulator.gantt import COLOURS
-from pipemax.services.status_view import STATES
 from support.prometheus import OPS, binary, without_thresholds
 from support.source_tree import ROOT
 

@@ -2,7 +2,8 @@
 `tests/proto/test_conformance.py` fails until they are."""
 
 from pipemax.proto.memory import MemfdHandle
-from pipemax.proto.messages import activations, control, ingest, kv, logits
+from pipemax.proto.messages import activations, control, ingest, kv, logits, spans
+from pipemax.proto.messages.spans import pack_i64
 from pipemax.proto.messages.types import Message, pack_f32, pack_i32
 
 _HANDLE = MemfdHandle(pid=4242, fd=7, inode=99, size_bytes=2**40)
@@ -75,6 +76,15 @@ _LINK = control.LinkTotals(
     load_bytes=1, load_seconds=0.5, load_copies=2, store_bytes=3, store_seconds=1.5, store_copies=4
 )
 _STATES = {"compute": 1.5, "wait_kv": 0.25}
+_STAGE_SPANS = spans.StageSpans(
+    stage=1,
+    pid=4242,
+    begin_ns=10**15,
+    states=b"\0\3",
+    lengths_ns=pack_i64([2**40, 7]),
+    steps=pack_i64([9, -1]),
+    total_ns=(1, 2, 3, 4, 5, 6),
+)
 _REFUSED = ingest.Refused(request_id="r-2", code="too_long", message="prompt of 9 tokens")
 _JOB = ingest.JobInfo(
     name="night",
@@ -233,6 +243,17 @@ EXAMPLES: tuple[Message, ...] = (
             ),
         ),
         coordinator_busy_seconds=1.9,
+    ),
+    spans.WatchSpans(seconds=5.5),
+    spans.WatchedSpans(spans=_STAGE_SPANS),
+    spans.RecordSpans(seconds=3.5),
+    _STAGE_SPANS,
+    spans.CopySpans(
+        stages=pack_i64([0, 1]),
+        directions=b"\0\1",
+        begins_ns=pack_i64([10**15, 10**15 + 5]),
+        lengths_ns=pack_i64([5, 6]),
+        sizes_bytes=pack_i64([4096, 2**33]),
     ),
     control.Hello(protocol=1, role="stage", index=1, pid=4242, incarnation="i7"),
     control.Welcome(instance_id="a1"),

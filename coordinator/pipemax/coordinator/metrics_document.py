@@ -16,11 +16,10 @@ from pipemax.coordinator.status import StatusView
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.messages.control import KvReport, LinkTotals
 from pipemax.proto.messages.ingest import Finished, JobProgress
+from pipemax.proto.states import STATES
 
-STAGE_STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
-"""As stages report them."""
 SAMPLER_STATES = ("sample", "wait")
-"""Likewise samplers."""
+"""As samplers report them."""
 _NUMBERED = ("stage", "slot", "sampler")
 _NAMED = ("model_name", "job_name")
 _HEAD = """\
@@ -80,7 +79,7 @@ def _example() -> CollectorRegistry:
     )
     limits = SchedulerLimits(16, 1, 1, 1, 1, frozenset())
     view = StatusView(config, "example", SchedulerState(limits), Assembly(1, 1))
-    view.stage_seconds(stage_name(0), dict.fromkeys(STAGE_STATES, 1.0))
+    view.stage_seconds(stage_name(0), dict.fromkeys(STATES, 1.0))
     view.stage_seconds(sampler_name(0), dict.fromkeys(SAMPLER_STATES, 1.0))
     view.kv_report(
         KvReport(

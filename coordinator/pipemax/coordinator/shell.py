@@ -49,6 +49,7 @@ from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
 from pipemax.coordinator.policy import make_policy
 from pipemax.coordinator.sessions import ClientId, Sessions
+from pipemax.coordinator.span_watch import SpanWatch
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.coordinator.status import StatusView
 from pipemax.coordinator.step_parts import StepParts, WholeStep
@@ -57,7 +58,7 @@ from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, InvariantError, RequestError, WireError
 from pipemax.proto.geometry import blocks_for
-from pipemax.proto.messages import control, ingest
+from pipemax.proto.messages import control, ingest, spans
 from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
@@ -128,6 +129,7 @@ class CoordinatorShell:
         self._drained = False
         self._stopping = False
         self._next_snapshot = 0.0
+        self._spans = SpanWatch(self._send_all, self._send_client)
         self._job_eta = JobEta()
 
     def stop(self) -> None:
@@ -213,6 +215,8 @@ class CoordinatorShell:
                 self._tell(KvReleased(keys))
             case control.KvReport():
                 self._on_kv_report(message)
+            case spans.StageSpans() | spans.CopySpans():
+                self._spans.report(message)
             case control.Failure(error=error):
                 log.error("%s failed: %s", self._names[identity], error)
             case _:
@@ -288,8 +292,7 @@ class CoordinatorShell:
                 case ResetAll(message):
                     log.info("reset to epoch %d", message.epoch)
                     self._parts.reset()
-                    for identity in self._names:
-                        self._send_control(identity, message)
+                    self._send_all(message)
                 case Paused():
                     log.warning("paused: waiting for %s", ", ".join(self._assembly.missing))
                     self._tell(action)
@@ -340,12 +343,20 @@ class CoordinatorShell:
                     self._cancel(key)
             case ingest.PartialTaken(number=number):
                 self._sessions.taken(client, number)
+            case spans.WatchSpans(seconds=seconds):
+                self._on_watch(client, seconds)
             case ingest.StatusQuery():
                 self._answer(client, self._view.refresh())
             case _ if isinstance(message, JobMessage):
                 self._jobs.receive(client, message)
             case _:
                 raise WireError("unknown_type", f"{type(message).__name__} is not expected here")
+
+    def _on_watch(self, client: ClientId, seconds: float) -> None:
+        try:
+            self._spans.watch(client, seconds, time.monotonic())
+        except RequestError as error:
+            self._answer(client, _refused(None, error.code, str(error)))
 
     def _on_submit(self, client: ClientId, submit: ingest.Submit) -> None:
         try:
@@ -431,11 +442,17 @@ class CoordinatorShell:
             log.error("%s has said nothing for %.0f s", process, silent_s)
             hung = control.Unresponsive(process=process, silent_s=silent_s)
             self._send_control(identity_of("launcher"), hung)
+        self._spans.tick(now)
         if now >= self._next_snapshot:
             totals = self.metrics.collector.jobs = self._jobs.totals()
             self._view.jobs = self._job_eta.progress(totals.unfinished, now)
             self._view.refresh()
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
+
+    def _send_all(self, message: Message) -> None:
+        """To stages and daemon."""
+        for identity in self._names:
+            self._send_control(identity, message)
 
     def _send_control(self, identity: bytes, message: Message) -> None:
         self._send_frame(identity, encode(message))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import zmq
 
+from pipemax.kv_daemon.copy_recorder import CopyRecorder
 from pipemax.kv_daemon.core import KvCore
 from pipemax.kv_daemon.engine import CopyEngine
 from pipemax.kv_daemon.events import (
@@ -30,6 +31,7 @@ from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.errors import PipemaxSystemError, WireError
 from pipemax.proto.messages import control, kv
 from pipemax.proto.messages.registry import CONTROL, KV
+from pipemax.proto.messages.spans import RecordSpans
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import bind_router, connect_dealer, identity_of, region_identity
@@ -88,6 +90,7 @@ class Shell:
         self._ready_told: str | None = None
         """The instance_id that knows our pool is ready."""
         self._hello_at = self._beat_at = self._report_at = 0.0
+        self._spans = CopyRecorder()
         self._worked = False
         """Something happened since the last KvReport."""
 
@@ -154,6 +157,8 @@ class Shell:
         if now >= self._beat_at:
             self._beat_at = now + BEAT_INTERVAL_S
             self._tell_coordinator(control.Beat())
+            if (spans := self._spans.take()) is not None:
+                self._tell_coordinator(spans)
         if not (self._worked or self._core.busy):
             return min(self._beat_at, self._hello_at) - now
         pause = REPORT_INTERVAL_S if self._worked else BUSY_REPORT_INTERVAL_S
@@ -169,6 +174,7 @@ class Shell:
 
     def _feed_ends(self) -> None:
         for stage, direction in self._engine.completed():
+            self._spans.ended(stage, direction, time.monotonic_ns())
             self._feed(CopyDone(stage, direction))
 
     def _feed(self, event: Event) -> None:
@@ -181,6 +187,7 @@ class Shell:
             case SendToStage():
                 self._tell_stage(command.stage, command.message)
             case StartCopy():
+                self._spans.started(command, time.monotonic_ns())
                 order = self._engine.start(command)
                 if order is not None:
                     self._tell_stage(command.stage, order)
@@ -206,6 +213,7 @@ class Shell:
             offer.num_blocks,
             offer.block_bytes,
         )
+        self._spans.block_bytes[offer.stage] = offer.block_bytes
         self._feed(mapped)
 
     # Stages.
@@ -275,6 +283,8 @@ class Shell:
                 self._on_welcome(message)
             case control.Stop():
                 self._stopping = True
+            case RecordSpans():
+                self._spans.record_until(time.monotonic_ns() + round(message.seconds * 1e9))
             case (
                 control.Reset()
                 | control.Prefetch()

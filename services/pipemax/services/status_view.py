@@ -9,9 +9,7 @@ from rich.table import Table
 from pipemax.proto.messages.ingest import Status
 from pipemax.proto.rundir import run_dir_of
 from pipemax.proto.sizes import format_size
-
-STATES = ("compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send")
-"""Every second of a stage belongs to one of these."""
+from pipemax.proto.states import STATES
 
 
 def status_view(name: str, status: Status, previous: Status | None = None) -> RenderableType:

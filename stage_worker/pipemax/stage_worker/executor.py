@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from pipemax.proto.messages.control import RowLogprobs, StepPlan
+from pipemax.proto.states import State
 from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.channels.ring import Rows
-from pipemax.stage_worker.state_clock import State, StateClock
+from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
 Batch = TypeVar("Batch")
@@ -118,6 +119,7 @@ class Executor(Generic[Batch]):
         """Time spent here is `prepare` only if it delays the step: while activations or KV are
         missing anyway, it is theirs."""
         self._clock.switch(self._queue.missing(plan) or "prepare")
+        self._clock.step = plan.step
         self._prepare(plan)
         return self._prepared.pop((plan.epoch, plan.step))
 

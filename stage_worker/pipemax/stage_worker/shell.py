@@ -20,6 +20,7 @@ from pipemax.proto.messages.control import (
     Welcome,
 )
 from pipemax.proto.messages.kv import AttachPool, Computed, CopyOrder, Loaded, PoolAttached
+from pipemax.proto.messages.spans import RecordSpans
 from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.channels.connect import Neighbours
 from pipemax.stage_worker.channels.logits import Shares
@@ -63,6 +64,7 @@ class StageShell:
         self._neighbours = neighbours
         self._queue = queue
         self._clock = clock
+        self._spans = SpanReport(ready.stage, clock)
         self._instance_id: str | None = None
         self._reset_done = True
         self._stopping = False
@@ -154,6 +156,8 @@ class StageShell:
                 self._queue.add_plan(message)
             elif isinstance(message, Reset):
                 self._on_reset(message)
+            elif isinstance(message, RecordSpans):
+                self._spans.record(message.seconds)
             elif isinstance(message, Welcome):
                 self._on_welcome(message)
             elif isinstance(message, Stop):
@@ -226,6 +230,8 @@ class StageShell:
         if self._instance_id is None:
             return
         self._control.send(Beat(state_seconds=self._clock.seconds()))
+        if (spans := self._spans.take()) is not None:
+            self._control.send(spans)
         if self._reset_done:
             return
         if not self._pool.attached:

@@ -2,10 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Final, Literal, get_args
 
-State = Literal["compute", "wait_plan", "wait_activation", "wait_kv", "prepare", "send"]
-STATES: Final[tuple[State, ...]] = get_args(State)
+from pipemax.proto.states import STATES, State
+from pipemax.stage_worker.span_recorder import SpanRecorder
 
 
 class StateClock:
@@ -29,6 +28,10 @@ class StateClock:
         """What the device did, as far as it is longer than the time that has passed here."""
         self.in_flight = False
         self.state: State = state
+        self.step = -1
+        """What time is spent on, for whoever records it."""
+        self.recorder: SpanRecorder | None = None
+        """Is told of every moment from when it is set on; see `cut`."""
 
     def switch(self, state: State) -> float:
         """From now on time belongs to `state`, or does so once the device has landed; returns how
@@ -40,6 +43,12 @@ class StateClock:
         self._spend(self.state, lasted_ns)
         self.state = state
         return lasted_ns / 1e9
+
+    def cut(self) -> tuple[int, dict[State, int]]:
+        """Accounts for the time up to now, or in flight up to where the device has told. Returns
+        that moment and the nanoseconds spent on each state until then."""
+        self.switch(self.state)
+        return self._since_ns, dict(self._spent_ns)
 
     def take_off(self) -> None:
         """From now on time is the device's. In flight already, nothing changes."""
@@ -68,6 +77,8 @@ class StateClock:
             self.in_flight = False
 
     def _spend(self, state: State, spent_ns: int) -> None:
+        if self.recorder is not None:
+            self.recorder.add(state, self.step, spent_ns)
         self._spent_ns[state] += spent_ns
         self._since_ns += spent_ns
 

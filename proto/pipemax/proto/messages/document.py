@@ -10,7 +10,7 @@ import textwrap
 from types import ModuleType
 
 from pipemax.proto import PROTOCOL_VERSION, memory
-from pipemax.proto.messages import activations, control, ingest, kv, logits, types
+from pipemax.proto.messages import activations, control, ingest, kv, logits, spans, types
 from pipemax.proto.messages.registry import CHANNELS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.sizes import format_size
@@ -142,7 +142,7 @@ def _one_line(text: str) -> str:
 def _alias_section() -> list[str]:
     """Named field types and what they stand for."""
     lines = ["", "## Field types", "", "| name | stands for |", "|---|---|"]
-    for module in (types, ingest):
+    for module in (types, ingest, spans):
         for statement in ast.parse(inspect.getsource(module)).body:
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 stands_for = ast.unparse(statement.value).replace("|", "\\|")

@@ -6,7 +6,7 @@ and `proto/README.md` is generated from it.
 
 from dataclasses import dataclass
 
-from pipemax.proto.messages import activations, control, ingest, kv, logits
+from pipemax.proto.messages import activations, control, ingest, kv, logits, spans
 from pipemax.proto.messages.types import Message
 
 
@@ -45,6 +45,7 @@ INGEST = Channel(
         ingest.FetchResults,
         ingest.CancelJob,
         ingest.DeleteJob,
+        spans.WatchSpans,
     ),
     to_peer=(
         ingest.ServerHello,
@@ -55,6 +56,7 @@ INGEST = Channel(
         ingest.JobList,
         ingest.JobResults,
         ingest.JobRefused,
+        spans.WatchedSpans,
     ),
     binder_queue_messages=32,  # messages can be large and clients are not ours
 )
@@ -77,6 +79,8 @@ CONTROL = Channel(
         control.Released,
         control.KvReport,
         control.Drain,
+        spans.StageSpans,
+        spans.CopySpans,
     ),
     to_peer=(
         control.Welcome,
@@ -90,6 +94,7 @@ CONTROL = Channel(
         control.SystemReady,
         control.Unresponsive,
         control.Stop,
+        spans.RecordSpans,
     ),
 )
 KV = Channel(

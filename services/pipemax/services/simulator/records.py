@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from pipemax.proto.states import STATES
 from pipemax.services.simulator.engine import NS
-from pipemax.stage_worker.state_clock import STATES
 
 STAGE_STATES: Final = (*STATES, "down")
 """The real stages' states, and the time in which a crashed one is not there."""

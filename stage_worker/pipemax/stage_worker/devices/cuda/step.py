@@ -7,6 +7,7 @@ import torch
 from pipemax.proto.cuda.runtime import CudaEvent, CudaRuntime, Stream
 from pipemax.proto.errors import WireError
 from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.states import State
 from pipemax.stage_worker.attention.device.batch import DeviceStep
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.devices.cuda.copies import CudaKvEnd
@@ -18,7 +19,6 @@ from pipemax.stage_worker.devices.cuda.token_exit import PendingTokens, TokenExi
 from pipemax.stage_worker.model.stage_model import StageModel
 from pipemax.stage_worker.plan_columns import read_columns
 from pipemax.stage_worker.sampling import Sampled
-from pipemax.stage_worker.state_clock import State
 
 
 @dataclass(frozen=True, slots=True)

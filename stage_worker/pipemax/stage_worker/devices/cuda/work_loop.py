@@ -127,6 +127,7 @@ class CudaWorkLoop:
     def _land(self, flight: Flight) -> None:
         """A step that a reset voided lands silently."""
         plan, landed = flight.plan, not self._flights
+        self._clock.step = plan.step
         spent = self._steps.spent(flight, self._before)
         self._before = None if landed else flight.version.marks.computed
         self._clock.settle(spent.states, landed=landed)
