@@ -27,6 +27,7 @@ from pipemax.stage_worker.channels.logits import Shares
 from pipemax.stage_worker.channels.ring import Rows
 from pipemax.stage_worker.kv_end import KvEnd
 from pipemax.stage_worker.peer import Peer
+from pipemax.stage_worker.span_report import SpanReport
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 
