@@ -205,3 +205,14 @@ def test_jobs_are_kept_before_they_are_acknowledged_and_wait_for_the_system(
     with JournalReader(journal_path("default")) as reader:
         (job,) = reader.jobs()
     assert (job.name, job.num_requests, job.state) == ("night", 1, "open")
+
+
+def test_a_request_that_waits_longer_than_it_may_is_given_up(running: RunningShell) -> None:
+    for request_id, timeout_s in (("patient", None), ("hasty", 0.05)):
+        submit = ingest.Submit(request_id=request_id, prompt_token_ids=(5,), timeout_s=timeout_s)
+        running.client.send(encode(submit))
+    assert running.client.poll(20_000)
+    answer = Codec(INGEST, at_binder=False).decode(running.client.recv())
+    assert isinstance(answer, ingest.Finished)
+    assert (answer.request_id, answer.error_code) == ("hasty", "timeout")
+    assert running.status().requests_waiting == 1

@@ -103,7 +103,12 @@ _JOB = ingest.JobInfo(
 EXAMPLES: tuple[Message, ...] = (
     ingest.ClientHello(protocol=1, client="example"),
     ingest.ServerHello(
-        protocol=1, instance_id="a1", model_name="tiny", max_model_len=512, credits=64
+        protocol=1,
+        instance_id="a1",
+        model_name="tiny",
+        max_model_len=512,
+        credits=64,
+        settings="5f1e",
     ),
     ingest.Submit(
         request_id="r-1",
@@ -117,6 +122,7 @@ EXAMPLES: tuple[Message, ...] = (
         ),
         sampling=_SAMPLING,
         echo=True,
+        timeout_s=90.0,
         stream=True,
     ),
     ingest.Cancel(request_id="r-1"),
@@ -160,6 +166,7 @@ EXAMPLES: tuple[Message, ...] = (
         first_token_s=0.5,
         total_s=1.25,
         error="none, this is an example",
+        error_code="example",
     ),
     _REFUSED,
     ingest.OpenJob(number=1, job="night", about=b"lines"),

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from pipemax.coordinator.deadlines import Deadlines
 from pipemax.coordinator.events import FinishRequest, Submitted
 from pipemax.coordinator.streams import Output, Stream
 from pipemax.coordinator.text.detokenizer import StopChecker
@@ -27,6 +28,10 @@ ClientId = bytes
 _NOT_FOLLOWED = (
     "structured_outputs: the grammar grew too complex to be followed; give a simpler one, or one "
     "that leaves less open"
+)
+_TOOK_TOO_LONG = (
+    "it was not finished within the time it was given (timeout_s, --request-timeout), and was "
+    "cancelled"
 )
 _SEED_MASK = 2**64 - 1
 
@@ -53,6 +58,8 @@ class Entry:
     prompt_text: str | None
     choices: list[Output]
     stream: bool
+    is_over_time: bool = False
+    """Its choices are being cancelled for that."""
 
 
 class Sessions:
@@ -74,6 +81,7 @@ class Sessions:
         self._with_outbox: set[ClientId] = set()
         self._with_changes: set[ClientId] = set()
         """Of streaming requests."""
+        self._deadlines = Deadlines()
         self._next_key = 0
         self.undelivered = 0
         """Results whose client was gone."""
@@ -134,6 +142,8 @@ class Sessions:
             output = Output(StopChecker(decoder, sampling, stream=stream), taken)
             entry.choices.append(output)
             self._entries[key + index] = entry, output
+        if submit.timeout_s is not None:
+            self._deadlines.set(key, now + submit.timeout_s)
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
@@ -154,6 +164,13 @@ class Sessions:
         """Our number of a client's unfinished request."""
         session = self._sessions.get(client)
         return session.keys.get(request_id) if session else None
+
+    def over_time(self, now: float) -> list[int]:
+        """Keys of requests to cancel, because they have had their time; each once."""
+        keys = self._deadlines.over(now)
+        for key in keys:
+            self._entries[key][0].is_over_time = True
+        return keys
 
     def num_choices(self, key: int) -> int:
         """Of the request whose first choice has this key; 1 if it has finished."""
@@ -188,6 +205,7 @@ class Sessions:
             return None
         for key in range(entry.key, entry.key + len(results)):
             del self._entries[key]
+        self._deadlines.discard(entry.key)
         message = _finished(entry, results, now)
         if entry.client is None:
             return entry.key, message
@@ -231,13 +249,14 @@ class Sessions:
 def _finished(entry: Entry, results: list[FinishRequest], now: float) -> Finished:
     """`results` of all choices."""
     first, *others = [output.choice for output in entry.choices]
+    failure = _failure(entry, results)
     admitted = [r.admitted_at for r in results if r.admitted_at is not None]
     first_tokens = [r.first_token_at for r in results if r.first_token_at is not None]
     return Finished(
         request_id=entry.request_id,
         token_ids=first.token_ids,
         text=first.text,
-        finish_reason=first.finish_reason,
+        finish_reason=first.finish_reason if failure is None else "error",
         stop_reason=first.stop_reason,
         logprobs=first.logprobs,
         more_choices=tuple(others),
@@ -247,8 +266,18 @@ def _finished(entry: Entry, results: list[FinishRequest], now: float) -> Finishe
         queue_s=min(admitted, default=now) - entry.submitted_at,
         first_token_s=min(first_tokens, default=now) - entry.submitted_at,
         total_s=now - entry.submitted_at,
-        error=_NOT_FOLLOWED if first.finish_reason == "error" else None,
+        error=None if failure is None else failure[0],
+        error_code=None if failure is None else failure[1],
     )
+
+
+def _failure(entry: Entry, results: list[FinishRequest]) -> tuple[str, str | None] | None:
+    """Why the request counts as failed, in words and as a code; None if it does not. One that came
+    to its end in the very step in which its time was over does not."""
+    reasons = {result.finish_reason for result in results}
+    if entry.is_over_time and "abort" in reasons:
+        return _TOOK_TOO_LONG, "timeout"
+    return (_NOT_FOLLOWED, None) if results[0].finish_reason == "error" else None
 
 
 def job_of(client: ClientId) -> int:

@@ -430,6 +430,8 @@ class CoordinatorShell:
                 self._send_control(identity_of("kv_daemon"), message)
 
     def _finish_round(self) -> None:
+        for key in self._sessions.over_time(time.monotonic()):
+            self._cancel(key)
         for key in self._sessions.deliver():
             self._cancel(key)
         self.metrics.collector.undelivered = self._sessions.undelivered

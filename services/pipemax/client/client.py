@@ -5,10 +5,12 @@ import operator
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from msgspec.structs import replace
 
 from pipemax.client.completion import Completion
 from pipemax.client.connection import Connection
@@ -39,6 +41,8 @@ _MAX_ATTEMPTS = 4
 _LOW_LEVEL = 0
 """Owner of what `submit` submitted; each stream is an owner of its own."""
 _PUMP_S = 1.0
+_LEAST_S = 0.001
+"""Left to a request whose time is over: the coordinator is to say so."""
 
 
 @dataclass(slots=True)
@@ -48,6 +52,16 @@ class _Pending:
     index: int
     attempts: int = 1
     stream: StreamReader | None = None
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def again(self) -> Submit:
+        """To be submitted once more: the time that it may take runs on."""
+        timeout_s = self.submit.timeout_s
+        if timeout_s is None:
+            return self.submit
+        left_s = timeout_s - (time.monotonic() - self.since)
+        return replace(self.submit, timeout_s=max(left_s, _LEAST_S))
 
 
 class Client:
@@ -337,7 +351,7 @@ class Client:
             else:
                 if request.stream is not None:
                     request.stream.start_again()
-                self._connection.send_request(request.submit)
+                self._connection.send_request(request.again)
                 self._pending[request_id] = request
         if refused is not None and self._server.instance_id == instance_id:
             raise WireError(refused.code, f"the system refused a message: {refused.message}")

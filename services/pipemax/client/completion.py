@@ -34,8 +34,9 @@ class Completion:
     total_s: float = 0.0
     error: str | None = None
     error_code: str | None = None
-    """Short and stable: the code of the refusal, or `failed` for a request that was accepted and
-    could not be finished."""
+    """Short and stable: the code of the refusal; `timeout` for a request that was cancelled as it
+    had had its time, with what it had produced; `failed` for any other that was accepted and could
+    not be finished."""
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -73,7 +74,7 @@ class Completion:
             first_token_s=finished.first_token_s,
             total_s=finished.total_s,
             error=(finished.error or "failed without a reason") if failed else None,
-            error_code="failed" if failed else None,
+            error_code=(finished.error_code or "failed") if failed else None,
         )
 
     @classmethod

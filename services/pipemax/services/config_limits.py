@@ -19,6 +19,8 @@ _FLAG_OF_FIELD = {
     "hung_after_s": "--hung-after",
     "max_journal_bytes": "--max-journal-size",
 }
+MAX_TIMEOUT_S = 1e8
+"""That the message Submit takes."""
 SPARE_BLOCKS = 1
 """Device blocks that the coordinator wants beyond those of the longest request; it checks again
 with what the stages report."""
@@ -115,6 +117,16 @@ def name_the_flag(
     else:
         problem = problem[0].lower() + problem[1:].replace("`", "")
     return ConfigError(f"{flag} {values[field]}: {problem}")
+
+
+def request_timeout(seconds: float | None) -> float | None:
+    """Of `--request-timeout`, as asked. Raises ConfigError for what is no time."""
+    if seconds is not None and not 0 < seconds <= MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"--request-timeout {seconds:g}: must be more than 0 and at most {MAX_TIMEOUT_S:g} "
+            "seconds"
+        )
+    return seconds
 
 
 def size_of(flag: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,38 @@ def test_error_lines_in_a_file_of_their_own(client: Client, tmp_path: Path) -> N
     assert [line["custom_id"] for line in read_lines(tmp_path / "out")] == ["a"]
     codes = sorted(line["error"]["code"] for line in read_lines(errors))
     assert codes == ["failed", "invalid_json"]
+
+
+def test_lines_that_take_too_long_keep_what_they_had_and_are_run_again(
+    runtime_dir: Path, tmp_path: Path
+) -> None:
+    told: list[float | None] = []
+
+    def slow(submit: Submit) -> Any:
+        told.append(submit.timeout_s)
+        if submit.prompt == "slow" and submit.timeout_s is not None:
+            code = {"error": "too long", "error_code": "timeout"}
+            return finished(submit, finish_reason="error", **code)
+        return finished(submit)
+
+    source = write_lines(tmp_path / "in", request("a"), request("b", "slow"), request("c", "none"))
+    files = BatchFiles(inputs=(source,), outputs=(tmp_path / "out",))
+    with (
+        FakeCoordinator(runtime_dir / "ingest.sock", slow) as fake,
+        Client(endpoint=fake.endpoint) as client,
+    ):
+        report = run_files(client, files, {}, request_timeout_s=2.5)
+        assert (report.completed, report.failed) == (2, 1)
+        assert told == [2.5] * 3
+        lines = {line["custom_id"]: line for line in read_lines(tmp_path / "out")}
+        late = lines["b"]
+        assert (late["error"]["code"], late["response"]["status_code"]) == ("timeout", 408)
+        assert late["response"]["body"]["choices"][0]["text"] == "SLOW"
+        assert late["response"]["body"]["usage"]["completion_tokens"] == 4
+        report = run_files(client, replace(files, retry_errors=True), {})
+        assert (report.completed, report.failed, report.skipped) == (1, 0, 2)
+    assert {line["custom_id"]: line["error"] for line in read_lines(tmp_path / "out")} == {
+        "a": None,
+        "b": None,
+        "c": None,
+    }

@@ -139,6 +139,10 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
     sampling: SamplingParams = SamplingParams()
     echo: bool = False
     """The result brings the prompt's text too."""
+    timeout_s: Annotated[float, Meta(gt=0.0, le=1e8)] | None = None
+    """How long it may take, from its acceptance; a job's, from when it was first taken up to run.
+    Then it is cancelled: it finishes as an error with the code `timeout`, and with what it had
+    produced."""
     stream: bool = False
     """What is produced is sent as Partial meanwhile. The result is the same, and whole."""
 
@@ -201,6 +205,8 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     total_s: Seconds
     error: ErrorText | None = None
     """Why, when finish_reason is `error`."""
+    error_code: ShortText | None = None
+    """The same for programs: `timeout`; None where there is no word for it."""
 
     @property
     def num_output_tokens(self) -> int:

@@ -27,7 +27,11 @@ _LABEL = "run-batch"
 
 
 def run_batch_files(
-    engine: EngineOptions, files: BatchFiles, name: str | None, elsewhere: Where | None = None
+    engine: EngineOptions,
+    files: BatchFiles,
+    name: str | None,
+    elsewhere: Where | None = None,
+    request_timeout_s: float | None = None,
 ) -> BatchReport:
     """Runs every line that has no result yet and prints what it came to.
 
@@ -39,16 +43,18 @@ def run_batch_files(
     """
     files.check()
     if elsewhere is None:
-        return _run(files, _system_for(engine, name))
+        return _run(files, _system_for(engine, name), request_timeout_s)
     if given := engine.given():
         raise ConfigError(
             f"{elsewhere} is running already and keeps its settings: leave out {', '.join(given)}"
         )
     with elsewhere.client(_LABEL) as client:
-        return _run(files, _Connected(client))
+        return _run(files, _Connected(client), request_timeout_s)
 
 
-def _run(files: BatchFiles, system: "_SystemFor | _Connected") -> BatchReport:
+def _run(
+    files: BatchFiles, system: "_SystemFor | _Connected", request_timeout_s: float | None
+) -> BatchReport:
     batch = Batch(files, system.settings)
     outputs = ", ".join(str(path) for path in files.outputs)
     if batch.nothing_to_do:
@@ -61,7 +67,7 @@ def _run(files: BatchFiles, system: "_SystemFor | _Connected") -> BatchReport:
         system.client() as client,
         TokenBar() as bar,
     ):
-        report = run_batch(client, routes, bar, num_requests)
+        report = run_batch(client, routes, bar, num_requests, request_timeout_s)
     to_stderr = STDOUT in files.outputs
     typer.echo(report.throughput, err=to_stderr)
     failed = f", {report.failed} of them error lines" if report.failed else ""

@@ -174,12 +174,13 @@ def run_files(
     files: BatchFiles,
     settings: Mapping[str, Setting],
     progress: BatchProgress | None = None,
+    request_timeout_s: float | None = None,
 ) -> BatchReport:
     """Runs what has no result yet through a client; see `Batch` and `run_batch` for what it
     raises."""
     batch = Batch(files, settings)
     with batch.opened() as (routes, num_requests):
-        return run_batch(client, routes, progress, num_requests)
+        return run_batch(client, routes, progress, num_requests, request_timeout_s)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from pipemax.client import Client, Completion
 from pipemax.proto.errors import RequestError
 from pipemax.services.batch.openai_lines import BatchRequest
-from pipemax.services.batch.openai_results import result_line
+from pipemax.services.batch.openai_results import partial_body, result_line
 from pipemax.services.batch.report import BatchProgress, BatchReport, Quiet
 from pipemax.services.batch.tally import Line, Route, Tally, status_of
 
@@ -20,12 +20,14 @@ def run_batch(
     routes: Sequence[Route],
     progress: BatchProgress | None = None,
     num_requests: int | None = None,
+    request_timeout_s: float | None = None,
 ) -> BatchReport:
     """Runs every line of the inputs that has no result yet and writes a line for each.
 
     Lines are written as requests finish, so their order is not the input's: match them by
     `custom_id`. Inputs are read as fast as requests finish and never held as a whole. A bad line
-    gets an error line; blank lines are skipped.
+    gets an error line; blank lines are skipped. `request_timeout_s` is how long each request may
+    take; then it is cancelled and gets an error line with the code `timeout`.
 
     Raises PipemaxSystemError when the system ends meanwhile, an input cannot be read on or an
     output not be written; what was written stays.
@@ -35,17 +37,18 @@ def run_batch(
     tally = Tally(routes, client.model_name, progress)
     started_at = time.monotonic()
     try:
-        for line, request, completion in completions(client, _placed(tally)):
+        for line, request, completion in completions(client, _placed(tally, request_timeout_s)):
             _write(tally, client.model_name, line, request, completion)
     finally:
         tally.report.seconds = time.monotonic() - started_at
     return tally.report
 
 
-def _placed(tally: Tally) -> Iterator[tuple[Line, BatchRequest]]:
+def _placed(tally: Tally, timeout_s: float | None) -> Iterator[tuple[Line, BatchRequest]]:
     for line, request in tally.wanted():
         # The text is not needed any more, and there may be thousands of them.
-        yield Line(line.route, line.file, line.number, None), request
+        place = Line(line.route, line.file, line.number, None)
+        yield place, request if timeout_s is None else request.within(timeout_s)
 
 
 def _write(
@@ -54,7 +57,9 @@ def _write(
     if completion.error is not None:
         code = completion.error_code or "failed"
         error = RequestError(code, completion.error)
-        tally.fail(line, request.custom_id, completion.request_id, status_of(code), error)
+        form, now = request.form, int(time.time())
+        body = partial_body(form, completion, model_name=model_name, created=now)
+        tally.fail(line, request.custom_id, completion.request_id, status_of(code), error, body)
         return
     result = result_line(
         request.custom_id,

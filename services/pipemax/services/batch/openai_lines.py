@@ -96,6 +96,11 @@ class BatchRequest:
     form: ResultForm
     """Of its output line."""
 
+    def within(self, timeout_s: float) -> "BatchRequest":
+        """The same, to be done in so much time."""
+        submit = msgspec.structs.replace(self.submit, timeout_s=timeout_s)
+        return BatchRequest(self.custom_id, submit, self.form)
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:

@@ -67,6 +67,15 @@ def result_body(
     return body
 
 
+def partial_body(
+    form: ResultForm, completion: Completion, *, model_name: str, created: int
+) -> dict[str, Any] | None:
+    """Of a request that failed on its way; None if it had not produced anything."""
+    if not completion.num_output_tokens:
+        return None
+    return result_body(form, completion, model_name=model_name, created=created)
+
+
 def response_id(form: ResultForm, request_id: str) -> str:
     return f"{'chatcmpl' if form.url == CHAT_URL else 'cmpl'}-{request_id}"
 
@@ -124,10 +133,12 @@ def error_line(
     message: str,
     line: int | None = None,
     file: str | None = None,
+    body: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The output line of a request that was not served, without its line break. `line` is the
-    number of its input line, from 1, where it is known; `file` where there are several."""
-    response = {"status_code": status, "request_id": request_id, "body": None}
+    number of its input line, from 1, where it is known; `file` where there are several; `body` what
+    it had produced before it failed."""
+    response = {"status_code": status, "request_id": request_id, "body": body}
     error: dict[str, Any] = {"message": message, "code": code}
     if line is not None:
         error["line"] = line

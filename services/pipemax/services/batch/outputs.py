@@ -228,7 +228,7 @@ def _write_parquet(working: Path, made: Path) -> None:
 
 def columns_of(result: dict[str, Any]) -> dict[str, Any]:
     """What is shown of a result line where results are rows."""
-    body = result["response"]["body"]
+    body = None if result["error"] else result["response"]["body"]
     choice = body["choices"][0] if body else {}
     message = choice.get("message") or {}
     return {

@@ -1,8 +1,9 @@
 """What a batch takes from its inputs and gives to its outputs, whoever does the work between."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipemax.proto.errors import RequestError
 from pipemax.services.batch import inputs
@@ -12,13 +13,13 @@ from pipemax.services.batch.outputs import ResultFile
 from pipemax.services.batch.report import BatchProgress, BatchReport
 from pipemax.services.batch.resume import Ledger
 
-_STATUS_OF_CODE = {"failed": 500, "draining": 503}
+_STATUS_OF_CODE = {"failed": 500, "draining": 503, "timeout": 408}
 """HTTP's word for what is not the request's own fault; all else is 400."""
 
 
-def status_of(code: str) -> int:
+def status_of(code: str, otherwise: int = 400) -> int:
     """Of a request that was refused or failed, as HTTP would have it."""
-    return _STATUS_OF_CODE.get(code, 400)
+    return _STATUS_OF_CODE.get(code, otherwise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +114,15 @@ class Tally:
         self._progress.finished(prompt_tokens + output_tokens)
 
     def fail(
-        self, line: Line, custom_id: str | None, request_id: str, status: int, error: RequestError
+        self,
+        line: Line,
+        custom_id: str | None,
+        request_id: str,
+        status: int,
+        error: RequestError,
+        body: Mapping[str, Any] | None = None,
     ) -> None:
-        """The line gets an error line."""
+        """The line gets an error line; `body` is what it had produced before it failed."""
         line.route.errors.write(
             error_line(
                 custom_id,
@@ -125,6 +132,7 @@ class Tally:
                 message=str(error),
                 line=line.number,
                 file=line.label or None,
+                body=body,
             )
         )
         self.report.failed += 1

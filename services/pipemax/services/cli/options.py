@@ -33,6 +33,16 @@ SystemName = Annotated[
     str, typer.Option("--name", metavar="NAME", help="Which system, where several run.")
 ]
 DEFAULT_NAME = _CONFIG.name
+RequestTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--request-timeout",
+        metavar="SECONDS",
+        help="How long each request may take once the system has taken it up; then it is cancelled "
+        "and gets an error line with the code `timeout` and with what it had produced.",
+        show_default="as long as it takes",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipemax.services.cli.options import EngineOptions, takes_engine_options
+from pipemax.services.cli.options import EngineOptions, RequestTimeout, takes_engine_options
 from pipemax.services.cli.where import Connect, Keys, endpoint_of, keys_of
 
 _RESUMING = "Going on"
@@ -63,6 +63,7 @@ def run_batch(
             rich_help_panel=_RESUMING,
         ),
     ] = False,
+    request_timeout: RequestTimeout = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +82,7 @@ def run_batch(
     """
     from pipemax.services.batch.command import run_batch_files
     from pipemax.services.batch.files import BatchFiles
+    from pipemax.services.config_limits import request_timeout as check_timeout
     from pipemax.services.where import Where
 
     starts_its_own = name or engine.model  # which a variable of the environment does not change
@@ -94,4 +96,5 @@ def run_batch(
         overwrite=overwrite,
         retry_errors=retry_errors,
     )
-    run_batch_files(engine, files, name, elsewhere)
+    timeout_s = check_timeout(request_timeout)
+    run_batch_files(engine, files, name, elsewhere, timeout_s)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipemax.services.cli.options import RequestTimeout
 from pipemax.services.cli.where import WhereOptions, takes_where
 
 
@@ -27,6 +28,7 @@ def submit(
             metavar="JOB", help="Name of the job.", show_default="made of the file's name and hash"
         ),
     ] = None,
+    request_timeout: RequestTimeout = None,
 ) -> None:
     """Hand files of OpenAI batch requests to a running system as a job, and leave.
 
@@ -34,9 +36,11 @@ def submit(
     crashes. Interrupted, run it again: what was handed over is not handed over twice. A line that
     cannot be run gets an error line among the results.
     """
+    from pipemax.services.config_limits import request_timeout as check_timeout
     from pipemax.services.jobs.submit import submit_files
 
-    found, before = submit_files(where.system, input_file, job)
+    timeout_s = check_timeout(request_timeout)
+    found, before = submit_files(where.system, input_file, job, timeout_s)
     if before == found.num_requests and before:
         typer.echo(f"{found.name} was submitted before and is {found.state}", err=True)
     else:

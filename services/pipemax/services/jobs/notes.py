@@ -9,10 +9,13 @@ from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages.ingest import Finished, JobInfo, JobResult, Refused
 from pipemax.services.batch.inputs import Fingerprint
 from pipemax.services.batch.openai_lines import BatchRequest, LineError
-from pipemax.services.batch.openai_results import ResultForm, error_line, result_line
-
-_FAILED_STATUS = 500
-"""HTTP's word for a request that was accepted and could not be finished."""
+from pipemax.services.batch.openai_results import (
+    ResultForm,
+    error_line,
+    partial_body,
+    result_line,
+)
+from pipemax.services.batch.tally import status_of
 
 
 class About(msgspec.Struct, frozen=True, array_like=True):
@@ -22,10 +25,11 @@ class About(msgspec.Struct, frozen=True, array_like=True):
     """Lines that are not blank and blake2b of each file."""
     pipe: str | None = None
     """Of a job whose lines came through a pipe: a random word, as they cannot be read again."""
+    request_timeout_s: float | None = None
 
     @classmethod
-    def of(cls, found: Iterable[Fingerprint]) -> "About":
-        return cls(tuple((f.lines, f.blake2b) for f in found))
+    def of(cls, found: Iterable[Fingerprint], request_timeout_s: float | None) -> "About":
+        return cls(tuple((f.lines, f.blake2b) for f in found), None, request_timeout_s)
 
 
 class LineNote(msgspec.Struct, frozen=True, array_like=True):
@@ -70,11 +74,13 @@ def output_line(job: JobInfo, found: JobResult) -> bytes:
             model_name=job.model_name,
             created=int(found.finished_at),
         )
+    code, created = completion.error_code or "failed", int(found.finished_at)
     return error_line(
         note.custom_id,
         completion.request_id,
-        status=_FAILED_STATUS if completion.error_code == "failed" else note.status,
-        code=completion.error_code or "failed",
+        status=status_of(code, note.status),
+        code=code,
+        body=partial_body(note.form, completion, model_name=job.model_name, created=created),
         message=completion.error or "",
         line=note.line,
         file=note.file,

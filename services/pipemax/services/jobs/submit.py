@@ -15,7 +15,7 @@ from pipemax.proto.messages.ingest import JobName
 from pipemax.proto.wire import encode
 from pipemax.services.batch import inputs
 from pipemax.services.batch.inputs import STDIN, InputLine, check_input, fingerprint
-from pipemax.services.batch.openai_lines import LineError, parse_line
+from pipemax.services.batch.openai_lines import BatchRequest, LineError, parse_line
 from pipemax.services.batch.resume import Ledger
 from pipemax.services.jobs.notes import About, refusal_of, request_of
 from pipemax.services.where import Where
@@ -27,10 +27,16 @@ _BATCH_BYTES = 2**20
 _NAME_CHARS = 100
 
 
-def submit_files(system: Where, paths: Sequence[Path], name: str | None) -> tuple[JobInfo, int]:
+def submit_files(
+    system: Where,
+    paths: Sequence[Path],
+    name: str | None,
+    request_timeout_s: float | None = None,
+) -> tuple[JobInfo, int]:
     """Makes a job of the files' lines, or goes on with one that was made of the same files and not
-    completed. A line that cannot be run becomes a request that has failed already. Returns the job,
-    and how many of its requests were there before.
+    completed. A line that cannot be run becomes a request that has failed already.
+    `request_timeout_s` is how long each request may take once it was taken up to run. Returns the
+    job, and how many of its requests were there before.
 
     Raises ConfigError when files or name cannot be used, NotRunningError without a system,
     PipemaxSystemError when a file cannot be read to its end, RequestError when the system cannot
@@ -40,18 +46,18 @@ def submit_files(system: Where, paths: Sequence[Path], name: str | None) -> tupl
         raise ConfigError("standard input can be read once; give `-i -` once")
     for path in paths:
         check_input(path)
-    about = About((), pipe=secrets.token_hex(8))
+    about = About((), secrets.token_hex(8), request_timeout_s)
     if name is not None:
         check_job_name(name)
     if STDIN not in paths:
-        about = About.of(fingerprint(path) for path in paths)
+        about = About.of((fingerprint(path) for path in paths), request_timeout_s)
     with system.jobs("submit") as jobs:
         job = _open(jobs, name or _default_name(paths, about), about)
         before = job.num_requests
         if job.state in ("finished", "cancelled", "running"):
             return job, before
         upload = _Upload(jobs, job)
-        for request in _requests(jobs, paths):
+        for request in _requests(jobs, paths, request_timeout_s):
             upload.add(request)
         return upload.close(), before
 
@@ -74,8 +80,9 @@ def _open(jobs: Jobs, name: str, about: About) -> JobInfo:
         if error.code != "other_job":
             raise
         raise ConfigError(
-            f"a job named {name!r} was made of other lines or for another model; give another "
-            f"--job, or remove that one: `pipemax jobs --delete {name}`"
+            f"a job named {name!r} was made of other lines, for another model or with another "
+            "--request-timeout; give another --job, or remove that one: `pipemax jobs --delete "
+            f"{name}`"
         ) from error
 
 
@@ -88,7 +95,7 @@ def _default_name(paths: Sequence[Path], about: About) -> str:
     return f"{stem.lstrip('._-') or 'job'}-{digest}"
 
 
-def _requests(jobs: Jobs, paths: Sequence[Path]) -> Iterator[JobRequest]:
+def _requests(jobs: Jobs, paths: Sequence[Path], timeout_s: float | None) -> Iterator[JobRequest]:
     """One for each line that is not blank. The same lines give the same requests."""
     ledger = Ledger()
     try:
@@ -96,7 +103,9 @@ def _requests(jobs: Jobs, paths: Sequence[Path]) -> Iterator[JobRequest]:
             label = str(path) if len(paths) > 1 else None
             for line in inputs.lines(path):
                 try:
-                    yield _request(jobs, ledger, paths, file, line)
+                    found = _request(jobs, ledger, paths, file, line)
+                    found = found if timeout_s is None else found.within(timeout_s)
+                    yield request_of(found, line.number, label)
                 except LineError as error:
                     yield refusal_of(error, line.number, label)
     finally:
@@ -105,7 +114,7 @@ def _requests(jobs: Jobs, paths: Sequence[Path]) -> Iterator[JobRequest]:
 
 def _request(
     jobs: Jobs, ledger: Ledger, paths: Sequence[Path], file: int, line: InputLine
-) -> JobRequest:
+) -> BatchRequest:
     """Raises LineError."""
     if line.text is None:
         raise LineError("too_large", f"the line is longer than {inputs.MAX_LINE_BYTES} bytes")
@@ -124,7 +133,7 @@ def _request(
     if error is not None:
         error.custom_id = found.custom_id
         raise error
-    return request_of(found, line.number, label)
+    return found
 
 
 class _Upload:
