@@ -19,7 +19,6 @@ from pipemax.services.cli.keys import keys
 from pipemax.services.cli.plan import plan
 from pipemax.services.cli.results import results
 from pipemax.services.cli.run_batch import run_batch
-from pipemax.services.cli.serve import serve
 from pipemax.services.cli.simulate import simulate
 from pipemax.services.cli.status import status
 from pipemax.services.cli.submit import submit
