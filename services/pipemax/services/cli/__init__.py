@@ -41,7 +41,6 @@ _JOBS = (submit, jobs, results, cancel)
 _LOOK = (status, trace)
 for _command in (up, down, *_LOOK, run_batch, *_JOBS, demo, plan, simulate, collect_env, version):
     app.command(name=_command.__name__.replace("_", "-"))(_command)
-app.command()(serve)
 app.add_typer(keys, name="keys")
 
 # What Typer raises for a flag it does not know or cannot read. Its base class moved between
