@@ -29,6 +29,7 @@ LIGHT_MODULES = (
     "pipemax.stage_worker.main",
     "pipemax.stage_worker.modelled.engine",
     "pipemax.services.cli",
+    "pipemax.services.serve.command",
     "pipemax.client",
     "pipemax.ray",
     "pipemax.ray.batch",
