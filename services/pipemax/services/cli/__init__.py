@@ -19,6 +19,7 @@ from pipemax.services.cli.keys import keys
 from pipemax.services.cli.plan import plan
 from pipemax.services.cli.results import results
 from pipemax.services.cli.run_batch import run_batch
+from pipemax.services.cli.serve import serve
 from pipemax.services.cli.simulate import simulate
 from pipemax.services.cli.status import status
 from pipemax.services.cli.submit import submit
@@ -41,6 +42,7 @@ _JOBS = (submit, jobs, results, cancel)
 _LOOK = (status, trace)
 for _command in (up, down, *_LOOK, run_batch, *_JOBS, demo, plan, simulate, collect_env, version):
     app.command(name=_command.__name__.replace("_", "-"))(_command)
+app.command()(serve)
 app.add_typer(keys, name="keys")
 
 # What Typer raises for a flag it does not know or cannot read. Its base class moved between
