@@ -88,7 +88,7 @@ def _summary(name: str, status: Status, previous: Status | None) -> Table:
 def _lines(name: str, status: Status, previous: Status | None) -> list[tuple[str, str]]:
     waiting_for = f", waiting for {', '.join(status.missing)}" if status.missing else ""
     lines = [
-        ("system", f"{name}: {status.phase}{waiting_for}, up {_duration(status.uptime_s)}"),
+        ("system", f"{name}: {status.phase}{waiting_for}, up {duration(status.uptime_s)}"),
         ("model", status.model_name),
         ("run directory", str(run_dir_of(name))),
         (
@@ -131,7 +131,8 @@ def _moved(size_bytes: int, seconds: float) -> str:
     return f"{format_size(size_bytes)}{rate}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, to the second."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -17,7 +17,7 @@ _WATCH_EVERY_S = 1.0
 def status(
     where: WhereOptions,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again every second until Ctrl-C.")
+        bool, typer.Option("--watch", help="The pipeline at a glance, every second until Ctrl-C.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object per look, for programs.")
@@ -46,14 +46,14 @@ def _show(name: str, client: "Client", watch: bool) -> None:
     from rich.live import Live
 
     from pipemax.services.status_view import status_view
+    from pipemax.services.status_watch import Watch
 
     console = Console()
-    found = client.status()
     if not watch:
-        console.print(status_view(name, found))
+        console.print(status_view(name, client.status()))
         return
-    with Live(status_view(name, found), console=console, auto_refresh=False) as live:
+    seen = Watch(name)
+    with Live(seen.look(client.status()), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(_WATCH_EVERY_S)
-            previous, found = found, client.status()
-            live.update(status_view(name, found, previous), refresh=True)
+            live.update(seen.look(client.status()), refresh=True)
