@@ -27,7 +27,8 @@ class Blow:
 
     at_share: float
     victims: tuple[str, ...]
-    """`launcher`, `client`, `coordinator`, `kv_daemon`, `stage_worker 0`, …"""
+    """`launcher`, `client`, `coordinator`, `kv_daemon`, `stage_worker 0`,
+    `stage_worker.sampling 0`, …"""
     stop_s: float = 0.0
 
 
@@ -40,7 +41,8 @@ class Outcome:
 
 
 def requests_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy, token ids, short prompts of different length."""
+    """Greedy, token ids, short prompts of different length. Every second one goes to a sampler, if
+    there are any: it brings a bias, of nothing."""
     draw = random.Random(seed)
     return [
         {
@@ -53,6 +55,7 @@ def requests_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
                 "max_tokens": draw.randrange(4, 24),
                 "temperature": 0,
                 "ignore_eos": True,
+                **({"logit_bias": {"5": 0.0}} if index % 2 else {}),
             },
         }
         for index in range(count)

@@ -21,12 +21,16 @@ STOP_S = 30.0
 UP = ("-pp", 2, "--kv-cache-memory-bytes", "512KiB", "--kv-offloading-size", "32MiB",
       "--warm-up-s", 0.1, "--served-model-name", "demo", "--hung-after", 10,
       "--max-num-seqs", 16)  # fmt: skip
-VICTIMS = ("coordinator", "kv_daemon", "stage_worker 0", "stage_worker 1", "launcher", "client")
+SAMPLER = ("--sampler-workers", 1)
+"""In the whole matrix."""
+VICTIMS = ("coordinator", "kv_daemon", "stage_worker 0", "stage_worker 1",
+           "stage_worker.sampling 0", "launcher", "client")  # fmt: skip
 PAIRS = (
     ("coordinator", "client"),
     ("coordinator", "stage_worker 1"),
     ("kv_daemon", "stage_worker 0"),
     ("stage_worker 0", "stage_worker 1"),
+    ("stage_worker.sampling 0", "stage_worker 1"),
     ("launcher", "client"),
 )
 
@@ -95,7 +99,8 @@ def test_killed(
     arguments: tuple[object, ...], tmp_path: Path, victims: tuple[str, ...], instant: int
 ) -> None:
     at = random.Random(f"{victims} {instant}").uniform(0.0, 0.98)
-    check(arguments, [Blow(at, victims)], expected(arguments, tmp_path), tmp_path)
+    wanted = expected(arguments, tmp_path)
+    check((*arguments, *SAMPLER), [Blow(at, victims)], wanted, tmp_path)
 
 
 @pytest.mark.full
@@ -105,4 +110,4 @@ def test_killed(
 def test_stopped(arguments: tuple[object, ...], tmp_path: Path, victim: str, instant: int) -> None:
     at = random.Random(f"stop {victim} {instant}").uniform(0.0, 0.9)
     blow = Blow(at, (victim,), stop_s=STOP_S)
-    check(arguments, [blow], expected(arguments, tmp_path), tmp_path)
+    check((*arguments, *SAMPLER), [blow], expected(arguments, tmp_path), tmp_path)
