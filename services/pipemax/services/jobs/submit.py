@@ -56,8 +56,8 @@ def submit_files(
         before = job.num_requests
         if job.state in ("finished", "cancelled", "running"):
             return job, before
-        upload = _Upload(jobs, job)
-        for request in _requests(jobs, paths, request_timeout_s):
+        upload = Upload(jobs, job)
+        for request in requests_of(jobs, paths, request_timeout_s):
             upload.add(request)
         return upload.close(), before
 
@@ -95,8 +95,9 @@ def _default_name(paths: Sequence[Path], about: About) -> str:
     return f"{stem.lstrip('._-') or 'job'}-{digest}"
 
 
-def _requests(jobs: Jobs, paths: Sequence[Path], timeout_s: float | None) -> Iterator[JobRequest]:
-    """One for each line that is not blank. The same lines give the same requests."""
+def requests_of(jobs: Jobs, paths: Sequence[Path], timeout_s: float | None) -> Iterator[JobRequest]:
+    """One for each line that is not blank. The same lines give the same requests. Raises
+    PipemaxSystemError when a file cannot be read to its end."""
     ledger = Ledger()
     try:
         for file, path in enumerate(paths):
@@ -136,7 +137,7 @@ def _request(
     return found
 
 
-class _Upload:
+class Upload:
     """Sends requests in batches. Those that the job has already are read and passed over."""
 
     def __init__(self, jobs: Jobs, job: JobInfo) -> None:
