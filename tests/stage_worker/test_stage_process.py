@@ -193,16 +193,37 @@ def test_tokens_are_those_of_transformers(
             assert message.state_seconds["compute"] >= message.compute_s > 0
 
 
-def test_states_sum_to_the_time_between_two_reports(system: System) -> None:
-    system.peers.bring_up(2, epoch=1)
+def test_what_a_stage_tells_of_its_pool_and_its_time(system: System) -> None:
+    ready = system.peers.bring_up(2, epoch=1)
     generation = Generation(system.peers, epoch=1)
     first = generation.advance()
+    check_that_the_daemon_can_map_the_pool(system, ready)
     for _ in range(3):
         last = generation.advance()
     for early, late in zip(first, last, strict=True):
         grown = {s: late.state_seconds[s] - early.state_seconds[s] for s in early.state_seconds}
         assert min(grown.values()) >= 0
         assert grown["compute"] >= late.compute_s
+    check_that_beats_come_while_nothing_happens(system)
+
+
+def check_that_the_daemon_can_map_the_pool(system: System, ready: list[StageReady]) -> None:
+    """After the first step."""
+    for stage in range(2):
+        attach = system.peers.take(stage, AttachPool)
+        assert attach.num_blocks == ready[stage].num_blocks == 2**20 // ready[stage].block_bytes
+        memory = SharedMemory.open(attach.handle)
+        first, last = attach.block_bytes, memory.size_bytes - attach.block_bytes
+        assert any(memory.buffer[:first]), "the first prompt's first block is empty"
+        assert not any(memory.buffer[last:])
+        memory.close()
+
+
+def check_that_beats_come_while_nothing_happens(system: System) -> None:
+    system.peers.said.clear()
+    early, late = (system.peers.take(0, Beat).state_seconds for _ in range(2))
+    assert late["wait_plan"] > early["wait_plan"]
+    assert late["compute"] == early["compute"]
 
 
 def test_a_killed_stage_is_replaced_and_the_batch_ends_with_the_same_tokens(
@@ -268,28 +289,6 @@ def test_a_late_daemon_is_asked_again(system: System) -> None:
         assert first == second
     system.peers.attaches_pools = True
     system.peers.reset(2, 2)
-
-
-def test_the_pool_can_be_mapped_by_the_daemon(system: System) -> None:
-    ready = system.peers.bring_up(2, epoch=1)
-    generation = Generation(system.peers, epoch=1)
-    generation.advance()
-    for stage in range(2):
-        attach = system.peers.take(stage, AttachPool)
-        assert attach.num_blocks == ready[stage].num_blocks == 2**20 // ready[stage].block_bytes
-        memory = SharedMemory.open(attach.handle)
-        first, last = attach.block_bytes, memory.size_bytes - attach.block_bytes
-        assert any(memory.buffer[:first]), "the first prompt's first block is empty"
-        assert not any(memory.buffer[last:])
-        memory.close()
-
-
-def test_beats_come_while_nothing_happens(system: System) -> None:
-    system.peers.bring_up(2, epoch=1)
-    system.peers.said.clear()
-    early, late = (system.peers.take(0, Beat).state_seconds for _ in range(2))
-    assert late["wait_plan"] > early["wait_plan"]
-    assert late["compute"] == early["compute"]
 
 
 @pytest.mark.parametrize("how", ["stop", "sigterm"])

@@ -78,11 +78,11 @@ def test_tokens_do_not_depend_on_stages_or_offloading(work: Work, settings: dict
 
 
 def test_killed_processes_change_no_token(work: Work) -> None:
-    config = modelled_config(stages=NUM_STAGES, **SMALL)
+    config = modelled_config(stages=4, **SMALL)
     with LocalSystem(config) as system, system.client() as client, system.client() as watcher:
         system.wait_ready(watcher)
         batch = Background(lambda: work.run(client))
-        for victim, share in (("stage-3", 0.2), ("kv-daemon", 0.5)):
+        for victim, share in (("stage-2", 0.2), ("kv-daemon", 0.5)):
             least = share * work.num_outputs
             wait_for(watcher, lambda s, least=least: s.generation_tokens > least)
             system.kill(victim)
