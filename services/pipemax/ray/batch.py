@@ -60,7 +60,8 @@ class RayCluster:
     def connected(self) -> Iterator["_Connected"]:
         """Connected to the cluster while the block runs. Raises ConfigError when nobody answers at
         the address, or no node has room for a replica."""
-        with unwound_by_signals(), _ray(self._options.address) as ray:
+        # In this order: Ray's own handlers, set when it connects, would abort.
+        with _ray(self._options.address) as ray, unwound_by_signals():
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             needs = needs_of(
                 nodes,
@@ -142,7 +143,6 @@ class _Connected:
         )
         context = DataContext.get_current()
         context.enable_progress_bars = False
-        context.scheduling_strategy = "SPREAD"  # replicas over nodes
         context.max_consecutive_actor_init_deaths = 0  # what cannot start here will not later
         results = dataset(spool, size.batch_rows).map_batches(
             Replica,
@@ -218,7 +218,6 @@ def _given(engine: EngineOptions) -> dict[str, Any]:
 def _ray(address: str) -> Iterator[Any]:
     """The module, connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
     try:
         ray = importlib.import_module("ray")
         importlib.import_module("ray.data")

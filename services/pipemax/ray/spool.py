@@ -26,6 +26,8 @@ from pipemax.ray.columns import LINE
 _PIECE_ROWS = 8
 """Batches are made of whole pieces, so that their size need not be known while lines are read."""
 _MOST_BATCH_BYTES = 32 * 2**20
+_READERS = 1
+"""Processes that read batches; one reads hundreds of MB in a second."""
 POSITION, ROUTE, FILE, NUMBER = "position", "route", "file", "number"
 _INTEGERS = (POSITION, ROUTE, FILE, NUMBER)
 
@@ -177,5 +179,6 @@ def dataset(spool: Spool, rows: int) -> Any:
     return ray.data.read_datasource(
         SpoolSource(spool.path, batches),
         override_num_blocks=len(batches),
-        num_cpus=0,  # replicas may hold all CPUs of this node
+        num_cpus=0,  # replicas may hold all CPUs of this node,
+        concurrency=_READERS,  # and Ray would otherwise start a process for each batch
     )
