@@ -74,8 +74,11 @@ def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCoordi
 
 
 @pytest.fixture(scope="module")
-def server(coordinator: FakeCoordinator) -> Iterator[HttpServer]:
-    with HttpServer(endpoint=coordinator.endpoint) as server:
+def server(
+    coordinator: FakeCoordinator, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HttpServer]:
+    folder = tmp_path_factory.mktemp("serve")
+    with HttpServer(endpoint=coordinator.endpoint, folder=folder) as server:
         yield server
 
 

@@ -3,11 +3,13 @@
 import socket
 import threading
 import time
+from pathlib import Path
 
 import uvicorn
 
 from pipemax.client import Client, Jobs
-from pipemax.services.serve.app import make_app
+from pipemax.coordinator.journal_file import state_root
+from pipemax.services.serve.app import System, make_app
 from pipemax.services.serve.settings import ServeSettings
 
 
@@ -20,11 +22,13 @@ class HttpServer:
         name: str = "default",
         endpoint: str | None = None,
         settings: ServeSettings | None = None,
+        folder: Path | None = None,
         wait_for_system: bool = True,
         timeout_s: float = 10.0,
     ) -> None:
         self._name, self._endpoint = name, endpoint
         self._settings = settings or ServeSettings()
+        self._folder = folder or state_root() / "serve"
         self._wait = wait_for_system
         self._timeout_s = timeout_s
         self._failure: BaseException | None = None
@@ -33,7 +37,8 @@ class HttpServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.app = make_app(self._client, self._settings)
+        system = System(self._client, self._jobs, self._folder)
+        self.app = make_app(system, self._settings)
         self._server = uvicorn.Server(
             uvicorn.Config(self.app, log_config=None, lifespan="on", ws="none", http="h11")
         )

@@ -1,8 +1,10 @@
 """The application: routes, and what is opened and closed with it."""
 
+import asyncio
 import contextlib
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -10,32 +12,63 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pipemax.client import Client
+from pipemax.client import Client, Jobs
 from pipemax.services.batch.openai_results import CHAT_URL, COMPLETIONS_URL
+from pipemax.services.serve.batches import Batches
+from pipemax.services.serve.book import Book
 from pipemax.services.serve.bridge import Bridge, ServedModel
 from pipemax.services.serve.completions import Completions
 from pipemax.services.serve.errors import ApiError
+from pipemax.services.serve.files import Files
 from pipemax.services.serve.guard import HANDLERS, Guard
 from pipemax.services.serve.metrics import CONTENT_TYPE, ServeMetrics
 from pipemax.services.serve.settings import ServeSettings
+from pipemax.services.serve.store import FileStore
+from pipemax.services.serve.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is served."""
+
+    client: Callable[[], Client]
+    jobs: Callable[[], Jobs]
+    """Connect; raise as `Client` and `Jobs`."""
+    folder: Path
+    """For its files and batches; made private."""
 
 
 class Server:
     """What the endpoints share; made when the application starts."""
 
-    def __init__(
-        self, connect: Callable[[], Client], settings: ServeSettings, metrics: ServeMetrics
-    ) -> None:
-        self.bridge = Bridge(connect)
+    def __init__(self, system: System, settings: ServeSettings, metrics: ServeMetrics) -> None:
+        """Raises ConfigError when another server has the folder."""
+        self.store = FileStore(system.folder)
+        self.book = Book(system.folder)
+        self.bridge = Bridge(system.client)
+        self.worker = Worker(self.book, self.store, system.jobs)
         self.completions = Completions(self.bridge, settings)
+        self.files = Files(
+            self.store, settings, is_needed=self.book.reads, on_kept=metrics.uploaded.inc
+        )
+        self.batches = Batches(self.book, self.store, self.worker, settings)
         self._metrics = metrics
+
+    def start(self) -> None:
+        self.bridge.start()
+        self.worker.start()
+
+    async def stop(self) -> None:
+        await self.bridge.stop()
+        await asyncio.to_thread(self.worker.stop)
+        self.store.close()
 
     async def health(self, request: Request) -> Response:
         self.bridge.model  # noqa: B018  (raises)
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: Request) -> Response:
-        page = self._metrics.page(connected=self.bridge.is_connected, batches=Counter())
+        page = self._metrics.page(connected=self.bridge.is_connected, batches=self.book.totals())
         return Response(page, headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, request: Request) -> Response:
@@ -50,6 +83,26 @@ class Server:
         return JSONResponse(_model(served))
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+ROUTES: tuple[tuple[str, str, Callable[[Server], Handler]], ...] = (
+    ("GET", "/health", lambda server: server.health),
+    ("GET", "/metrics", lambda server: server.metrics),
+    ("GET", "/v1/models", lambda server: server.models),
+    ("GET", "/v1/models/{model:path}", lambda server: server.model),
+    ("POST", CHAT_URL, lambda server: server.completions.answer),
+    ("POST", COMPLETIONS_URL, lambda server: server.completions.answer),
+    ("POST", "/v1/files", lambda server: server.files.create),
+    ("GET", "/v1/files", lambda server: server.files.list),
+    ("GET", "/v1/files/{file_id}", lambda server: server.files.retrieve),
+    ("DELETE", "/v1/files/{file_id}", lambda server: server.files.delete),
+    ("GET", "/v1/files/{file_id}/content", lambda server: server.files.content),
+    ("POST", "/v1/batches", lambda server: server.batches.create),
+    ("GET", "/v1/batches", lambda server: server.batches.list),
+    ("GET", "/v1/batches/{batch_id}", lambda server: server.batches.retrieve),
+    ("POST", "/v1/batches/{batch_id}/cancel", lambda server: server.batches.cancel),
+)
+
+
 def _model(served: ServedModel) -> dict[str, object]:
     return {
         "id": served.name,
@@ -60,38 +113,29 @@ def _model(served: ServedModel) -> dict[str, object]:
     }
 
 
-def make_app(connect: Callable[[], Client], settings: ServeSettings) -> Starlette:
-    """The application for a system that `connect` connects to."""
+def make_app(system: System, settings: ServeSettings) -> Starlette:
+    """The application. Starting it raises ConfigError when another server has the folder."""
     metrics = ServeMetrics()
     servers: list[Server] = []
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        server = Server(connect, settings, metrics)
+        server = Server(system, settings, metrics)
         servers[:] = [server]
-        server.bridge.start()
+        server.start()
         try:
             yield
         finally:
-            await server.bridge.stop()
+            await server.stop()
 
-    def route(path: str, endpoint: Callable[[Server, Request], object], method: str) -> Route:
+    def route(method: str, path: str, endpoint: Callable[[Server], Handler]) -> Route:
         async def handle(request: Request) -> Response:
-            return await endpoint(servers[0], request)  # type: ignore[misc, no-any-return]
+            return await endpoint(servers[0])(request)
 
         return Route(path, handle, methods=[method])
 
     app = Starlette(
-        routes=[
-            route("/health", Server.health, "GET"),
-            route("/metrics", Server.metrics, "GET"),
-            route("/v1/models", Server.models, "GET"),
-            route("/v1/models/{model:path}", Server.model, "GET"),
-            route(CHAT_URL, lambda server, request: server.completions.answer(request), "POST"),
-            route(
-                COMPLETIONS_URL, lambda server, request: server.completions.answer(request), "POST"
-            ),
-        ],
+        routes=[route(*entry) for entry in ROUTES],
         middleware=[Middleware(Guard, settings=settings, metrics=metrics)],
         exception_handlers=HANDLERS,
         lifespan=lifespan,

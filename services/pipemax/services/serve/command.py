@@ -1,14 +1,17 @@
 """Runs the server until it is told to stop."""
 
 import logging
+import re
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import uvicorn
 
+from pipemax.coordinator.journal_file import journal_path, state_root
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.process import raise_fd_limit
-from pipemax.services.serve.app import make_app
+from pipemax.services.serve.app import System, make_app
 from pipemax.services.serve.settings import ServeSettings, is_loopback
 from pipemax.services.where import Where
 
@@ -30,7 +33,10 @@ def serve(where: Where, settings: ServeSettings, tell: Callable[[str], None]) ->
     if not settings.keys:
         who = "every user of this machine" if is_loopback(settings.host) else "whoever can connect"
         tell(f"no API key is set: {who} may use it")
-    app = make_app(lambda: where.client("serve"), settings)
+    system = System(
+        lambda: where.client("serve"), lambda: where.jobs("serve"), folder_of(where) / "serve"
+    )
+    app = make_app(system, settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -48,6 +54,13 @@ def serve(where: Where, settings: ServeSettings, tell: Callable[[str], None]) ->
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
+
+
+def folder_of(where: Where) -> Path:
+    """Where this machine keeps what belongs to the system, beside its journal if it is here."""
+    if where.endpoint is None:
+        return journal_path(where.name).parent
+    return state_root() / ("at-" + re.sub(r"[^A-Za-z0-9.]+", "-", where.endpoint))
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -5,6 +5,7 @@ from typing import Any
 from pipemax.client import Completion
 from pipemax.proto.errors import RequestError
 from pipemax.services.batch.openai_lines import LineError
+from pipemax.services.batch.tally import status_of
 
 RETRY_AFTER_S = 1
 _TYPES = {
@@ -14,15 +15,8 @@ _TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
-_STATUS_OF_CODE = {
-    "failed": 500,
-    "draining": 503,
-    "not_running": 503,
-    "credits": 429,
-    "no_credit": 429,
-    "too_large": 413,
-}
-"""HTTP's word for what the system refuses for another reason than the request itself."""
+_STATUS_OF_CODE = {"not_running": 503, "credits": 429, "no_credit": 429, "too_large": 413}
+"""HTTP's word for what only happens here, beside that for what happens to batch lines too."""
 
 
 class ApiError(Exception):
@@ -61,10 +55,14 @@ class ApiError(Exception):
         """Of a request that this process or the system refuses."""
         if isinstance(error, LineError):
             return cls(error.status, error.code, str(error))
-        return cls(_STATUS_OF_CODE.get(error.code, 400), error.code, str(error))
+        return cls(_status_of(error.code), error.code, str(error))
 
     @classmethod
     def of_completion(cls, completion: Completion) -> "ApiError":
         """Of a request that got no result."""
         code = completion.error_code or "failed"
-        return cls(_STATUS_OF_CODE.get(code, 400), code, completion.error or "failed")
+        return cls(_status_of(code), code, completion.error or "failed")
+
+
+def _status_of(code: str) -> int:
+    return _STATUS_OF_CODE.get(code) or status_of(code)
