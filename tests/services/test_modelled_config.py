@@ -129,6 +129,7 @@ def test_more_gpus_and_models_from_a_catalogue(tmp_path: Path) -> None:
         ({"modelled_time_scale": float("inf")}, "--modelled-time-scale inf"),
         ({"dtype": "float32"}, "--dtype float32: the catalogue's rates are bfloat16's"),
         ({"threads_per_stage": 2}, "--threads-per-stage"),
+        ({"sampler_workers": 1}, "--sampler-workers 1: modelled GPUs make their tokens up"),
         ({"kv_cache_memory_bytes": "20GB"}, "beside the weights rtx-3090 has"),
         ({"kv_cache_memory_bytes": "1MB"}, "--kv-cache-memory-bytes 1000000 is too small"),
         ({"kv_offloading_size": "900000TB"}, "lower --kv-offloading-size"),

@@ -1,13 +1,14 @@
 """The status table: shares, rates, and words a person can act on."""
 
 import io
+import re
 from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
 
-from pipemax.proto.messages.ingest import StageStatus, Status
+from pipemax.proto.messages.ingest import SamplerStatus, StageStatus, Status
 from pipemax.proto.rundir import run_dir_of
 from pipemax.services.status_view import stage_table, state_shares, status_view
 
@@ -43,6 +44,14 @@ def test_shares_sum_to_one_and_follow_the_last_interval() -> None:
     assert state_shares(after, before) == {"compute": 0.25, "wait_kv": 0.75}
     assert state_shares(after, after) == {}
     assert state_shares(stage()) == {}
+
+
+def test_samplers_are_shown_where_there_are_any() -> None:
+    assert "sampler" not in text(status_view("mine", status(samplers=())))
+    seconds = {"sample": 1.0, "wait": 3.0}
+    sampler = SamplerStatus(sampler=1, pid=7, rows=12345, state_seconds=seconds)
+    shown = text(status_view("mine", status(samplers=(sampler,))))
+    assert re.search(r"sampler-1\s+12345\s+25\.0%", shown)
 
 
 def test_a_restarted_stage_is_not_compared_with_its_predecessor() -> None:

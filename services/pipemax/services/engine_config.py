@@ -149,7 +149,9 @@ def _given_sizes(options: EngineOptions) -> dict[str, int]:
 def _check_memory(config: EngineConfig, info: ModelInfo) -> None:
     """Pools are filled with pages at once: what cannot fit would end in the kernel's killer."""
     device = config.pool_bytes * config.pipeline_parallel_size
-    needed = device + config.kv_offloading_bytes + info.weights_bytes
+    rows = min(config.max_num_seqs, config.max_num_batched_tokens) * config.num_slots
+    logits = 4 * rows * info.vocab_size if config.sampler_workers else 0
+    needed = device + config.kv_offloading_bytes + info.weights_bytes + logits
     there = memory_bytes()
     if needed > there:
         raise ConfigError(
@@ -157,4 +159,5 @@ def _check_memory(config: EngineConfig, info: ModelInfo) -> None:
             f"weights {format_size(info.weights_bytes)}, device pools {format_size(device)} "
             f"(--kv-cache-memory-bytes), host pool {format_size(config.kv_offloading_bytes)} "
             "(--kv-offloading-size)"
+            + (f", logits for samplers {format_size(logits)} (--max-num-seqs)" if logits else "")
         )

@@ -6,7 +6,7 @@ import torch
 
 from pipemax.proto.messages.control import SampleRow
 from pipemax.stage_worker.sampling import sample
-from pipemax.stage_worker.sampling.draw import uniform
+from pipemax.stage_worker.sampling.draw import _kept_tokens, uniform
 from support.sampling_reference import probabilities
 
 _DRAWS = 4000
@@ -118,6 +118,26 @@ def test_ties_at_a_cut_go_to_the_smaller_token() -> None:
     assert set(tokens) == {0, 1, 2}
     tokens = sample(logits, [_row(seed, top_p=0.45) for seed in range(500)])
     assert set(tokens) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("shape", ["flat", "steep", "few levels", "one above all", "some zeros"])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999999])
+def test_top_p_leaves_what_sorting_all_tokens_leaves(shape: str, top_p: float) -> None:
+    """Only the likeliest are sorted, found without sorting."""
+    draw = np.random.default_rng(3)
+    weights = np.exp(draw.standard_normal(3000) * (0.1 if shape == "flat" else 4.0))
+    if shape == "few levels":
+        weights = np.exp(draw.integers(-6, 0, 3000).astype(np.float64))
+    elif shape == "one above all":
+        weights[:] = 1e-9
+        weights[1234] = 1.0
+    elif shape == "some zeros":
+        weights[::2] = 0.0
+    weights /= weights.max()
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    plain = order[(before < top_p * weights.sum()) & (weights[order] > 0)]
+    assert np.array_equal(_kept_tokens(weights, 0, top_p), plain)
 
 
 def test_extreme_temperatures_and_logits() -> None:

