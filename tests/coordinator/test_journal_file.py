@@ -90,7 +90,7 @@ def other_database(path: Path) -> None:
 
 def newer_format(path: Path) -> None:
     with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 99")
     connection.close()
 
 
@@ -108,7 +108,7 @@ def scribble(path: Path) -> None:
     ("spoil", "why"),
     [
         (other_database, "database of something else"),
-        (newer_format, "has format 2, this version of PipeMax writes 1"),
+        (newer_format, "has format 99, this version of PipeMax writes 2"),
         (lambda path: path.write_bytes(b"no database" * 100), "not a database"),
         (lambda path: os.truncate(path, 0), "database of something else"),
         (cut, "journal .* cannot be used"),

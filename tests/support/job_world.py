@@ -9,6 +9,7 @@ from typing import Any
 
 from pipemax.coordinator.events import Submitted
 from pipemax.coordinator.jobs import JobLimits, Jobs
+from pipemax.coordinator.journal import JournalLimits
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages import ingest
 from pipemax.proto.messages.types import Message
@@ -51,11 +52,16 @@ class JobWorld:
         most_running: int = 8,
         most_waiting: int = 4,
         settings: str = "s",
+        journal: JournalLimits | None = None,
         poison: Callable[[str], bool] = lambda text: False,
     ) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, exist_ok=True)
-        self._limits = JobLimits(most_running=most_running, most_waiting=most_waiting)
+        self.limits = JobLimits(
+            most_running=most_running,
+            most_waiting=most_waiting,
+            journal=journal or JournalLimits(),
+        )
         self._numbers = itertools.count(1)
         self._keys = itertools.count()
         self._poison = poison
@@ -70,7 +76,7 @@ class JobWorld:
         self.jobs = self._new()
 
     def _new(self) -> Jobs:
-        jobs = Jobs(self.path, self.settings, "m", self._limits, self._accept)
+        jobs = Jobs(self.path, self.settings, "m", self.limits, self._accept)
         jobs.open()
         return jobs
 

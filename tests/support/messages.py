@@ -184,6 +184,7 @@ EXAMPLES: tuple[Message, ...] = (
     ingest.FetchResults(number=5, job="night", position=2),
     ingest.CancelJob(number=6, job="night"),
     ingest.DeleteJob(number=7, job="night"),
+    ingest.RetryJob(number=8, job="night", retry="night.retry-1"),
     ingest.JobList(number=4, jobs=(_JOB,)),
     ingest.JobResults(
         number=5,

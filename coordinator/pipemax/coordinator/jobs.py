@@ -17,20 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from pipemax.coordinator import journal_file
 from pipemax.coordinator.events import Submitted
 from pipemax.coordinator.jobs_round import (
+    DAMAGED,
     UNREADABLE,
     JobMessage,
     Place,
     Queue,
     Round,
     Terms,
+    failure,
     outcome_of,
     refused,
 )
-from pipemax.coordinator.journal import Journal, Outcome
+from pipemax.coordinator.journal import Journal, JournalLimits
+from pipemax.coordinator.journal_rows import Outcome, unsealed
 from pipemax.proto.errors import ConfigError, RequestError
 from pipemax.proto.messages import ingest
 from pipemax.proto.messages.types import Message
@@ -67,6 +71,7 @@ class JobLimits:
     """Requests of all jobs in the scheduler."""
     most_waiting: int
     """Of these, requests that the scheduler has not begun to run."""
+    journal: JournalLimits = field(default_factory=JournalLimits)
 
 
 class Jobs:
@@ -96,6 +101,8 @@ class Jobs:
         self._withdrawn: set[int] = set()
         """Keys of those whose results nobody wants."""
         self._deaths: dict[Place, int] = {}
+        self._started_at: dict[Place, float] = {}
+        """Unix time, of those that ran when an earlier coordinator died."""
         self._retry_at: float | None = None
         """When the journal is written again that could not be written."""
         self._draining = False
@@ -107,9 +114,10 @@ class Jobs:
         used."""
         if not self._path.exists():
             return
-        self._journal = journal = Journal(self._path)
+        self._journal = journal = Journal(self._path, self._limits.journal)
         try:
             self._deaths = journal.deaths()
+            self._started_at = journal.started_at()
             self._removing = journal.to_remove()
             unfinished = [job for job in journal.jobs() if not job.is_over]
         except sqlite3.Error as error:
@@ -279,6 +287,7 @@ class Jobs:
         """Takes over what is in the journal now. Returns keys to cancel."""
         for place in (*((o.job, o.seq) for o in self._outcomes), *round_.failed):
             self._deaths.pop(place, None)
+            self._started_at.pop(place, None)
         self._outcomes.clear()
         self._given_up.clear()
         self._chosen.extend(round_.chosen)
@@ -296,18 +305,40 @@ class Jobs:
         """The next request for the scheduler; None when all that were chosen are on their way."""
         while self._chosen:
             place, blob = self._chosen.popleft()
+            result: ingest.Finished | ingest.Refused
+            can_be_retried = False
             try:
-                request = _REQUEST.decode(blob)
-                if isinstance(request, ingest.Submit):
-                    event = self._accept(place[0], request)
+                request = _REQUEST.decode(unsealed(blob))
+                if isinstance(request, ingest.Refused):
+                    result = request
+                else:
+                    can_be_retried = True
+                    event = self._accept(place[0], self._in_time(place, request))
                     self._running[event.key] = place
                     return event
+            except TimeoutError as error:
+                result = failure(request.request_id or "", str(error), "timeout")
             except RequestError as error:
-                request = _refusal(request, error.code, str(error))
+                result = _refusal(request, error.code, str(error))
             except UNREADABLE as error:
-                request = _refusal(None, "damaged", f"the journal's copy is not readable: {error}")
-            self._outcomes.append(outcome_of(place, request))
+                result = _refusal(None, DAMAGED, f"the journal's copy is not readable: {error}")
+            outcome = outcome_of(place, result, can_be_retried=can_be_retried)
+            self._outcomes.append(outcome)
         return None
+
+    def _in_time(self, place: Place, request: ingest.Submit) -> ingest.Submit:
+        """The time it may take runs since its first start, also if the coordinator died since.
+        Raises TimeoutError when it is over."""
+        since = self._started_at.get(place)
+        if request.timeout_s is None or since is None:
+            return request
+        left_s = request.timeout_s - max(0.0, time.time() - since)
+        if left_s <= 0:
+            raise TimeoutError(
+                f"it was not finished within the {request.timeout_s:g} s it was given: the "
+                "coordinator died meanwhile"
+            )
+        return replace(request, timeout_s=left_s)
 
     def _terms(self) -> Terms:
         return Terms(
@@ -332,7 +363,7 @@ class Jobs:
         if self._draining or not any(isinstance(m, ingest.OpenJob) for _, m in messages):
             return ""
         try:
-            self._journal = Journal(self._path)
+            self._journal = Journal(self._path, self._limits.journal)
         except ConfigError as error:
             log.error("%s", error)
             return str(error)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pipemax.coordinator.journal import JobRow, Journal, Outcome, ResultRow
+from pipemax.coordinator.journal import Journal
+from pipemax.coordinator.journal_rows import (
+    DamagedError,
+    JobRow,
+    Outcome,
+    ResultRow,
+    unsealed,
+)
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages import ingest
 from pipemax.proto.messages.types import Message
@@ -34,12 +41,16 @@ JobMessage = (
     | ingest.FetchResults
     | ingest.CancelJob
     | ingest.DeleteJob
+    | ingest.RetryJob
 )
+_BRINGS_WORK = ingest.OpenJob | ingest.AddRequests | ingest.RetryJob
 Place = tuple[int, int]
 """A job's number and a request's seq."""
 
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, TypeError)
-"""What decoding raises for what a damaged file may hold."""
+UNREADABLE = (DamagedError, msgspec.DecodeError, UnicodeDecodeError, TypeError)
+"""What unsealing and decoding raise for what a damaged file may hold."""
+DAMAGED = "damaged"
+"""Code of what the journal does not give back."""
 _RESULT = msgspec.msgpack.Decoder(ingest.Finished | ingest.Refused)
 
 
@@ -95,7 +106,7 @@ class Round:
     def carry_out(self, message: JobMessage) -> Message:
         """Returns the answer."""
         try:
-            if self._terms.draining and isinstance(message, ingest.OpenJob | ingest.AddRequests):
+            if self._terms.draining and isinstance(message, _BRINGS_WORK):
                 text = "the system is shutting down; jobs go on when it is started again"
                 raise RequestError("draining", text)
             if isinstance(message, ingest.FetchResults):
@@ -115,6 +126,11 @@ class Round:
                 blobs = [(entry.note, encode(entry.request)) for entry in requests]
                 self._grown.append(journal.add(name, first_seq, blobs))
                 return self._grown[-1:]
+            case ingest.RetryJob(job=name, retry=retry):
+                self.must_reach_disk = True
+                row = journal.retry_job(name, retry, terms.model_name, terms.settings, terms.now)
+                self._grown.append(row)
+                return [row]
             case ingest.CloseJob(job=name, num_requests=num_requests):
                 self.must_reach_disk = True
                 return [journal.close_job(name, num_requests, terms.now)]
@@ -199,37 +215,46 @@ class Round:
 
     def mark(self) -> None:
         """Notes what was chosen, and fails what was not, for good."""
-        self._journal.start(place for place, _ in self.chosen)
+        self._journal.start((place for place, _ in self.chosen), self._terms.now)
         self._journal.finish(map(_killer, self.failed), self._terms.now)
 
 
-def outcome_of(place: Place, result: ingest.Finished | ingest.Refused) -> Outcome:
+def outcome_of(
+    place: Place, result: ingest.Finished | ingest.Refused, *, can_be_retried: bool = True
+) -> Outcome:
     """As it is written."""
     blob = encode(result)
     if isinstance(result, ingest.Refused):
-        return Outcome(*place, blob, True)
+        return Outcome(*place, blob, True, can_be_retried=can_be_retried)
     failed = result.finish_reason == "error"
     return Outcome(*place, blob, failed, result.num_prompt_tokens, result.num_output_tokens)
 
 
 def page_of(
     number: int, job: ingest.JobInfo, position: int, rows: Iterable[ResultRow]
-) -> ingest.JobResults | ingest.JobRefused:
-    """Results as clients get them."""
+) -> ingest.JobResults:
+    """Results as clients get them. In the place of one that cannot be read there is a refusal that
+    says so: the others are none the worse for it."""
+    return ingest.JobResults(
+        number=number, job=job, position=position, results=tuple(map(_result_of, rows))
+    )
+
+
+def _result_of(row: ResultRow) -> ingest.JobResult:
+    note = b""
     try:
-        results = tuple(
-            ingest.JobResult(
-                seq=row.seq,
-                note=row.note,
-                finished_at=row.finished_at,
-                result=_RESULT.decode(row.result),
-            )
-            for row in rows
-        )
-    except UNREADABLE as error:
-        text = f"a result behind position {position} is not readable: {error}"
-        return ingest.JobRefused(number=number, code="damaged", message=text[:4096])
-    return ingest.JobResults(number=number, job=job, position=position, results=results)
+        note = unsealed(row.note)
+        result = _RESULT.decode(unsealed(row.result))
+    except UNREADABLE:
+        return damaged(row.position, row.seq, note)
+    return ingest.JobResult(seq=row.seq, note=note, finished_at=row.finished_at, result=result)
+
+
+def damaged(position: int, seq: int = 0, note: bytes = b"") -> ingest.JobResult:
+    """What stands for a result that cannot be read, with what is known of it."""
+    text = f"result {position} of the job could not be read: its journal is damaged there"
+    refusal = ingest.Refused(request_id=f"position-{position}", code=DAMAGED, message=text)
+    return ingest.JobResult(seq=seq, note=note, finished_at=0.0, result=refusal)
 
 
 def refused(message: JobMessage, code: str, reason: str) -> ingest.JobRefused:
@@ -241,17 +266,20 @@ def _killer(place: Place) -> Outcome:
         f"it was running at {MOST_DEATHS} deaths of the coordinator, at the last one alone: it may "
         "be their cause, and is not tried again"
     )
-    return outcome_of(
-        place,
-        ingest.Finished(
-            request_id=f"request-{place[1]}",
-            token_ids=(),
-            text="",
-            finish_reason="error",
-            num_prompt_tokens=0,
-            queue_s=0.0,
-            first_token_s=0.0,
-            total_s=0.0,
-            error=text,
-        ),
+    return outcome_of(place, failure(f"request-{place[1]}", text, None))
+
+
+def failure(request_id: str, error: str, code: str | None) -> ingest.Finished:
+    """Of a request that did not get to run."""
+    return ingest.Finished(
+        request_id=request_id,
+        token_ids=(),
+        text="",
+        finish_reason="error",
+        num_prompt_tokens=0,
+        queue_s=0.0,
+        first_token_s=0.0,
+        total_s=0.0,
+        error=error,
+        error_code=code,
     )

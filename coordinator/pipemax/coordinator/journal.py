@@ -2,7 +2,8 @@
 
 A request is in `requests` until it has its result, and then in `results`: one transaction moves it,
 so that it has exactly one whatever dies when. Results have positions in the order in which they
-came, without gaps; who has read up to a position can go on from it.
+came, without gaps; who has read up to a position can go on from it. A request that failed is kept
+in `failed`, for another job to run it again.
 
 Written are messages as they came over the wire. Nothing here knows of sockets or of scheduling.
 Methods that change something are called inside `transaction`; they raise RequestError, with the
@@ -17,98 +18,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipemax.coordinator import journal_file
-from pipemax.proto.errors import RequestError
-from pipemax.proto.messages.ingest import JobInfo, JobState
-
-MAX_JOBS = 1000
-MAX_JOURNAL_BYTES = 256 * 2**30
-PAGE_RESULTS = 256
-PAGE_BYTES = 2**18
-"""Results are read until they are so many or so large, but at least one."""
-
-_JOB_FIELDS = (
-    "job, name, state, about, model_name, settings, created_at, ended_at, num_requests, "
-    "num_results, num_failed, prompt_tokens, output_tokens"
+from pipemax.coordinator.journal_rows import (
+    JOB_FIELDS,
+    JobRow,
+    Outcome,
+    ResultRow,
+    read_jobs,
+    read_results,
+    sealed,
 )
+from pipemax.proto.errors import RequestError
+
+_VACUUM_PAGES = 2000
+"""Given back to the file system at a time: 16 MiB, some of which must be moved for it."""
+_RETRY_REQUESTS = 256
+_RETRY_BYTES = 4 * 2**20
+"""Of failed requests moved to another job in one transaction; a single one may be larger."""
 
 
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """A job as the journal has it."""
-
-    job: int
-    name: str
-    state: str
-    """`open`, `closed` or `cancelled`."""
-    about: bytes
-    model_name: str
-    settings: str
-    created_at: float
-    ended_at: float | None
-    num_requests: int
-    num_results: int
-    num_failed: int
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def is_over(self) -> bool:
-        """It gets no more results."""
-        finished = self.state == "closed" and self.num_results == self.num_requests
-        return finished or self.state == "cancelled"
-
-    def info(self, settings: str) -> JobInfo:
-        """As clients see it; `settings` are the system's."""
-        state: JobState = "running"
-        if self.is_over:
-            state = "cancelled" if self.state == "cancelled" else "finished"
-        elif self.settings != settings:
-            state = "held"
-        elif self.state == "open":
-            state = "open"
-        return JobInfo(
-            name=self.name,
-            state=state,
-            about=self.about,
-            model_name=self.model_name,
-            created_at=self.created_at,
-            ended_at=self.ended_at if self.is_over else None,
-            num_requests=self.num_requests,
-            num_results=self.num_results,
-            num_failed=self.num_failed,
-            prompt_tokens=self.prompt_tokens,
-            output_tokens=self.output_tokens,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A request's result, to be written."""
-
-    job: int
-    seq: int
-    result: bytes
-    failed: bool
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ResultRow:
-    position: int
-    seq: int
-    note: bytes
-    finished_at: float
-    result: bytes
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalLimits:
+    max_jobs: int = 1000
+    """Finished ones included."""
+    max_bytes: int = 256 * 2**30
+    """What would make it larger is refused; results of what was taken are always written."""
 
 
 class Journal:
     """One process has it open. Raises ConfigError as `journal_file.open_existing`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: JournalLimits | None = None) -> None:
         """Opens it, or makes a new one. Requests that ran when it was last open, and whose
         coordinator did not say otherwise, were running at its death."""
         self.path = path
+        self._limits = limits or JournalLimits()
         self._db = journal_file.open_existing(path) if path.exists() else journal_file.create(path)
         try:
             self._db.execute("UPDATE started SET deaths = deaths + 1, running = 0 WHERE running")
@@ -121,7 +64,7 @@ class Journal:
         """clean: what runs was stopped on purpose."""
         if clean:
             with contextlib.suppress(sqlite3.Error):  # else it counts as one death, of several
-                self._db.execute("UPDATE started SET running = 0")
+                self._db.execute("UPDATE started SET running = 0, started_at = NULL")
         self._db.close()
 
     @contextlib.contextmanager
@@ -144,8 +87,12 @@ class Journal:
     def used_bytes(self) -> int:
         """What jobs take of the file."""
         (pages,) = self._db.execute("PRAGMA page_count").fetchone()
+        return int((pages - self._free_pages) * self._page_bytes)
+
+    @property
+    def _free_pages(self) -> int:
         (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
-        return int((pages - free) * self._page_bytes)
+        return int(free)
 
     # Jobs
 
@@ -161,7 +108,7 @@ class Journal:
         return found
 
     def find(self, name: str) -> JobRow | None:
-        row = self._db.execute(f"SELECT {_JOB_FIELDS} FROM jobs WHERE name = ?", (name,)).fetchone()
+        row = self._db.execute(f"SELECT {JOB_FIELDS} FROM jobs WHERE name = ?", (name,)).fetchone()
         return None if row is None else JobRow(*row)
 
     def open_job(
@@ -177,11 +124,7 @@ class Journal:
                     "delete that one first",
                 )
             return found
-        (count,) = self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()
-        if count >= MAX_JOBS:
-            raise RequestError(
-                "too_many_jobs", f"the journal holds {MAX_JOBS} jobs; delete some that are finished"
-            )
+        self._check_count()
         self._check_room(len(about))
         self._db.execute(
             "INSERT INTO jobs (name, state, about, model_name, settings, created_at) "
@@ -207,7 +150,10 @@ class Journal:
         self._check_room(sum(len(note) + len(request) for note, request in new))
         self._db.executemany(
             "INSERT INTO requests VALUES (?, ?, ?, ?)",
-            [(job.job, seq, *entry) for seq, entry in enumerate(new, job.num_requests)],
+            [
+                (job.job, seq, *map(sealed, entry))
+                for seq, entry in enumerate(new, job.num_requests)
+            ],
         )
         self._db.execute(
             "UPDATE jobs SET num_requests = num_requests + ? WHERE job = ?", (len(new), job.job)
@@ -255,48 +201,64 @@ class Journal:
         return [job for (job,) in self._db.execute(query)]
 
     def remove_some(self, job: int, count: int) -> bool:
-        """Removes up to `count` requests of a cancelled job, and results of a deleted one; whether
-        that was all."""
+        """Removes up to `count` requests of a cancelled job, and results of a deleted one. Gives
+        room back to the file system. Returns whether that was all."""
         query = "SELECT state FROM jobs WHERE job = ?"
         state = self._db.execute(query, (job,)).fetchone()
-        tables = {None: (), ("cancelled",): (("requests", "seq"), ("started", "seq"))}.get(
-            state, (("requests", "seq"), ("started", "seq"), ("results", "position"))
+        unfinished = (("requests", "seq"), ("started", "seq"))
+        tables = {None: (), ("cancelled",): unfinished}.get(
+            state, (*unfinished, ("failed", "seq"), ("results", "position"))
         )
+        removed = 0
         for table, place in tables:
             removed = self._db.execute(
                 f"DELETE FROM {table} WHERE job = :job AND {place} IN (SELECT {place} FROM {table} "
                 "WHERE job = :job LIMIT :count)",
                 {"job": job, "count": count},
             ).rowcount
-            self._db.execute(f"PRAGMA incremental_vacuum({count})").fetchall()
-            if removed == count:
-                return False
+            if removed:
+                break
+        free_pages = self._free_pages
+        for _ in range(min(free_pages, _VACUUM_PAGES)):
+            self._db.execute("PRAGMA incremental_vacuum(1)")  # of more, sqlite3 steps to the first
+        if removed or free_pages > _VACUUM_PAGES:
+            return False
         self._db.execute("DELETE FROM jobs WHERE job = ? AND state = 'deleted'", (job,))
         return True
 
     # Requests and results
 
     def pending(self, job: int, from_seq: int, most: int) -> Iterator[tuple[int, bytes]]:
-        """Requests without a result, by seq."""
+        """Requests without a result, sealed, by seq."""
         query = "SELECT seq, request FROM requests WHERE job = ? AND seq >= ? ORDER BY seq LIMIT ?"
         return self._db.execute(query, (job, from_seq, most))
 
-    def start(self, places: Iterable[tuple[int, int]]) -> None:
-        """These requests, (job, seq), are about to run."""
+    def start(self, places: Iterable[tuple[int, int]], now: float) -> None:
+        """These requests, (job, seq), are about to run. The time of the first start counts, also
+        if the coordinator dies."""
         self._db.executemany(
-            "INSERT INTO started (job, seq, running) VALUES (?, ?, 1) "
-            "ON CONFLICT (job, seq) DO UPDATE SET running = 1",
-            places,
+            "INSERT INTO started (job, seq, running, started_at) VALUES (?, ?, 1, ?) "
+            "ON CONFLICT (job, seq) DO UPDATE SET running = 1, "
+            "started_at = COALESCE(started_at, excluded.started_at)",
+            ((*place, now) for place in places),
         )
 
     def stop(self, places: Iterable[tuple[int, int]]) -> None:
         """These run no longer and have no result."""
-        self._db.executemany("UPDATE started SET running = 0 WHERE job = ? AND seq = ?", places)
+        self._db.executemany(
+            "UPDATE started SET running = 0, started_at = NULL WHERE job = ? AND seq = ?", places
+        )
 
     def deaths(self) -> dict[tuple[int, int], int]:
         """Of requests that ran when a coordinator died, how often that was."""
         query = "SELECT job, seq, deaths FROM started WHERE deaths > 0"
         return {(job, seq): deaths for job, seq, deaths in self._db.execute(query)}
+
+    def started_at(self) -> dict[tuple[int, int], float]:
+        """Unix time at which unfinished requests were first started, if that start was not stopped
+        on purpose."""
+        query = "SELECT job, seq, started_at FROM started WHERE started_at IS NOT NULL"
+        return {(job, seq): started_at for job, seq, started_at in self._db.execute(query)}
 
     def finish(self, outcomes: Iterable[Outcome], now: float) -> None:
         """Writes results, in this order. One of a request that has a result, or whose job was
@@ -316,10 +278,14 @@ class Journal:
             if note is None or state not in ("open", "closed"):
                 continue
             states[outcome.job] = state, position + 1
+            if outcome.failed and outcome.can_be_retried:
+                self._db.execute(
+                    "INSERT INTO failed SELECT * FROM requests WHERE job = ? AND seq = ?", place
+                )
             self._db.execute("DELETE FROM requests WHERE job = ? AND seq = ?", place)
             self._db.execute(
                 "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
-                (outcome.job, position, outcome.seq, note[0], now, outcome.result),
+                (outcome.job, position, outcome.seq, note[0], now, sealed(outcome.result)),
             )
             self._db.execute(
                 "UPDATE jobs SET num_results = num_results + 1, num_failed = num_failed + ?, "
@@ -332,35 +298,85 @@ class Journal:
         """A page of results from a position on."""
         return read_results(self._db, job, position)
 
-    def _check_room(self, size_bytes: int) -> None:
-        if self.used_bytes + size_bytes > MAX_JOURNAL_BYTES:
+    # Running again what failed
+
+    def retry_job(
+        self, name: str, retry: str, model_name: str, settings: str, now: float
+    ) -> JobRow:
+        """Moves some of the failed requests of a job that is over to the job named `retry`, which
+        is made if need be, and closed when all are there."""
+        job = self.job(name)
+        found = self.find(retry)
+        if found is None:
+            self._begin_retry(job, retry, model_name, settings, now)
+        elif self._retry_of(found) != job.job:
+            raise RequestError("other_job", f"a job named {retry!r} was opened for something else")
+        elif found.state != "open":
+            return found
+        target = self.job(retry)
+        seqs: list[int] = []
+        size_bytes = 0
+        query = "SELECT seq, note, request FROM failed WHERE job = ? ORDER BY seq LIMIT ?"
+        for seq, note, request in self._db.execute(query, (job.job, _RETRY_REQUESTS)).fetchall():
+            if seqs and size_bytes + len(request) > _RETRY_BYTES:
+                break
+            entry = (target.job, target.num_requests + len(seqs), note, request)
+            self._db.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", entry)
+            seqs.append(seq)
+            size_bytes += len(request)
+        self._db.executemany(
+            "DELETE FROM failed WHERE job = ? AND seq = ?", ((job.job, seq) for seq in seqs)
+        )
+        total = target.num_requests + len(seqs)
+        self._db.execute("UPDATE jobs SET num_requests = ? WHERE job = ?", (total, target.job))
+        if self._has_failed(job):
+            return self.job(retry)
+        return self.close_job(retry, total, now)
+
+    def _begin_retry(
+        self, job: JobRow, retry: str, model_name: str, settings: str, now: float
+    ) -> None:
+        if not job.is_over:
             raise RequestError(
-                "journal_full",
-                f"the journal would grow beyond {MAX_JOURNAL_BYTES} bytes; delete jobs whose "
-                "results were fetched",
+                "unfinished", f"job {job.name!r} is not finished: some more may fail"
+            )
+        if not self._has_failed(job):
+            raise RequestError(
+                "nothing_failed", f"job {job.name!r} has no failed requests to run again"
+            )
+        self._check_count()
+        self._db.execute(
+            "INSERT INTO jobs (name, state, about, model_name, settings, created_at, retry_of) "
+            "VALUES (?, 'open', x'', ?, ?, ?, ?)",
+            (retry, model_name, settings, now, job.job),
+        )
+
+    def _retry_of(self, job: JobRow) -> int | None:
+        query = "SELECT retry_of FROM jobs WHERE job = ?"
+        (of,) = self._db.execute(query, (job.job,)).fetchone()
+        return None if of is None else int(of)
+
+    def _has_failed(self, job: JobRow) -> bool:
+        query = "SELECT 1 FROM failed WHERE job = ? LIMIT 1"
+        return self._db.execute(query, (job.job,)).fetchone() is not None
+
+    # Limits
+
+    def _check_count(self) -> None:
+        most = self._limits.max_jobs
+        (count,) = self._db.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        if count >= most:
+            raise RequestError(
+                "too_many_jobs",
+                f"the journal holds {most} jobs; delete some that are finished (`pipemax jobs "
+                "--delete-older-than`), or start the system with a larger --max-jobs",
             )
 
-
-def read_jobs(connection: sqlite3.Connection) -> list[JobRow]:
-    """All jobs of a journal, oldest first."""
-    query = f"SELECT {_JOB_FIELDS} FROM jobs WHERE name IS NOT NULL ORDER BY job"
-    return [JobRow(*row) for row in connection.execute(query)]
-
-
-def read_results(
-    connection: sqlite3.Connection, job: int, position: int, most: int = PAGE_RESULTS
-) -> list[ResultRow]:
-    """A page of a job's results from a position on."""
-    query = (
-        "SELECT position, seq, note, finished_at, result FROM results "
-        "WHERE job = ? AND position >= ? ORDER BY position LIMIT ?"
-    )
-    rows: list[ResultRow] = []
-    size_bytes = 0
-    for row in connection.execute(query, (job, position, most)):
-        found = ResultRow(*row)
-        rows.append(found)
-        size_bytes += len(found.note) + len(found.result)
-        if size_bytes >= PAGE_BYTES:
-            break
-    return rows
+    def _check_room(self, size_bytes: int) -> None:
+        most = self._limits.max_bytes
+        if self.used_bytes + size_bytes > most:
+            raise RequestError(
+                "journal_full",
+                f"the journal would grow beyond {most} bytes; delete jobs whose results were "
+                "fetched, or start the system with a larger --max-journal-size",
+            )

@@ -4,18 +4,22 @@ something that is there.
 What it holds is `journal.py`'s.
 """
 
+import logging
 import os
 import sqlite3
 import stat
 from pathlib import Path
 
+from pipemax.coordinator.journal_wal import lost_frames
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.rundir import run_dir_of
+
+log = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.sqlite3"
 APPLICATION_ID = 0x504D584A
 """Tells our files from other databases (`PRAGMA application_id`)."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CHECKED_BYTES = 2 * 2**30
 """A journal up to this size is read through when it is opened. What is wrong with a larger one
 shows when the place is read."""
@@ -25,6 +29,7 @@ _CHECKPOINT_PAGES = 2000
 """Pages in the write-ahead log after which they are moved to the database."""
 
 _SCHEMA = (
+    # retry_of: the job whose failed requests this one runs again.
     # state: open, closed, cancelled, deleted. settings: of the system that took the job.
     """CREATE TABLE jobs (
         job INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -39,9 +44,11 @@ _SCHEMA = (
         num_results INTEGER NOT NULL DEFAULT 0,
         num_failed INTEGER NOT NULL DEFAULT 0,
         prompt_tokens INTEGER NOT NULL DEFAULT 0,
-        output_tokens INTEGER NOT NULL DEFAULT 0
+        output_tokens INTEGER NOT NULL DEFAULT 0,
+        retry_of INTEGER
     )""",
     # Requests without a result. request: the message Submit, or Refused for its own result.
+    # Notes, requests and results are kept with checksums (`journal.sealed`).
     """CREATE TABLE requests (
         job INTEGER NOT NULL,
         seq INTEGER NOT NULL,
@@ -65,9 +72,30 @@ _SCHEMA = (
         seq INTEGER NOT NULL,
         running INTEGER NOT NULL,
         deaths INTEGER NOT NULL DEFAULT 0,
+        started_at REAL,
+        PRIMARY KEY (job, seq)
+    ) WITHOUT ROWID""",
+    # Requests whose result is a failure, kept to be run again.
+    """CREATE TABLE failed (
+        job INTEGER NOT NULL,
+        seq INTEGER NOT NULL,
+        note BLOB NOT NULL,
+        request BLOB NOT NULL,
         PRIMARY KEY (job, seq)
     ) WITHOUT ROWID""",
 )
+
+_DISAGREEING = """
+    SELECT 1 FROM jobs WHERE state IN ('open', 'closed') AND (
+        num_results != (SELECT COUNT(*) FROM results WHERE results.job = jobs.job)
+        OR num_results != (SELECT COALESCE(MAX(position), -1) + 1 FROM results
+                           WHERE results.job = jobs.job)
+        OR num_requests - num_results
+           != (SELECT COUNT(*) FROM requests WHERE requests.job = jobs.job))
+    UNION ALL
+    SELECT 1 FROM results JOIN requests USING (job, seq)
+    LIMIT 1"""
+"""Not empty where a request has no result and does not wait for one, or both, or two."""
 
 
 def state_root() -> Path:
@@ -125,9 +153,19 @@ def open_existing(path: Path) -> sqlite3.Connection:
     ends with the process.
 
     Raises ConfigError, and leaves the file as it is, when it belongs to others, is in use, is no
-    journal of ours or is damaged.
+    journal of ours or is damaged. What a damaged write-ahead log has lost is passed over, with an
+    error in the log, if what is left is whole.
     """
     _check_private(path)
+    if lost := lost_frames(path, _PAGE_BYTES):
+        _check_what_is_left(path)
+        log.error(
+            "%s-wal is damaged: the last %d pages that were written are lost. Requests whose "
+            "results were on them run again; `pipemax submit` of the same files hands over what is "
+            "missing of a job",
+            path,
+            lost,
+        )
     connection = sqlite3.connect(path, isolation_level=None, timeout=_LOCK_TIMEOUT_S)
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -177,6 +215,20 @@ def refusal(path: Path, error: sqlite3.Error) -> ConfigError:
         f"`pipemax results JOB --journal {path} -o OUT`. To start without its jobs, move it away, "
         "with the files beside it that begin with its name"
     )
+
+
+def _check_what_is_left(path: Path) -> None:
+    """By a damaged write-ahead log. It may be a mixture of old and new pages. Raises ConfigError
+    unless the tables agree with each other."""
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        _check(connection, path)
+        if connection.execute(_DISAGREEING).fetchone() is not None:
+            raise sqlite3.DatabaseError("its write-ahead log is damaged, and its tables disagree")
+    except sqlite3.Error as error:
+        raise refusal(path, error) from error
+    finally:
+        connection.close()
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -3,11 +3,15 @@
 import sqlite3
 from pathlib import Path
 
-import msgspec
-
 from pipemax.coordinator import journal_file
-from pipemax.coordinator.jobs_round import UNREADABLE, page_of
-from pipemax.coordinator.journal import PAGE_RESULTS, JobRow, ResultRow, read_jobs, read_results
+from pipemax.coordinator.jobs_round import DAMAGED, UNREADABLE, damaged, page_of
+from pipemax.coordinator.journal_rows import (
+    PAGE_RESULTS,
+    JobRow,
+    ResultRow,
+    read_jobs,
+    read_results,
+)
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages import ingest
 
@@ -45,17 +49,19 @@ class JournalReader:
             try:
                 rows = read_results(self._db, row.job, position, most)
                 if rows and rows[0].position == position and _without_gaps(rows):
-                    return [self._decoded(row, found) for found in rows]
+                    return self._read(row, rows)
             except (sqlite3.DatabaseError, *UNREADABLE):
                 continue
         self.unreadable += 1
-        return [_unreadable(position)]
+        return [damaged(position)]
 
-    def _decoded(self, row: JobRow, found: ResultRow) -> ingest.JobResult:
-        page = page_of(0, row.info(row.settings), found.position, [found])
-        if isinstance(page, ingest.JobRefused):
-            raise msgspec.DecodeError(page.message)
-        return page.results[0]
+    def _read(self, row: JobRow, rows: list[ResultRow]) -> list[ingest.JobResult]:
+        page = page_of(0, row.info(row.settings), rows[0].position, rows)
+        refused = [
+            found.result for found in page.results if found.result.__class__ is ingest.Refused
+        ]
+        self.unreadable += sum(result.code == DAMAGED for result in refused)
+        return list(page.results)
 
     def _rows(self) -> list[JobRow]:
         try:
@@ -66,9 +72,3 @@ class JournalReader:
 
 def _without_gaps(rows: list[ResultRow]) -> bool:
     return all(row.position == rows[0].position + n for n, row in enumerate(rows))
-
-
-def _unreadable(position: int) -> ingest.JobResult:
-    text = f"result {position} of the job could not be read: its journal is damaged there"
-    refused = ingest.Refused(request_id=f"position-{position}", code="damaged", message=text)
-    return ingest.JobResult(seq=0, note=b"", finished_at=0.0, result=refused)

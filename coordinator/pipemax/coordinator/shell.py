@@ -44,6 +44,7 @@ from pipemax.coordinator.job_eta import JobEta
 from pipemax.coordinator.jobs import JobLimits, Jobs
 from pipemax.coordinator.jobs_round import JobMessage
 from pipemax.coordinator.journal_file import journal_path
+from pipemax.coordinator.journal import JournalLimits
 from pipemax.coordinator.liveness import Liveness
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
@@ -108,6 +109,7 @@ class CoordinatorShell:
             JobLimits(
                 most_running=config.client_credits,
                 most_waiting=config.max_num_seqs * config.num_slots,
+                journal=JournalLimits(max_jobs=config.max_jobs, max_bytes=config.max_journal_bytes),
             ),
             lambda job, submit: self._sessions.accept_for_job(job, submit, time.monotonic()),
         )

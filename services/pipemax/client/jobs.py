@@ -22,13 +22,16 @@ from pipemax.proto.messages.ingest import (
     ListJobs,
     OpenJob,
     Refused,
+    RetryJob,
     Submit,
 )
 
 _ASK_AGAIN_S = 2.0
 """A message that was not answered in this time is sent again: the coordinator may be a new one."""
 
-_Call = OpenJob | AddRequests | CloseJob | ListJobs | FetchResults | CancelJob | DeleteJob
+_Call = (
+    OpenJob | AddRequests | CloseJob | ListJobs | FetchResults | CancelJob | DeleteJob | RetryJob
+)
 
 
 class Jobs:
@@ -124,6 +127,15 @@ class Jobs:
     def delete(self, job: str) -> None:
         """Forgets a job that is finished or cancelled, and its results."""
         self._list(DeleteJob(number=next(self._numbers), job=job))
+
+    def retry(self, job: str, retry: str) -> JobInfo:
+        """Makes a job named `retry` of the requests of `job`, finished or cancelled, that failed,
+        or goes on with that; results of `job` stay as they are. Requests that were none to begin
+        with are not among them."""
+        while True:
+            made = self._one(RetryJob(number=next(self._numbers), job=job, retry=retry))
+            if made.state != "open":
+                return made
 
     def _one(self, message: _Call) -> JobInfo:
         (info,) = self._list(message)

@@ -478,6 +478,17 @@ class DeleteJob(Message, frozen=True, kw_only=True, tag="delete_job"):
     job: JobName
 
 
+class RetryJob(Message, frozen=True, kw_only=True, tag="retry_job"):
+    """Makes another job of the requests of a job, finished or cancelled, that failed: some at a
+    time. To be said until the answer, about that other job, no longer has it `open`; then all are
+    moved. Results of the first job stay as they are."""
+
+    number: CallNumber
+    job: JobName
+    retry: JobName
+    """Of the other one."""
+
+
 class JobList(Message, frozen=True, kw_only=True, tag="job_list"):
     """Answer to all messages about jobs but FetchResults: the job as it is now, or all."""
 
@@ -504,5 +515,5 @@ class JobRefused(Message, frozen=True, kw_only=True, tag="job_refused"):
     code: ShortText
     """`unknown_job`, `other_job` (the name is taken), `too_many_jobs`, `journal_full`, `journal`
     (cannot be written now), `damaged` (a result is not readable), `gap`, `closed`, `unfinished`,
-    `draining`."""
+    `nothing_failed`, `draining`."""
     message: ErrorText

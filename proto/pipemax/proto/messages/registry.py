@@ -45,6 +45,7 @@ INGEST = Channel(
         ingest.FetchResults,
         ingest.CancelJob,
         ingest.DeleteJob,
+        ingest.RetryJob,
         spans.WatchSpans,
     ),
     to_peer=(
