@@ -20,10 +20,12 @@ MOST_UNFAIR_WAIT = 20
 
 
 def make_requests(
-    world: World, count: int, longest_prompt: int, longest_output: int
+    world: World, count: int, longest_prompt: int, longest_output: int, families: int = 0
 ) -> Iterator[Req]:
-    """Mixed lengths and ways to stop."""
+    """Mixed lengths and ways to stop. With `families`, prompts begin like one of so many, for a
+    length of their own; some are the same."""
     draw = world.random
+    begins = [[draw.randrange(VOCAB) for _ in range(longest_prompt)] for _ in range(families)]
     for key in range(count):
         output = draw.randint(1, longest_output)
         prompt_len = max(1, min(draw.randint(1, longest_prompt), world.max_model_len - output))
@@ -35,7 +37,11 @@ def make_requests(
             prompt_logprobs=2 if key % 3 == 0 else None,
             presence_penalty=float(key % 4 == 0),  # this world's tokens do not heed it
         )
-        yield key, [draw.randrange(VOCAB) for _ in range(prompt_len)], sampling
+        prompt = [draw.randrange(VOCAB) for _ in range(prompt_len)]
+        if begins:
+            alike = draw.choice([prompt_len, draw.randint(0, prompt_len)])
+            prompt[:alike] = draw.choice(begins)[:alike]
+        yield key, prompt, sampling
 
 
 def long_requests(world: World, count: int, longest_prompt: int, longest_output: int) -> list[Req]:
@@ -122,6 +128,7 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     policy=st.sampled_from(POLICIES),
     prefill=st.sampled_from(["mixed", "phases"]),
     count=st.integers(1, 20),
+    families=st.sampled_from([0, 1, 3]),
     losses=st.integers(0, 5),
     cancels=st.integers(0, 5),
 )
@@ -137,6 +144,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
     policy: str,
     prefill: str,
     count: int,
+    families: int,
     losses: int,
     cancels: int,
 ) -> None:
@@ -153,7 +161,8 @@ def test_every_request_finishes_once_with_the_right_tokens(
         prefill=prefill,
     )
     half = world.max_model_len // 2
-    requests = list(make_requests(world, count, max(1, min(60, half)), max(1, min(30, half))))
+    longest = max(1, min(60, half)), max(1, min(30, half))
+    requests = list(make_requests(world, count, *longest, families))
     cancelled = drive(world, requests, Troubles(losses, cancels))
     check_results(world, requests, cancelled)
 

@@ -1,5 +1,6 @@
 """The books themselves, move by move."""
 
+from pipemax.coordinator import invariants
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.request import HostState, Request
 from pipemax.coordinator.state import SchedulerLimits, SchedulerState
@@ -30,10 +31,10 @@ def test_blocks_of_a_prefetch_that_was_given_up_still_belong_to_the_step_that_re
     state.blocks.release(read_by_step_9, ready_after=9)
     blocks, after = state.blocks.take_for_copy(2, latest_step=9) or ([], -1)
     state.load_into(request, blocks, 11, after)
-    state.check_invariants()
+    invariants.check(state)
 
     assert state.forget_kv(request), "the daemon must say when no copy touches them"
     state.released(request.kv_key)
     assert state.blocks.num_free == 4
     assert state.blocks.num_ready(latest_step=8) == 0
-    state.check_invariants()
+    invariants.check(state)

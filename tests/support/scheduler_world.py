@@ -159,6 +159,7 @@ class World:
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
         prefill: str = DEFAULT_PREFILL,
+        share_prefixes: bool = True,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
@@ -173,6 +174,7 @@ class World:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
+            share_prefixes=share_prefixes,
         )
         self.prefill = make_prefill(prefill, stages)
         self.scheduler = Scheduler(limits, make_policy(policy), self.prefill)
@@ -287,8 +289,9 @@ class World:
                 self._order_stores(message)
             case ToDaemon(Drop(epoch=_, request=key, first_index=first)):
                 self._forget(lambda k: k[0] == key and k[1] >= first)
-            case ToDaemon(Release(epoch=_, requests=keys)):
-                self._forget(lambda k: k[0] in keys)
+            case ToDaemon(Release(epoch=_, requests=keys, first_indices=firsts)):
+                first_of = dict(zip(keys, firsts, strict=True))
+                self._forget(lambda k: k[1] >= first_of.get(k[0], k[1] + 1))
                 self.inbox["daemon"].append(KvReleased(keys))
 
     def _forget(self, gone: Callable[[tuple[int, int]], bool]) -> None:

@@ -1,5 +1,6 @@
 """Which waiting requests start to run: those whose growth has room, in order of service."""
 
+from pipemax.coordinator import sharing
 from pipemax.coordinator.phases import MixedPrefill, Prefill
 from pipemax.coordinator.policy import OffloadOutlook, SelectionPolicy
 from pipemax.coordinator.request import Request
@@ -28,12 +29,12 @@ class Admission:
         while (request := self._next()) is not None and self._has_room(request):
             if state.running and not self.is_expected_to_fit(request):
                 return
-            del state.waiting[request.key]
-            state.admit(request, now)
             blocks = state.blocks.take_for_write(self._prompt_blocks(request))
             if blocks is None:
                 raise InvariantError("admitted a request without device blocks for it")
-            state.extend_table(request, blocks)
+            del state.waiting[request.key]
+            state.admit(request, now)
+            sharing.give_prompt(state, request, blocks)
 
     def wanted_blocks(self) -> int:
         """Device blocks to make free for the next request that waits: none when there is none, or
@@ -47,7 +48,7 @@ class Admission:
         """Whether the device holds what is expected of all at their worst moment; or, where the
         host takes what grows beyond it, whether both do, and what runs now is worth holding."""
         state = self._state
-        peak = state.forecast.peak_blocks(request)
+        peak = state.expected_peak(request)
         on_device = state.blocks.num_blocks
         if peak <= self._peak_share * on_device:
             return True
@@ -68,7 +69,7 @@ class Admission:
         state = self._state
         worth = self._worth_offloading()
         room = self._peak_share * (state.blocks.num_blocks + (worth or 0))
-        room -= state.forecast.peak_blocks()
+        room -= state.expected_peak()
         per_output = state.forecast.prefill_per_output
         grown = 1.0 + (0.5 / per_output if per_output else 0.0)
         tokens = 0
@@ -92,7 +93,7 @@ class Admission:
         """Of the room that is kept for those who run. In the mean over a life at least half of what
         a request comes to: when all have just begun, less is no sign of what it will be."""
         state = self._state
-        return min(1.0, max(0.5, state.total_blocks / max(1.0, state.forecast.peak_blocks())))
+        return min(1.0, max(0.5, state.total_blocks / max(1.0, state.expected_peak())))
 
     def _has_room(self, request: Request) -> bool:
         """Room on the device for the prompt now. Newcomers must neither take the blocks that those
@@ -126,4 +127,7 @@ class Admission:
         return next(iter(self._state.waiting.values()), None)
 
     def _prompt_blocks(self, request: Request) -> int:
-        return blocks_for(len(request.tokens), self._state.limits.block_size)
+        """To allocate for it: what it shares with those who run is there."""
+        state = self._state
+        needed = blocks_for(len(request.tokens), state.limits.block_size)
+        return needed - len(state.prefix_of(request))

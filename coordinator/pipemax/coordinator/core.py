@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from pipemax.coordinator import invariants
 from pipemax.coordinator.events import (
     BlocksStored,
     Cancelled,
@@ -63,7 +64,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raises InvariantError when blocks or requests are lost or counted twice."""
-        self.state.check_invariants()
+        invariants.check(self.state)
 
     def rows_of(self, step: int) -> list[PlannedRow]:
         """The sample rows of a step's plan. Empty for a step that is not in flight."""

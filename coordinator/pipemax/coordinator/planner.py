@@ -9,6 +9,7 @@ prefetch of the next step, and evict after this step what the one after that nee
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
+from pipemax.coordinator import sharing
 from pipemax.coordinator.admission import Admission
 from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToDaemon, ToStages
@@ -111,6 +112,8 @@ class Planner:
             while not self._prefill.part.decodes and self._displace():
                 self._admission.admit(now)
         items = self._compose()
+        if not items and not state.in_flight:
+            self._skip_orphaned_staging(forced=True)
         if not items and state.staged_step == NO_STEP:
             # Nothing on the device can run: order a prefetch although this step will wait for it.
             self._plan_prefetch(latest=state.next_step - 1, urgent=True)
@@ -133,7 +136,7 @@ class Planner:
             if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
                 tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
         chunk = self._prefill_chunk(items, target, limits.max_num_batched_tokens - tokens)
-        for request in state.rosters.prefilling.values():
+        for request in list(state.rosters.prefilling.values()):
             if chunk <= 0 or len(items) >= limits.max_num_seqs:
                 break
             chunk -= self._add(items, request, chunk)
@@ -155,6 +158,8 @@ class Planner:
         """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
         how many."""
         blocks, size = self._state.blocks, self._state.limits.block_size
+        if request.planned < len(request.shared) * size:
+            sharing.skip_ready(self._state, request)
         planned = request.planned
         remaining = len(request.tokens) - planned
         held = len(request.table) * size
@@ -164,8 +169,11 @@ class Planner:
             return 1
         room = held + blocks.num_free * size - planned
         count = self._within_rows(request, min(remaining, most_tokens, room))
+        if count > 0 and planned < len(request.shared) * size:
+            count = sharing.tokens_to_fill(self._state, request, count)
         if count <= 0:
             return 0
+        sharing.claim(self._state, request, count)
         short = request.blocks_short(count, size)
         if short:
             taken = blocks.take_for_write(short)
@@ -200,6 +208,8 @@ class Planner:
             request.prompt_counted += first_time
             counters.prompt_tokens += first_time
             counters.recomputed_tokens += item.num_tokens - first_time
+        if item.start < len(request.shared) * self._state.limits.block_size:
+            sharing.filled(self._state, request, item.start, item.end, step)
         request.planned += item.num_tokens
         request.in_flight += 1
         request.last_step = max(request.last_step, step)
@@ -217,16 +227,26 @@ class Planner:
             request.last_step = max(request.last_step, request.staged_for)
             request.staged_for = NO_STEP
             state.rosters.place(request)
-        state.staged_step = NO_STEP
+        sharing.close_staging(state)
 
-    def _skip_orphaned_staging(self) -> None:
+    def _skip_orphaned_staging(self, *, forced: bool = False) -> None:
         """When all requests of an ordered prefetch are gone (cancelled, preempted), leave its step
         number unused: a step has one prefetch only. Their blocks are held until the daemon says
-        that no copy touches them, so no step needs to wait for these loads."""
+        that no copy touches them, so no step needs to wait for these loads.
+
+        Where others share blocks that are being loaded, the next step waits for these loads. Only
+        if it is `forced` to do without them, as there is no next step, those others start over."""
         state = self._state
-        if state.staged_step != NO_STEP and not state.rosters.staged:
-            state.staged_step = NO_STEP
-            state.next_step += 1
+        if state.staged_step == NO_STEP or state.rosters.staged:
+            return
+        users = sharing.users_of_staged(state)
+        if users and not forced:
+            return
+        for request in sorted(users, key=lambda r: -r.key):
+            self._commands += self._preemption.recompute_later(request)
+        state.staged_shared.clear()
+        state.staged_step = NO_STEP
+        state.next_step += 1
 
     def _slot_target(self) -> SlotTarget:
         """An even share of all requests that decode this round, in flight ones included."""
@@ -301,10 +321,15 @@ class Planner:
             while request.next_store < full and state.host_used < state.num_host_blocks:
                 index = request.next_store
                 request.next_store += 1
+                kv_key = request.kv_key
+                if index < len(request.shared):
+                    if request.host[index] != HostState.NONE:
+                        continue
+                    kv_key = sharing.storing(state, request.shared[index])
                 request.host[index] = HostState.STORING
                 state.host_used += 1
                 state.num_storing += 1
-                moves.append(BlockMove(request.kv_key, index, request.table[index]))
+                moves.append(BlockMove(kv_key, index, request.table[index]))
         if moves:
             self._commands.append(
                 ToDaemon(Store(epoch=state.epoch, after=step, blocks=tuple(moves)))
@@ -322,7 +347,7 @@ class Planner:
             return self._admission.offloads()
         if state.host_used:
             return True
-        peak = max(state.total_blocks, state.forecast.peak_blocks())
+        peak = max(state.total_blocks, state.expected_peak())
         return peak > OFFLOAD_PRESSURE * state.blocks.num_blocks
 
     def _plan_prefetch(self, latest: int, urgent: bool = False) -> None:
@@ -354,17 +379,15 @@ class Planner:
         after = NO_STEP
         for key in keys:
             request = state.running[key]
+            if request.shared and not sharing.take_present(state, request):
+                state.rosters.place(request)
+                continue  # others brought all that it lacked
             taken = state.blocks.take_for_copy(request.num_missing, latest)
             if taken is None:
                 break
             blocks, ready_after = taken
             after = max(after, ready_after)
-            indices = state.load_into(request, blocks, step, ready_after)
-            kv_key = request.kv_key
-            moves += [
-                BlockMove(kv_key, index, block)
-                for index, block in zip(indices, blocks, strict=True)
-            ]
+            moves += state.load_into(request, blocks, step, ready_after)
         if moves:
             state.budget.prefetch_ordered(step, len(moves))
             allowed = min(granted, sum(c.load_blocks for c in candidates))

@@ -36,7 +36,7 @@ class Preemption:
             for request in reversed(requests[1:]):
                 if request.staged_for == NO_STEP and state.evict(request):
                     return []
-        return self._recompute_later(requests[-1])
+        return self.recompute_later(requests[-1])
 
     def _relieve(self) -> list[Command] | None:
         """When a slot stands empty only because nobody finds a block, take those of the newest that
@@ -53,10 +53,10 @@ class Preemption:
         if newest.key == min(state.running):
             return None
         if self._cheaper_to_recompute(newest) or not state.evict(newest):
-            return self._recompute_later(newest)
+            return self.recompute_later(newest)
         return []
 
-    def _recompute_later(self, request: Request) -> list[Command]:
+    def recompute_later(self, request: Request) -> list[Command]:
         release = self._state.forget_kv(request)
         self._state.counters.preemptions += 1
         self._state.put_first(request)

@@ -9,9 +9,13 @@ after a preemption or a crash: there is no difference).
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.ingest import SamplingParams
+
+if TYPE_CHECKING:
+    from pipemax.coordinator.prefixes import SharedBlock
 
 NO_BLOCK = -1
 NO_STEP = -1
@@ -55,6 +59,7 @@ class Request:
         "rules_epoch",
         "sampling",
         "seed",
+        "shared",
         "staged_for",
         "table",
         "tokens",
@@ -94,9 +99,12 @@ class Request:
         self.first_token_at: float | None = None
         self.cancelled = False
         self.prompt_counted = 0
-        """Prompt tokens that steps have computed, however often each."""
+        """Prompt tokens that steps have computed for it, or for another whose blocks it shares."""
         self.last_turn = NO_STEP
         """Last step that moved the request forward; orders who waited longest."""
+        self.shared: list[SharedBlock] = []
+        """The first blocks of its table belong to whoever has such a prompt. What `table` and
+        `host` say of them is kept up to date with them."""
         self.forget_kv(kv_key=0)
 
     def forget_kv(self, kv_key: int) -> None:

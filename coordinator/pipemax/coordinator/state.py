@@ -5,20 +5,21 @@ no copy touches it. Host blocks are counted, not placed: placement is the daemon
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipemax.coordinator import sharing
 from pipemax.coordinator.cost_model import PipelineCost, StepFeatures
 from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.events import StageComputed
 from pipemax.coordinator.forecast import Forecast
 from pipemax.coordinator.link_budget import LinkBudget
+from pipemax.coordinator.prefixes import PrefixTree, SharedBlock
+from pipemax.coordinator.releasing import Releasing, merge_into
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import Rosters
-from pipemax.proto.errors import InvariantError
-from pipemax.proto.geometry import blocks_for
-from pipemax.proto.messages.control import Release
+from pipemax.proto.messages.control import BlockMove, Release
 
 LATE_SHARE = 0.01
 """Of a step's compute time: a prefetch that a stage waits for longer is counted as late."""
@@ -34,6 +35,8 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_model_len: int
     eos_token_ids: frozenset[int]
+    share_prefixes: bool = False
+    """Prompts that begin alike share their full blocks."""
 
 
 class Item(NamedTuple):
@@ -82,15 +85,6 @@ def features_of(items: Iterable[Item]) -> StepFeatures:
 
 
 @dataclass(slots=True)
-class Releasing:
-    """KV of a finished or preempted request that the daemon has not confirmed free."""
-
-    host_blocks: int
-    device_blocks: list[int]
-    ready_after: int
-
-
-@dataclass(slots=True)
 class Counters:
     """Monotonic totals, in requests, steps and tokens."""
 
@@ -98,6 +92,10 @@ class Counters:
     preemptions: int = 0
     steps: int = 0
     prompt_tokens: int = 0
+    prefix_query_tokens: int = 0
+    """Prompt tokens of requests that might share their first blocks with others."""
+    prefix_hit_tokens: int = 0
+    """Of those, tokens that another request had computed. Part of `prompt_tokens` too."""
     generation_tokens: int = 0
     context_tokens: int = 0
     prefetched_tokens: int = 0
@@ -130,6 +128,9 @@ class SchedulerState:
     running: dict[int, Request] = field(default_factory=dict)
     """By key, in order of admission."""
     by_kv_key: dict[int, Request] = field(default_factory=dict)
+    prefixes: PrefixTree = field(init=False)
+    staged_shared: list[SharedBlock] = field(default_factory=list)
+    """Blocks of `prefixes` that are prefetched for `staged_step`."""
     in_flight: dict[int, StepInFlight] = field(default_factory=dict)
     releasing: dict[int, Releasing] = field(default_factory=dict)
     staged_step: int = NO_STEP
@@ -140,12 +141,15 @@ class SchedulerState:
     forecast: Forecast = field(init=False)
     rosters: Rosters = field(default_factory=Rosters)
     total_blocks: int = 0
-    """Blocks of running requests, each counted once wherever it lives."""
+    """Blocks of running requests, each counted once wherever it lives and whoever shares it."""
     num_storing: int = 0
     """Blocks of running requests that are being stored."""
+    _match: tuple[tuple[int, int], list[SharedBlock]] = field(default=((-1, -1), []), init=False)
+    """The last answer of `prefix_of`, and to what."""
 
     def __post_init__(self) -> None:
         self.forecast = Forecast(self.limits.block_size)
+        self.prefixes = PrefixTree(self.limits.block_size)
 
     def stage_computed(self, event: StageComputed) -> None:
         """Learn from a stage's time for a step in flight."""
@@ -186,31 +190,49 @@ class SchedulerState:
         del self.by_kv_key[request.kv_key]
         self.forecast.remove(request)
         self.rosters.remove(request)
-        self.total_blocks -= len(request.table)
-        self.num_storing -= request.host.count(HostState.STORING)
+        own = len(request.shared)
+        self.total_blocks -= len(request.table) - own
+        self.num_storing -= request.host.count(HostState.STORING, own)
 
     def forget_kv(self, request: Request) -> Release | None:
-        """Take a running request's KV away. Returns what the daemon must be told, None when it
-        holds nothing; blocks that a copy may still touch are held until it has answered."""
+        """Take a running request's KV away, but for what others use too. Returns what the daemon
+        must be told, None when it holds nothing of it; blocks that a copy may still touch are held
+        until it has answered."""
         touched: list[int] = []
         free: list[int] = []
         staged = request.staged_for != NO_STEP
-        for block, state in zip(request.table, request.host, strict=True):
+        own = len(request.shared)
+        for block, state in zip(request.table[own:], request.host[own:], strict=True):
             if block != NO_BLOCK:
                 held = state == HostState.STORING or (staged and state == HostState.STORED)
                 (touched if held else free).append(block)
-        on_host = len(request.host) - request.host.count(HostState.NONE)
+        on_host = len(request.host) - own - request.host.count(HostState.NONE, own)
         self.blocks.release(free, request.last_step)
         self.stop_running(request)
-        if not on_host:
+        ended = sharing.leave(self, request)
+        if on_host:
+            merge_into(ended, request.kv_key, Releasing(on_host, touched, request.last_step, own))
+        if not ended:
             return None
-        self.releasing[request.kv_key] = Releasing(on_host, touched, request.last_step)
-        return Release(epoch=self.epoch, requests=(request.kv_key,))
+        for kv_key, entry in ended.items():
+            before = self.releasing.setdefault(kv_key, entry)
+            if before is not entry:
+                before.add(entry)
+                before.answers += 1
+        return Release(
+            epoch=self.epoch,
+            requests=tuple(ended),
+            first_indices=tuple(entry.first_index for entry in ended.values()),
+        )
 
     def released(self, kv_key: int) -> None:
         """The daemon confirmed; unknown keys belong to an epoch that ended."""
-        entry = self.releasing.pop(kv_key, None)
-        if entry is not None:
+        entry = self.releasing.get(kv_key)
+        if entry is None:
+            return
+        entry.answers -= 1
+        if not entry.answers:
+            del self.releasing[kv_key]
             self.host_used -= entry.host_blocks
             self.blocks.release(entry.device_blocks, entry.ready_after)
 
@@ -219,33 +241,46 @@ class SchedulerState:
         Returns how many blocks that freed."""
         request.evicting = True
         stored = HostState.STORED
-        freed = [
+        indices = [
             index
             for index, (block, state) in enumerate(zip(request.table, request.host, strict=True))
             if state == stored and block != NO_BLOCK
         ]
-        if freed:
-            self._free_indices(request, freed)
-        return len(freed)
+        return self._free_indices(request, indices)
 
     def block_stored(self, kv_key: int, index: int) -> None:
-        request = self.by_kv_key.get(kv_key)
-        if request is None:
+        """The daemon has the block; what is unknown has ended meanwhile."""
+        shared = self.prefixes.find(kv_key, index)
+        if shared is not None:
+            shared.host = HostState.STORED
+            self.num_storing -= 1
+            for user in list(self.prefixes.users(shared)):
+                self._stored_for(user, index)
             return
+        request = self.by_kv_key.get(kv_key)
+        if request is not None:
+            self.num_storing -= 1
+            self._stored_for(request, index)
+
+    def _stored_for(self, request: Request, index: int) -> None:
         request.host[index] = HostState.STORED
-        self.num_storing -= 1
         if request.evicting and request.staged_for == NO_STEP:
             self._free_indices(request, [index])
 
     def load_into(
         self, request: Request, blocks: Iterable[int], step: int, after: int
-    ) -> list[int]:
+    ) -> list[BlockMove]:
         """Assign `blocks`, which step `after` still uses, to the indices the device lacks, in
-        order; returns those indices."""
-        table = request.table
+        order; returns what has to be copied."""
+        table, shared = request.table, request.shared
         indices = [index for index, block in enumerate(table) if block == NO_BLOCK]
+        moves: list[BlockMove] = []
         for index, block in zip(indices, blocks, strict=True):
             table[index] = block
+            kv_key = request.kv_key
+            if index < len(shared):
+                kv_key = sharing.loaded(self, shared[index], block, step, after)
+            moves.append(BlockMove(kv_key, index, block))
         request.num_missing = 0
         request.evicting = False
         request.staged_for = step
@@ -254,7 +289,24 @@ class SchedulerState:
         request.load_step = step
         request.loading = indices
         self.rosters.place(request)
-        return indices
+        return moves
+
+    def expected_peak(self, newcomer: Request | None = None) -> float:
+        """Blocks that those who run, and the newcomer, are forecast to need at their worst moment;
+        what is shared counts once."""
+        peak = self.forecast.peak_blocks(newcomer) - self.prefixes.num_saved
+        if newcomer is not None:
+            peak -= len(self.prefix_of(newcomer))
+        return max(0.0, peak)
+
+    def prefix_of(self, request: Request) -> list[SharedBlock]:
+        """Blocks that a request which does not run yet would share."""
+        if not self.limits.share_prefixes:
+            return []
+        question = (request.key, self.prefixes.version)
+        if self._match[0] != question:
+            self._match = (question, self.prefixes.match(request))
+        return self._match[1]
 
     @property
     def held_tokens(self) -> int:
@@ -268,68 +320,22 @@ class SchedulerState:
         whole = len(self.running) - self.rosters.num_incomplete
         return min(whole, self.limits.num_slots + -(-2 * whole // self.limits.block_size))
 
-    def check_invariants(self) -> None:
-        """Raises InvariantError when the books contradict themselves."""
-        self.blocks.check()
-        owned = self.blocks.free_blocks()
-        owned += [b for entry in self.releasing.values() for b in entry.device_blocks]
-        for request in self.running.values():
-            owned += [b for b in request.table if b != NO_BLOCK]
-            self._check_request(request)
-        if sorted(owned) != list(range(self.blocks.num_blocks)):
-            raise InvariantError("device blocks are lost or owned twice")
-        on_host = sum(
-            len(request.host) - request.host.count(HostState.NONE)
-            for request in self.running.values()
-        )
-        if on_host + sum(e.host_blocks for e in self.releasing.values()) != self.host_used:
-            raise InvariantError("host blocks are miscounted")
-        if self.host_used > self.num_host_blocks:
-            raise InvariantError("more host blocks in use than there are")
-        self._check_sums()
-        keys = [*self.waiting, *self.running]
-        if len(set(keys)) != len(keys):
-            raise InvariantError("a request is both waiting and running")
-        slots = [step.slot for step in self.in_flight.values()]
-        if len(set(slots)) != len(slots) or len(slots) > self.limits.num_slots:
-            raise InvariantError("two steps in flight share a slot")
-
-    def _check_sums(self) -> None:
-        running = self.running.values()
-        self.rosters.check(self.running)
-        if self.total_blocks != sum(len(r.table) for r in running):
-            raise InvariantError("blocks of running requests are miscounted")
-        if self.num_storing != sum(r.host.count(HostState.STORING) for r in running):
-            raise InvariantError("blocks being stored are miscounted")
-        if not self.forecast.check(self.running):
-            raise InvariantError("the forecast is out of date")
-
-    def _check_request(self, request: Request) -> None:
-        size = self.limits.block_size
-        if not request.computed <= request.planned <= len(request.tokens):
-            raise InvariantError(f"request {request.key}: lengths out of order")
-        if len(request.table) != len(request.host) or request.num_missing != request.table.count(
-            NO_BLOCK
-        ):
-            raise InvariantError(f"request {request.key}: block table miscounted")
-        if len(request.table) < blocks_for(request.planned, size):
-            raise InvariantError(f"request {request.key}: tokens without a block")
-        for index, (block, state) in enumerate(zip(request.table, request.host, strict=True)):
-            if block == NO_BLOCK and state != HostState.STORED:
-                raise InvariantError(f"request {request.key}: block {index} is nowhere")
-            if state != HostState.NONE and (index + 1) * size > request.planned:
-                raise InvariantError(f"request {request.key}: block {index} stored unfilled")
-        flights = sum(
-            item.request is request for step in self.in_flight.values() for item in step.items
-        )
-        if flights != request.in_flight:
-            raise InvariantError(f"request {request.key}: steps in flight miscounted")
-
-    def _free_indices(self, request: Request, indices: Iterable[int]) -> None:
+    def _free_indices(self, request: Request, indices: Sequence[int]) -> int:
+        """Returns how many blocks are free now."""
+        if not indices:
+            return 0
         freed = []
+        table, own = request.table, len(request.shared)
+        num_shared = 0
         for index in indices:
-            freed.append(request.table[index])
-            request.table[index] = NO_BLOCK
-        request.num_missing += len(freed)
+            if index >= own:
+                freed.append(table[index])
+            elif sharing.is_kept(self, request.shared[index]):
+                continue
+            else:
+                num_shared += sharing.give_up(self, request, index)
+            table[index] = NO_BLOCK
+            request.num_missing += 1
         self.rosters.place(request)
         self.blocks.release(freed, request.last_step)
+        return len(freed) + num_shared

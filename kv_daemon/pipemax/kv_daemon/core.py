@@ -13,7 +13,7 @@ once no copy touches it. A new epoch begins when nothing of the old one runs any
 answers a reset after its last void copy, a stage after the last step it had queued (ResetDone).
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import chain, count, groupby
 from operator import attrgetter
@@ -92,8 +92,8 @@ class KvCore:
         host block free as soon as it sends Drop, which may be a copy's length before it is."""
         self.host_bytes = host_bytes
         self._laid_out = False
-        self.pending_releases: set[int] = set()
-        """Requests whose Release waits for copies to end."""
+        self.pending_releases: Counter[int] = Counter()
+        """Requests with a Release that waits for copies to end, and how many."""
         self._reset_seen = False
         self._reset_done = False
         self.void_running = 0
@@ -281,10 +281,16 @@ class KvCore:
         self._answer_stored(stored)
 
     def _on_release(self, event: Release) -> None:
-        requests = tuple(dict.fromkeys(event.requests))
-        self._forget([b for key in requests for b in self.table.blocks_from(key, 0)])
-        self.pending_releases.update(key for key in requests if self.table.is_draining(key))
-        self._answer_released(tuple(key for key in requests if key not in self.pending_releases))
+        requests = event.requests
+        firsts = event.first_indices or (0,) * len(requests)
+        if len(firsts) != len(requests):
+            raise ContradictionError(
+                f"a release names {len(requests)} requests and {len(firsts)} first blocks"
+            )
+        named = dict(zip(requests, firsts, strict=True))
+        self._forget([b for key, i in named.items() for b in self.table.blocks_from(key, i)])
+        self.pending_releases.update(key for key in named if self.table.is_draining(key))
+        self._answer_released(tuple(key for key in named if key not in self.pending_releases))
         self._place_waiting()
 
     def _checked(self, moves: Sequence[BlockMove]) -> Sequence[BlockMove]:
@@ -355,8 +361,8 @@ class KvCore:
         released: tuple[int, ...] = ()
         if self.table.draining:
             at_rest = {b.request for b, _ in copy.moves if b.dropped and self.table.copy_ended(b)}
-            released = tuple(sorted(at_rest & self.pending_releases))
-            self.pending_releases.difference_update(released)
+            asked = sorted(at_rest & self.pending_releases.keys())
+            released = tuple(key for key in asked for _ in range(self.pending_releases.pop(key)))
         self._answer_stored(stored)
         self._answer_released(released)
         self._place_waiting()

@@ -61,7 +61,7 @@ def _check_draining(core: "KvCore") -> None:
     _require(dict(under_copy) == counted, "draining blocks are not those under copy")
     requests = {block.request for block in counted}
     _require(all(map(core.table.is_draining, requests)), "a draining request is not known as such")
-    _require(core.pending_releases <= requests, "a Release waits for no copy")
+    _require(core.pending_releases.keys() <= requests, "a Release waits for no copy")
     _require(void == core.void_running, f"{core.void_running} void copies counted, {void} run")
 
 

@@ -304,10 +304,13 @@ class Drop(Message, frozen=True, kw_only=True, tag="drop"):
 
 
 class Release(Message, frozen=True, kw_only=True, tag="release"):
-    """Forget all host blocks of these requests. Answered by Released once no copy touches them."""
+    """Forget host blocks of these requests. Each is answered by Released once no copy touches any
+    block that was forgotten so far; as often as it was asked for."""
 
     epoch: Epoch
     requests: tuple[RequestKey, ...]
+    first_indices: tuple[Count, ...] = ()
+    """Pairs with `requests`: of each, blocks from this index on. Empty: all their blocks."""
 
 
 class Stored(Message, frozen=True, kw_only=True, tag="stored"):
@@ -320,7 +323,7 @@ class Stored(Message, frozen=True, kw_only=True, tag="stored"):
 
 
 class Released(Message, frozen=True, kw_only=True, tag="released"):
-    """These requests' host blocks are free, and no copy reads their device blocks any more."""
+    """The host blocks that Release named are free, and no copy touches their device blocks."""
 
     epoch: Epoch
     requests: tuple[RequestKey, ...]
