@@ -10,8 +10,9 @@ from support.two_cores_world import TwoCores
 MOST_EVENTS = 100_000
 
 
-def drive(world: TwoCores, count: int, deaths: int, cancels: int) -> None:
-    """Submits `count` requests, kills and cancels in between, and checks every token."""
+def drive(world: TwoCores, count: int, deaths: int, cancels: int, alike: float = 0.0) -> None:
+    """Submits `count` requests, kills and cancels in between, and checks every token. `alike`: of
+    how many the prompts begin the same, for a length of their own."""
     draw = world.random
     longest = world.max_model_len // 2
     requests = {
@@ -21,6 +22,11 @@ def drive(world: TwoCores, count: int, deaths: int, cancels: int) -> None:
         )
         for key in range(count)
     }
+    begin = [draw.randrange(VOCAB) for _ in range(longest)]
+    for prompt, _ in requests.values():
+        if draw.random() < alike:
+            same = draw.choice([len(prompt), draw.randint(0, len(prompt))])
+            prompt[:same] = begin[:same]
     todo, cancelled, busy = list(requests), set[int](), True
     while todo or busy:
         assert world.events < MOST_EVENTS, "the world does not come to rest"
@@ -70,6 +76,7 @@ def check_nothing_is_left(world: TwoCores) -> None:
     count=st.integers(1, 16),
     deaths=st.integers(0, 5),
     cancels=st.integers(0, 4),
+    alike=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_tokens_are_right_whatever_happens_when(
     seed: int,
@@ -81,6 +88,7 @@ def test_tokens_are_right_whatever_happens_when(
     count: int,
     deaths: int,
     cancels: int,
+    alike: float,
 ) -> None:
     world = TwoCores(
         seed,
@@ -90,4 +98,4 @@ def test_tokens_are_right_whatever_happens_when(
         block_size=block_size,
         piece_blocks=piece_blocks,
     )
-    drive(world, count, deaths, cancels)
+    drive(world, count, deaths, cancels, alike)

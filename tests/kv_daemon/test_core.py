@@ -270,6 +270,36 @@ def test_a_release_waits_for_copies_and_lets_the_step_be_loaded() -> None:
     assert daemon.core.host_blocks_used == 0
 
 
+def test_a_release_may_keep_the_first_blocks() -> None:
+    daemon = Daemon(piece_blocks=1)
+    daemon.stored([(0, index, index) for index in range(4)])
+    daemon.feed(Release(epoch=1, requests=(0,), first_indices=(2,)))
+    assert daemon.take() == [told(Released(epoch=1, requests=(0,)))]
+    assert daemon.core.host_blocks_used == 2
+    daemon.prefetch(1, [(0, 0, 8), (0, 1, 9)])
+    with pytest.raises(ContradictionError, match="block 2 of request 0"):
+        daemon.prefetch(2, [(0, 2, 9)])
+
+
+def test_every_release_of_a_request_is_answered_once_nothing_of_it_is_copied() -> None:
+    daemon = Daemon(piece_blocks=1)
+    daemon.stored([(0, index, index) for index in range(3)])
+    daemon.prefetch(3, [(0, 1, 10), (0, 2, 11)])
+    daemon.take()
+    daemon.feed(Release(epoch=1, requests=(0,), first_indices=(1,)))
+    daemon.feed(Release(epoch=1, requests=(0,), first_indices=(0,)))
+    assert daemon.take() == []
+    daemon.done("load")
+    assert daemon.take() == [loaded(3), told(Released(epoch=1, requests=(0, 0)))]
+    assert daemon.core.host_blocks_used == 0
+
+
+def test_a_release_names_a_first_block_for_each_request_or_for_none() -> None:
+    daemon = Daemon()
+    with pytest.raises(ContradictionError, match="2 requests and 1 first"):
+        daemon.feed(Release(epoch=1, requests=(0, 1), first_indices=(1,)))
+
+
 def test_a_load_that_waits_for_a_dropped_store_is_cancelled() -> None:
     daemon = Daemon()
     daemon.store([(0, 0, 0)], after=2)

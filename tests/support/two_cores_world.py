@@ -85,6 +85,7 @@ class TwoCores:
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
         prefill: str = DEFAULT_PREFILL,
+        share_prefixes: bool = True,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size
@@ -100,6 +101,7 @@ class TwoCores:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=self.max_model_len,
             eos_token_ids=EOS,
+            share_prefixes=share_prefixes,
         )
         rule = make_prefill(prefill, limits.num_slots)
         self.scheduler = Scheduler(limits, make_policy(policy), rule)

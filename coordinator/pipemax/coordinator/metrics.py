@@ -38,7 +38,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
     ("missing_processes", "Processes the system waits for.", lambda s: len(s.missing)),
 )
 _COUNTERS: tuple[tuple[str, str, Callable[[Status], float]], ...] = (
-    ("prompt_tokens", "Prompt tokens computed, each once.", lambda s: s.prompt_tokens),
+    ("prompt_tokens", "Prompt tokens computed or shared, each once.", lambda s: s.prompt_tokens),
+    ("prefix_cache_queries", "Prompt tokens of requests that might share their first blocks.",
+     lambda s: s.prefix_query_tokens),
+    ("prefix_cache_hits", "Prompt tokens taken over from another request, not computed.",
+     lambda s: s.prefix_hit_tokens),
     ("generation_tokens", "Output tokens sampled.", lambda s: s.generation_tokens),
     ("num_preemptions", "Requests sent back to be recomputed.", lambda s: s.preemptions),
     ("recomputed_tokens", "Tokens computed again after a preemption or a crash.",

@@ -94,6 +94,7 @@ class CoordinatorShell:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 max_model_len=config.max_model_len,
                 eos_token_ids=text.eos_token_ids,
+                share_prefixes=config.enable_prefix_caching,
             ),
             make_policy(config.policy),
             make_prefill(config.prefill, config.num_slots),

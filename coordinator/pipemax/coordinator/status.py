@@ -103,6 +103,8 @@ class StatusView:
             requests_finished=counters.finished,
             preemptions=counters.preemptions,
             prompt_tokens=counters.prompt_tokens,
+            prefix_query_tokens=counters.prefix_query_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
             generation_tokens=counters.generation_tokens,
             recomputed_tokens=counters.recomputed_tokens,
             prefetched_tokens=counters.prefetched_tokens,

@@ -93,6 +93,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefill: Literal["mixed", "phases"] = "mixed"
     """When prompts are computed: `mixed` cuts them into chunks that ride on decode steps, `phases`
     alternates between steps of prompts only and steps that only decode."""
+    enable_prefix_caching: bool = True
+    """Requests whose prompts begin alike share those KV blocks, so they are computed once."""
     seed: NotNegative = 0
     """Seeds the sampling of requests that bring no seed of their own."""
     activation_transport: Literal["auto", "ipc", "shm", "tcp"] = "auto"

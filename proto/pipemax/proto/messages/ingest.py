@@ -331,6 +331,10 @@ class Status(Message, frozen=True, kw_only=True, tag="status"):
     requests_finished: Count
     preemptions: Count
     prompt_tokens: Count
+    prefix_query_tokens: Count = 0
+    """Prompt tokens of requests that might share their first blocks with others."""
+    prefix_hit_tokens: Count = 0
+    """Of those, tokens taken over from another request; they count as `prompt_tokens` too."""
     generation_tokens: Count
     recomputed_tokens: Count
     """Tokens computed again after a preemption or a crash."""

@@ -292,6 +292,14 @@ class EngineOptions:
             rich_help_panel=_BATCH,
         ),
     ] = _CONFIG.prefill
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Prompts that begin alike share those KV blocks.",
+            rich_help_panel=_BATCH,
+        ),
+    ] = _CONFIG.enable_prefix_caching
 
     metrics_host: Annotated[
         str, typer.Option(metavar="HOST", help="Address of /metrics.", rich_help_panel=_LAUNCH)
