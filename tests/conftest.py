@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.leaks import (
     RUNTIME_DIR_VARIABLE,
@@ -13,6 +14,10 @@ from support.leaks import (
     settled_leaks,
     snapshot,
 )
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
