@@ -204,6 +204,8 @@ EXAMPLES: tuple[Message, ...] = (
         requests_finished=3,
         preemptions=4,
         prompt_tokens=5,
+        prefix_query_tokens=4,
+        prefix_hit_tokens=3,
         generation_tokens=6,
         recomputed_tokens=19,
         prefetched_tokens=7,
@@ -314,7 +316,7 @@ EXAMPLES: tuple[Message, ...] = (
     control.Prefetch(epoch=2, step=12, after=-1, blocks=_MOVES),
     control.Store(epoch=2, after=11, blocks=_MOVES),
     control.Drop(epoch=2, request=3, first_index=5),
-    control.Release(epoch=2, requests=(3, 4)),
+    control.Release(epoch=2, requests=(3, 4), first_indices=(0, 7)),
     control.Stored(epoch=2, requests=(3, 3), indices=(0, 1)),
     control.Released(epoch=2, requests=(3, 4)),
     control.KvReport(
