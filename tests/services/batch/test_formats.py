@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,33 @@ def results(path: Path) -> list[dict[str, Any]]:
 def test_input(tmp_path: Path, suffix: str) -> None:
     found = [line.text for line in lines(write(tmp_path / f"in{suffix}"))]
     assert [json.loads(text or b"") for text in found] == REQUESTS
+
+
+def test_a_zst_file_of_many_small_frames(tmp_path: Path) -> None:
+    pack = zstandard.ZstdCompressor().compress
+    path = tmp_path / "in.zst"
+    path.write_bytes(b"".join(pack(b"%d\n" % n) for n in range(3000)) + pack(b""))
+    assert [line.text for line in lines(path)] == [b"%d\n" % n for n in range(3000)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_what_unpacks_to_very_much_is_read_bit_by_bit(tmp_path: Path, suffix: str) -> None:
+    """128 MiB of blanks, packed into a few KiB that are read at once."""
+    blanks, path = bytes(2**20).replace(b"\0", b" "), tmp_path / f"in{suffix}"
+    with gzip.open(path, "wb", 1) if suffix == ".gz" else zstandard.open(path, "wb") as file:
+        for _ in range(16):
+            for _ in range(8):
+                file.write(blanks)
+            file.write(b"x\n")
+    assert path.stat().st_size < 2**20
+    tracemalloc.start()
+    try:
+        found = [(line.number, len(line.text or b"")) for line in lines(path)]
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found == [(n, 8 * 2**20 + 2) for n in range(1, 17)]
+    assert most_bytes < 80 * 2**20
 
 
 def test_a_body_may_be_a_string_of_json(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ from typing import Any, BinaryIO
 from pipemax.proto.errors import ConfigError
 
 _READ_BYTES = 2**20
+_STEP_BYTES = 512
+"""Unpacked at a time: a block of the format is at least 4 bytes and becomes at most 128 KiB, so
+that these become at most 16 MiB, and not what a whole file of blanks unpacks to."""
 
 
 class _Frames(io.RawIOBase):
@@ -18,7 +21,8 @@ class _Frames(io.RawIOBase):
         self._library = library
         self._frame: Any = None
         """The one being read; None between two."""
-        self._packed = b""
+        self._packed = memoryview(b"")
+        """Read and not unpacked yet."""
         self._content = memoryview(b"")
 
     def readable(self) -> bool:
@@ -36,20 +40,24 @@ class _Frames(io.RawIOBase):
 
     def _read_more(self) -> bool:
         """False at the end of the file."""
-        packed = self._packed or self._raw.read(_READ_BYTES)
-        self._packed = b""
-        if not packed:
+        if not self._packed:
+            self._packed = memoryview(self._raw.read(_READ_BYTES))
+        if not self._packed:
             if self._frame is not None:
                 raise EOFError("the file ends in the middle of a zstandard frame")
             return False
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor().decompressobj()
+        step = self._packed[:_STEP_BYTES]
         try:
-            self._content = memoryview(self._frame.decompress(packed))
+            self._content = memoryview(self._frame.decompress(step))
         except self._library.ZstdError as error:
             raise OSError(str(error)) from error
+        used = len(step)
         if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
+            used -= len(self._frame.unused_data)  # which is of the next frame
+            self._frame = None
+        self._packed = self._packed[used:]
         return True
 
 
