@@ -22,7 +22,8 @@ from pipemax.services.cli import main
 from pipemax.services.jobs import results as results_module
 from pipemax.services.jobs import submit as submit_module
 from pipemax.services.where import Where
-from support.batch_lines import read_lines, request, write_lines
+from support.batch_lines import answer, read_lines, request, write_lines
+from support.fake_coordinator import finished
 from support.job_coordinator import JobCoordinator
 
 
@@ -376,3 +377,84 @@ def test_nobody_waits_for_a_job_that_is_held(source: Path, tmp_path: Path) -> No
     with JobCoordinator(), results_module.source_of(Where(), None, print) as results:
         results_module.fetch(results, "a", out, follow=True)
     check_all(read_lines(out))
+
+
+def test_what_failed_is_run_again_as_another_job(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mended = []
+
+    def answer_once_mended(submit: ingest.Submit) -> Any:
+        return finished(submit) if mended else answer(submit)
+
+    with JobCoordinator(answer=answer_once_mended):
+        assert pipemax(monkeypatch, "submit", "-i", source, "--job", "night") == 0
+        assert pipemax(monkeypatch, "results", "night", "-o", tmp_path / "out", "--follow") == 0
+        mended.append(True)
+        capsys.readouterr()
+        assert pipemax(monkeypatch, "jobs", "--retry", "night") == 0
+        out, err = capsys.readouterr()
+        assert out == "night.retry-1\n"
+        assert "2 failed requests of night" in err
+        again = tmp_path / "again"
+        assert pipemax(monkeypatch, "results", "night.retry-1", "-o", again, "--follow") == 0
+        found = {line["custom_id"]: line["error"] for line in read_lines(again)}
+        assert found == {"refused": None, "failed": None}
+        for name in ("night", "night.retry-1"):
+            capsys.readouterr()
+            assert pipemax(monkeypatch, "jobs", "--retry", name) == 2
+            assert f"{name}' has no failed requests" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "jobs", "--retry", "ghost") == 2
+        assert pipemax(monkeypatch, "jobs", "--retry", "a", "--delete", "b") == 2
+
+
+def test_old_jobs_are_deleted_and_others_kept(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with JobCoordinator() as system:
+        for name in ("old", "young", "unfinished"):
+            system.paused = name == "unfinished"
+            assert pipemax(monkeypatch, "submit", "-i", source, "--job", name) == 0
+            with Jobs() as jobs:
+                while jobs.info(name).state == "running" and not system.paused:
+                    pass
+                ended_at = jobs.info("old").ended_at
+        assert ended_at is not None
+        capsys.readouterr()
+        monkeypatch.setattr("time.time", lambda: ended_at + 86400.0)
+        assert pipemax(monkeypatch, "jobs", "--delete-older-than", "2d") == 0
+        assert "0 jobs deleted" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "jobs", "--delete-older-than", "24h") == 0
+        assert "1 jobs deleted: old" in capsys.readouterr().err
+        assert pipemax(monkeypatch, "jobs", "--delete-older-than", "0s") == 0
+        assert "1 jobs deleted: young" in capsys.readouterr().err
+        for age in ("1", "-1d", "7 days", "d", "9" * 20 + "d"):
+            assert pipemax(monkeypatch, "jobs", f"--delete-older-than={age}") == 2
+        with Jobs() as jobs:
+            assert [job.name for job in jobs.all()] == ["unfinished"]
+
+
+def test_requests_of_a_job_may_be_given_a_time(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[float | None] = []
+
+    def answer_and_tell(submit: ingest.Submit) -> Any:
+        told.append(submit.timeout_s)
+        return answer(submit)
+
+    command = ("submit", "-i", source, "--job", "a", "--request-timeout")
+    with JobCoordinator(answer=answer_and_tell):
+        assert pipemax(monkeypatch, *command, 2.5) == 0
+        with Jobs() as jobs:
+            while jobs.info("a").state == "running":
+                pass
+        assert pipemax(monkeypatch, *command, 2.5) == 0
+        assert pipemax(monkeypatch, *command, 3) == 2
+        assert "another --request-timeout" in capsys.readouterr().err
+        for wrong in ("0", "-1", "nan", "inf", "1e9"):
+            assert pipemax(monkeypatch, *command[:-1], f"--request-timeout={wrong}") == 2
+    assert set(told) == {2.5}
