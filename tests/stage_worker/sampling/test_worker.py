@@ -4,12 +4,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import zmq
 
 from pipemax.proto.errors import InvariantError, WireError
-from pipemax.proto.messages.control import NO_TOKEN, RowExtras, SampleRow, SampleRules, StepPlan
+from pipemax.proto.messages.control import (
+    NO_TOKEN,
+    RowExtras,
+    RowLogprobs,
+    SampleRow,
+    SampleRules,
+    StepPlan,
+)
 from pipemax.proto.messages.logits import LogitsAccepted, LogitsOffer, LogitsReady
-from pipemax.proto.messages.types import pack_i32, unpack_i32
-from pipemax.stage_worker.channels.logits import LogitsShape
+from pipemax.proto.messages.registry import LOGITS
+from pipemax.proto.messages.types import Message, pack_i32, unpack_i32
+from pipemax.proto.wire import Codec, encode
+from pipemax.stage_worker.channels.logits import LogitsSender, LogitsShape
 from pipemax.stage_worker.sampling import Sampled, Sampler
 from pipemax.stage_worker.sampling.logits_exit import LogitsExit
 from pipemax.stage_worker.sampling.worker import SamplerWorker
@@ -30,52 +40,79 @@ def row(
     return SampleRow(item, 7 + item, position, temperature, 0, 0.9, 0.0, extras=extras)
 
 
+class Wire:
+    """A socket of the last stage's that keeps what was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.answers: list[Message] = []
+
+    def send(self, frame: bytes, flags: int) -> None:
+        self.sent.append(frame)
+
+    def recv_multipart(self, flags: int) -> list[bytes]:
+        if not self.answers:
+            raise zmq.Again
+        return [encode(self.answers.pop(0))]
+
+    def take(self) -> list[Message]:
+        sent, self.sent = self.sent, []
+        return [Codec(LOGITS, at_binder=True).decode(frame) for frame in sent]
+
+
 class World:
     """A last stage's exit and its samplers."""
 
     def __init__(self, num_samplers: int) -> None:
-        self.exit = LogitsExit(SHAPE, num_samplers)
         self.workers = [SamplerWorker(Sampler()) for _ in range(num_samplers)]
+        self.start_stage()
+
+    def start_stage(self) -> None:
+        self.exit = LogitsExit(SHAPE, len(self.workers))
+        self.wires = [Wire() for _ in self.workers]
+        self.sender = LogitsSender(self.wires, self.exit.place)  # type: ignore[arg-type]
 
     def offer(self, epoch: int) -> LogitsOffer:
-        return LogitsOffer(
-            epoch=epoch,
-            handle=self.exit.place.handle,
-            num_slots=SLOTS,
-            max_rows=ROWS,
-            vocab_size=VOCAB,
-        )
+        self.sender.reset(epoch)
+        self.sender.offer()
+        offers = [message for wire in self.wires for message in wire.take()]
+        assert offers == offers[:1] * len(self.workers)
+        assert isinstance(offers[0], LogitsOffer)
+        return offers[0]
 
     def bring_up(self, epoch: int) -> None:
-        for worker in self.workers:
+        offer = self.offer(epoch)
+        for worker, wire in zip(self.workers, self.wires, strict=True):
+            assert not self.sender.agreed
             assert worker.reset(epoch) is None
-            assert worker.offered(self.offer(epoch)) == LogitsAccepted(epoch=epoch)
+            accepted = worker.offered(offer)
+            assert accepted == LogitsAccepted(epoch=epoch)
+            wire.answers.append(accepted)
+            self.sender.poll()
+        assert self.sender.agreed
 
-    def ready(self, plan: StepPlan, left: Sampled, index: int) -> LogitsReady:
-        first = sum(map(len, left.shares[:index]))
-        rows = left.shares[index]
-        return LogitsReady(
-            epoch=plan.epoch,
-            step=plan.step,
-            slot=plan.slot,
-            first_row=first,
-            rows=pack_i32(rows),
-            sample=tuple(plan.sample[r] for r in rows),
-        )
+    def tell(self, plan: StepPlan, left: Sampled) -> list[list[LogitsReady]]:
+        """What each sampler is sent."""
+        self.sender.send(plan, left.shares)
+        found = [wire.take() for wire in self.wires]
+        assert all(isinstance(message, LogitsReady) for sent in found for message in sent)
+        return found  # type: ignore[return-value]
 
-    def step(self, plan: StepPlan, logits: torch.Tensor) -> tuple[list[int], list[object]]:
+    def step(self, plan: StepPlan, logits: torch.Tensor) -> tuple[list[int], list[RowLogprobs]]:
         """Tokens and logprobs, whoever gives them."""
         left = self.exit.take(plan, logits)
         tokens, logprobs = list(left.tokens), list(left.logprobs)
-        for index, worker in enumerate(self.workers if left.shares else ()):
-            answer = worker.sample(self.ready(plan, left, index))
-            assert (answer is None) == (not left.shares[index])
-            if answer is not None:
-                for place, token in zip(
-                    unpack_i32(answer.rows), unpack_i32(answer.tokens), strict=True
-                ):
-                    assert tokens[place] == NO_TOKEN
-                    tokens[place] = token
+        for worker, sent in zip(self.workers, self.tell(plan, left), strict=True):
+            for ready in sent:
+                answer = worker.sample(ready)
+                assert (answer is None) == (not ready.rows)
+                if answer is None:
+                    continue
+                assert (answer.epoch, answer.step) == (plan.epoch, plan.step)
+                rows = unpack_i32(answer.rows)
+                for row, token in zip(rows, unpack_i32(answer.tokens), strict=True):
+                    assert tokens[row] == NO_TOKEN
+                    tokens[row] = token
                 logprobs += answer.logprobs
         return tokens, sorted(logprobs, key=lambda found: found.row)
 
@@ -127,14 +164,30 @@ def test_plain_greedy_rows_stay_with_the_stage(world: World) -> None:
     assert NO_TOKEN not in left.tokens
 
 
-def test_what_is_not_of_the_present_epoch_is_void(world: World) -> None:
-    worker = world.workers[0]
-    plan = plan_of([row(0, 1.0)], epoch=1)
-    left = world.exit.take(plan, logits_of(1, 1))
+def test_what_is_not_of_the_present_epoch_is_void() -> None:
+    world = World(1)
+    (worker,) = world.workers
     world.bring_up(1)
+    plan = plan_of([row(0, 1.0)], epoch=1)
+    ((ready,),) = world.tell(plan, world.exit.take(plan, logits_of(1, 1)))
     assert worker.reset(2) is None
-    assert worker.sample(world.ready(plan, left, 0)) is None
+    assert worker.sample(ready) is None
     assert worker.offered(world.offer(1)) is None, "an older offer"
+    world.sender.reset(2)
+    world.wires[0].answers.append(LogitsAccepted(epoch=1))
+    world.sender.poll()
+    assert not world.sender.agreed
+    world.close()
+
+
+def test_who_ended_is_told_to_the_sampler_that_kept_its_rules() -> None:
+    world = World(2)
+    world.bring_up(1)
+    plan = plan_of([row(0)], epoch=1, ended=(4, 7, 9))
+    first, second = world.tell(plan, world.exit.take(plan, logits_of(1, 1)))
+    assert [(message.ended, message.rows) for message in first] == [((4,), b"")]
+    assert [(message.ended, message.rows) for message in second] == [((7, 9), b"")]
+    world.close()
 
 
 def test_an_offer_that_is_faster_than_the_reset_is_answered_with_it(world: World) -> None:
@@ -149,9 +202,7 @@ def test_a_reset_forgets_rules_and_so_does_the_end_of_a_request() -> None:
     world.bring_up(1)
     rows = [row(0, 0.5, request=3, rules=PENALTY)]
     world.step(plan_of(rows, epoch=1), logits_of(1, 1))
-    (worker,) = world.workers
-    ready = LogitsReady(epoch=1, step=9, slot=0, first_row=0, rows=b"", sample=(), ended=(3,))
-    assert worker.sample(ready) is None
+    world.step(plan_of([row(0)], epoch=1, ended=(3,)), logits_of(1, 1))
     again = plan_of([row(0, 0.5, request=3, position=1)], epoch=1)
     with pytest.raises(InvariantError, match="rules were never sent"):
         world.step(again, logits_of(1, 1))
@@ -166,7 +217,7 @@ def test_a_stage_that_was_started_again_has_another_ring() -> None:
     world = World(1)
     world.bring_up(1)
     world.exit.close()
-    world.exit = LogitsExit(SHAPE, 1)
+    world.start_stage()
     world.bring_up(2)
     logits = torch.full((1, VOCAB), -50.0)
     logits[0, 42] = 50.0
