@@ -10,11 +10,12 @@ import pytest
 import zmq
 
 from pipemax.coordinator.assembly import Resumed
+from pipemax.coordinator.capacity import check_capacity
 from pipemax.coordinator.events import Cancelled, FinishRequest, ToStages
 from pipemax.coordinator.journal import Journal
 from pipemax.coordinator.journal_file import journal_path
 from pipemax.coordinator.journal_reader import JournalReader
-from pipemax.coordinator.shell import CoordinatorShell, check_capacity
+from pipemax.coordinator.shell import CoordinatorShell
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import CudaDevice, EngineConfig

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pipemax.coordinator.live_spans import LiveSpans
 from pipemax.coordinator.span_watch import LEASE_S, LINGER_S, MOST_WATCHERS, RENEW_S, SpanWatch
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.spans import CopySpans, RecordSpans, WatchedSpans
@@ -15,7 +16,8 @@ class World:
         self.told: list[Message] = []
         self.sent: list[tuple[bytes, Message]] = []
         self.failing: dict[bytes, Exception] = {}
-        self.watch = SpanWatch(self.told.append, self._send)
+        self.live = LiveSpans(lambda: 0.0)
+        self.watch = SpanWatch(self.told.append, self._send, self.live)
 
     def _send(self, client: bytes, message: Message) -> None:
         if client in self.failing:
@@ -76,8 +78,9 @@ def test_few_may_watch() -> None:
     world.watch.watch(b"0", 9.0, 1.0)
 
 
-def test_somebody_else_may_watch_too() -> None:
+def test_the_page_watches_too() -> None:
     world = World()
-    world.watch.tick(0.0, also=True)
+    world.live.after(0)  # the built-in page looks
+    world.watch.tick(0.0)
     assert world.told == [RecordSpans(seconds=LEASE_S)]
     assert world.clients_of_a_report() == []

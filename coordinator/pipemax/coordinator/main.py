@@ -4,10 +4,10 @@ import gc
 import logging
 from pathlib import Path
 
-from prometheus_client import start_http_server
-
+from pipemax.coordinator.http_server import HttpServer
 from pipemax.coordinator.shell import CoordinatorShell
 from pipemax.coordinator.text.processor import TextProcessor
+from pipemax.coordinator.web import resources
 from pipemax.proto.config import load_config
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.process import on_stop_signals
@@ -23,8 +23,10 @@ def body(run_dir: Path, index: int) -> None:
     shell = CoordinatorShell(config, run_dir, text)
     on_stop_signals(shell.stop)
     try:
-        server, thread = start_http_server(
-            config.metrics_port, addr=config.metrics_host, registry=shell.metrics.registry
+        server = HttpServer(
+            config.metrics_host,
+            config.metrics_port,
+            resources(shell.metrics.registry, shell.latest_status, shell.live_spans),
         )
     except OSError as error:
         raise ConfigError(
@@ -32,10 +34,8 @@ def body(run_dir: Path, index: int) -> None:
             "choose another --metrics-port"
         ) from error
     gc.freeze()  # what was loaded stays: collections then take less of a step's time
-    (run_dir / METRICS_PORT_FILE).write_text(f"{server.server_port}\n")
+    (run_dir / METRICS_PORT_FILE).write_text(f"{server.port}\n")
     try:
         shell.run()
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.close()

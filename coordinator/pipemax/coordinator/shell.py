@@ -24,6 +24,7 @@ from pipemax.coordinator.assembly import (
     sampler_name,
     stage_name,
 )
+from pipemax.coordinator.capacity import check_capacity
 from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.doors import Doors
 from pipemax.coordinator.events import (
@@ -43,8 +44,9 @@ from pipemax.coordinator.events import (
 from pipemax.coordinator.job_eta import JobEta
 from pipemax.coordinator.jobs import JobLimits, Jobs
 from pipemax.coordinator.jobs_round import JobMessage
-from pipemax.coordinator.journal_file import journal_path
 from pipemax.coordinator.journal import JournalLimits
+from pipemax.coordinator.journal_file import journal_path
+from pipemax.coordinator.live_spans import LiveSpans
 from pipemax.coordinator.liveness import Liveness
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
@@ -58,12 +60,10 @@ from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, InvariantError, RequestError, WireError
-from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages import control, ingest, spans
 from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
-from pipemax.proto.sizes import format_size
 from pipemax.proto.sockets import bind_router, identity_of
 from pipemax.proto.wire import Codec, encode, single_frame
 
@@ -132,12 +132,17 @@ class CoordinatorShell:
         self._drained = False
         self._stopping = False
         self._next_snapshot = 0.0
-        self._spans = SpanWatch(self._send_all, self._send_client)
+        self.live_spans = LiveSpans()
+        self._spans = SpanWatch(self._send_all, self._send_client, self.live_spans)
         self._job_eta = JobEta()
 
     def stop(self) -> None:
         """End the loop; safe from a signal handler."""
         self._stopping = True
+
+    def latest_status(self) -> ingest.Status | None:
+        """The last snapshot; from any thread."""
+        return self._view.latest
 
     def run(self) -> None:
         """Serve until stopped. Raises PipemaxError when the system cannot work as configured."""
@@ -484,24 +489,6 @@ class CoordinatorShell:
 
 def _refused(request_id: str | None, code: str, message: str) -> ingest.Refused:
     return ingest.Refused(request_id=request_id, code=code, message=message[:4096])
-
-
-def check_capacity(config: EngineConfig, resumed: Resumed) -> None:
-    """Raises ConfigError when the device pools, whose size only the stages know, cannot hold one
-    request of the greatest length."""
-    needed = blocks_for(config.max_model_len, config.block_size) + 1
-    if resumed.num_device_blocks >= needed:
-        return
-    if config.cuda is not None and config.kv_cache_memory_bytes is None:
-        more = f"--gpu-memory-utilization above {config.cuda.gpu_memory_utilization:g}"
-    else:
-        more = f"--kv-cache-memory-bytes to {format_size(needed * max(resumed.block_bytes))}"
-    fitting = max(0, resumed.num_device_blocks - 1) * config.block_size
-    raise ConfigError(
-        f"the device KV pool holds {resumed.num_device_blocks} blocks, one request of "
-        f"--max-model-len {config.max_model_len} needs {needed}: raise {more} or lower "
-        f"--max-model-len to {fitting}"
-    )
 
 
 def _settings_of(config: EngineConfig) -> str:

@@ -6,6 +6,7 @@ second, and when nobody watches any more, all stop by themselves.
 
 from collections.abc import Callable
 
+from pipemax.coordinator.live_spans import LiveSpans
 from pipemax.proto.errors import RequestError
 from pipemax.proto.messages.spans import CopySpans, RecordSpans, StageSpans, WatchedSpans
 from pipemax.proto.messages.types import Message
@@ -23,10 +24,14 @@ class SpanWatch:
     or ConnectionError when it cannot be done at once."""
 
     def __init__(
-        self, tell_all: Callable[[Message], None], send: Callable[[bytes, Message], None]
+        self,
+        tell_all: Callable[[Message], None],
+        send: Callable[[bytes, Message], None],
+        live: LiveSpans,
     ) -> None:
         self._tell_all = tell_all
         self._send = send
+        self._live = live
         self._until_s: dict[bytes, float] = {}
         self._renew_at_s = 0.0
 
@@ -38,17 +43,18 @@ class SpanWatch:
             )
         self._until_s[client] = now_s + seconds
 
-    def tick(self, now_s: float, *, also: bool = False) -> None:
-        """Renews the lease when it is time. `also`: somebody else watches than clients."""
+    def tick(self, now_s: float) -> None:
+        """Renews the lease when it is time."""
         for client in [c for c, until_s in self._until_s.items() if now_s > until_s + LINGER_S]:
             del self._until_s[client]
-        wanted = also or any(until_s > now_s for until_s in self._until_s.values())
+        wanted = self._live.is_wanted or any(until_s > now_s for until_s in self._until_s.values())
         if wanted and now_s >= self._renew_at_s:
             self._renew_at_s = now_s + RENEW_S
             self._tell_all(RecordSpans(seconds=LEASE_S))
 
     def report(self, spans: StageSpans | CopySpans) -> None:
         """Passes it on. A client that cannot take it loses it."""
+        self._live.keep(spans)
         if not self._until_s:
             return
         message = WatchedSpans(spans=spans)

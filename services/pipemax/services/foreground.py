@@ -50,6 +50,7 @@ def ready_line(system: System) -> str:
         f"{config.name} is ready: {config.served_model_name}, "
         f"{config.pipeline_parallel_size} {stages}, "
         f"at most {config.max_model_len} tokens per request; "
+        f"look at http://{config.metrics_host}:{system.metrics_port}/, "
         f"metrics http://{config.metrics_host}:{system.metrics_port}/metrics; "
         f"{_doors(system)}"
         f"send work with `pipemax run-batch{selector} -i in.jsonl -o out.jsonl` "

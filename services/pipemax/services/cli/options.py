@@ -302,12 +302,17 @@ class EngineOptions:
     ] = _CONFIG.enable_prefix_caching
 
     metrics_host: Annotated[
-        str, typer.Option(metavar="HOST", help="Address of /metrics.", rich_help_panel=_LAUNCH)
+        str,
+        typer.Option(
+            metavar="HOST", help="Address of /metrics and of the page.", rich_help_panel=_LAUNCH
+        ),
     ] = _CONFIG.metrics_host
     metrics_port: Annotated[
         int,
         typer.Option(
-            metavar="PORT", help="Port of /metrics; 0 takes a free one.", rich_help_panel=_LAUNCH
+            metavar="PORT",
+            help="Port of /metrics and of the page; 0 takes a free one.",
+            rich_help_panel=_LAUNCH,
         ),
     ] = _CONFIG.metrics_port
     warm_up_s: Annotated[
