@@ -30,8 +30,8 @@ from pipemax.services.cli.options import EngineOptions
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 24
 STEEP = 0.05
-"""Temperature at which made-up weights, whose logits are nearly equal (a standard deviation of about
-0.3), give probabilities as unequal as a trained model's."""
+"""Temperature at which made-up weights, whose logits are nearly equal (a standard deviation of
+about 0.3), give probabilities as unequal as a trained model's."""
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {"temperature": STEEP},

@@ -82,6 +82,17 @@ def test_defaults(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.emulate_link_bandwidth_bytes_s is None
 
 
+def test_samplers_take_cores_and_memory_of_their_own(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_config, "usable_cores", lambda: 7)
+    flags = {"pipeline_parallel_size": 2, "sampler_workers": 2}
+    assert build(model, **flags).threads_per_stage == 2
+    monkeypatch.setattr(engine_config, "memory_bytes", lambda: 4 * 2**20)
+    with pytest.raises(ConfigError, match=r"logits for samplers 128\.0 KiB \(--max-num-seqs\)"):
+        build(model, **flags, kv_offloading_size="2MiB")
+
+
 def test_every_flag_reaches_the_configuration(model: Path) -> None:
     config = build(
         model,

@@ -70,7 +70,8 @@ def _cpu_config(
     model's work, and large ones are not run on CPUs."""
     _check_memory(config, info)
     stages = config.pipeline_parallel_size
-    threads = options.threads_per_stage or max(1, usable_cores() // stages)
+    cores = usable_cores() - config.sampler_workers
+    threads = options.threads_per_stage or max(1, cores // stages)
     config = msgspec.structs.replace(config, threads_per_stage=threads)
     split = layer_split(options, info.num_layers)
     if split is None:

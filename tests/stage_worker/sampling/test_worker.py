@@ -164,6 +164,14 @@ def test_plain_greedy_rows_stay_with_the_stage(world: World) -> None:
     assert NO_TOKEN not in left.tokens
 
 
+def test_more_rows_than_an_entry_has_are_refused() -> None:
+    world = World(1)
+    plan = plan_of([row(item, 1.0) for item in range(ROWS + 1)])
+    with pytest.raises(InvariantError, match="7 rows"):
+        world.exit.take(plan, logits_of(1, ROWS + 1))
+    world.close()
+
+
 def test_what_is_not_of_the_present_epoch_is_void() -> None:
     world = World(1)
     (worker,) = world.workers

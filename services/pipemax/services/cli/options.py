@@ -156,7 +156,7 @@ class EngineOptions:
         typer.Option(
             metavar="THREADS",
             help="CPU threads of each stage.",
-            show_default="cores divided by stages; 1 on cuda",
+            show_default="cores without --sampler-workers, divided by stages; 1 on cuda",
             rich_help_panel=_PIPELINE,
         ),
     ] = None

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from pipemax.proto.errors import InvariantError
 from pipemax.proto.memory import SharedMemory
 from pipemax.proto.messages.control import NO_TOKEN, StepPlan
 from pipemax.stage_worker.channels.logits import LogitsPlace, LogitsShape
@@ -31,13 +32,15 @@ class LogitsExit:
 
     def take(self, plan: StepPlan, logits: torch.Tensor) -> Sampled:
         """`logits` float32 `[len(plan.sample), vocab]`. Those of `shares` lie in the ring when it
-        returns."""
+        returns. Raises InvariantError when they are more rows than an entry has."""
         rows = plan.sample
         away = [index for index, row in enumerate(rows) if not is_plain_greedy(row)]
         if not away:
             return Sampled(sample(logits, rows))
         shares = share_out(rows, away, self._num_samplers)
         order = [row for share in shares for row in share]
+        if len(order) > self.place.shape.max_rows:
+            raise InvariantError(f"{len(order)} rows to sample in {self.place.shape}")
         entry = self._ring[plan.slot, : len(order)]
         torch.index_select(logits, 0, torch.tensor(order), out=entry)
         tokens = [NO_TOKEN] * len(rows)
