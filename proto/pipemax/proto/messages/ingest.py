@@ -21,12 +21,22 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 AllowedIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Key = Annotated[str, Meta(max_length=256)]
+"""Of an object whose values are the client's own."""
+PromptIds = Annotated[tuple[TokenId, ...], Meta(max_length=2**21)]
+PromptText = Annotated[str, Meta(max_length=2**24)]
+Chat = Annotated[tuple[Annotated[dict[Key, Any], Meta(max_length=64)], ...], Meta(max_length=2**16)]
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the output must be, to its end. Names and meanings are vLLM's; one is given."""
 
-    json: dict[str, Any] | Annotated[str, Meta(max_length=65536)] | None = None
+    json: (
+        Annotated[dict[Key, Any], Meta(max_length=4096)]
+        | Annotated[str, Meta(max_length=65536)]
+        | None
+    ) = None
     """A JSON schema."""
     json_object: bool = False
     """Any JSON object."""
@@ -47,7 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     """0 is greedy."""
-    top_k: Annotated[int, Meta(ge=-1)] = 0
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
     """Keep the k likeliest tokens; 0 and -1 keep all."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Keep the smallest set of likeliest tokens whose probabilities sum to at least this."""
@@ -59,10 +69,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=64)
     ] = ()
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()
-    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    min_tokens: Tokens = 0
     """End-of-sequence and stop tokens cannot be picked before this many output tokens, and stop
     strings are not looked for."""
-    max_tokens: Annotated[int, Meta(ge=1)] | None = 16
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = 16
     """None: up to the model's length limit."""
     presence_penalty: Penalty = 0.0
     """Taken once from the logit of every token in the output."""
@@ -95,7 +105,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class ClientHello(Message, frozen=True, kw_only=True, tag="client_hello"):
     """First message of a client."""
 
-    protocol: int
+    protocol: Count
     client: ShortText = ""
 
 
@@ -121,7 +131,7 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     continue_final_message: bool = False
     """The prompt ends with the last message, which the output goes on with. Not together with
     `add_generation_prompt`."""
-    chat_template_kwargs: Annotated[dict[str, Any], Meta(max_length=64)] | None = None
+    chat_template_kwargs: Annotated[dict[Key, Any], Meta(max_length=64)] | None = None
     """Further variables of the model's chat template, `enable_thinking` for example."""
 
 
@@ -130,9 +140,9 @@ class Submit(Message, frozen=True, kw_only=True, tag="submit"):
 
     request_id: RequestId
     """Chosen by the client; unique among its unfinished requests."""
-    prompt_token_ids: tuple[TokenId, ...] | None = None
-    prompt: str | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
+    prompt_token_ids: PromptIds | None = None
+    prompt: PromptText | None = None
+    messages: Chat | None = None
     """A chat, rendered with the model's chat template."""
     chat: ChatOptions = ChatOptions()
     """Only with `messages`."""
@@ -255,7 +265,7 @@ class PartialTaken(Message, frozen=True, kw_only=True, tag="partial_taken"):
 class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     """A request that was not accepted, or a message that could not be read (`request_id` None)."""
 
-    request_id: str | None
+    request_id: ShortText | None
     code: ShortText
     message: ErrorText
 
