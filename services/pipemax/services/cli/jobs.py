@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pipemax.proto.errors import ConfigError
 from pipemax.services.cli.where import WhereOptions, takes_where
 
 
@@ -44,7 +45,6 @@ def jobs(
     import msgspec
     from rich.console import Console
 
-    from pipemax.proto.errors import ConfigError
     from pipemax.services.jobs.control import all_jobs, delete_job, delete_old_jobs, retry_job
     from pipemax.services.jobs.table import as_json as plain
     from pipemax.services.jobs.table import job_table
