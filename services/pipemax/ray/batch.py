@@ -9,12 +9,14 @@ import importlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import typer
 
 from pipemax.proto.config import EngineConfig
@@ -26,6 +28,10 @@ from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import check_options
 from pipemax.services.own_system import unwound_by_signals
 
+if TYPE_CHECKING:
+    from pipemax.services.batch.command import Work
+
+_CONNECT_TIMEOUT_S = 10.0
 _REASON = re.compile(r"^(?:pipemax\.proto\.errors\.|ModuleNotFoundError: )(.*)$", re.MULTILINE)
 
 
@@ -44,11 +50,14 @@ class RayOptions:
 class RayCluster:
     """Does the work of a batch on the cluster at an address."""
 
-    def __init__(self, engine: EngineOptions, options: RayOptions) -> None:
+    def __init__(
+        self, engine: EngineOptions, options: RayOptions, request_timeout_s: float | None = None
+    ) -> None:
         """Raises ConfigError for what cannot work, also when Ray is not installed."""
         _refuse(engine, options)
         self.config: EngineConfig = check_options(engine, "ray")
         self._options = options
+        self._request_timeout_s = request_timeout_s
         self._engine = engine
         if Path(self.config.model).is_dir() or not engine.device.startswith("modelled"):
             model = str(Path(self.config.model).expanduser().absolute())
@@ -57,7 +66,7 @@ class RayCluster:
             self.config = check_options(self._engine, "ray")
 
     @contextlib.contextmanager
-    def connected(self) -> Iterator["_Connected"]:
+    def working(self) -> Iterator["Work"]:
         """Connected to the cluster while the block runs. Raises ConfigError when nobody answers at
         the address, or no node has room for a replica."""
         # In this order: Ray's own handlers, set when it connects, would abort.
@@ -70,14 +79,18 @@ class RayCluster:
                 threads=self._engine.threads_per_stage,
             )
             replicas = self._options.replicas or replicas_in(nodes, needs)
-            yield _Connected(
-                engine=self._engine_on(needs),
+            replica = _given(self._engine_on(needs))
+            if self._request_timeout_s is not None:
+                replica["request_timeout_s"] = self._request_timeout_s
+            job = _Job(
+                replica=replica,
                 model_name=self.config.served_model_name,
                 needs=needs,
                 replicas=replicas,
                 capacity=self.config.pipeline_parallel_size * self.config.max_num_seqs,
                 batch_size=self._options.batch_size,
             )
+            yield job.run_batch
 
     def _engine_on(self, needs: Needs) -> EngineOptions:
         """A replica uses the CPUs that it asks Ray for, not all of its machine."""
@@ -88,8 +101,11 @@ class RayCluster:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Connected:
-    engine: EngineOptions
+class _Job:
+    """One batch on a cluster."""
+
+    replica: dict[str, Any]
+    """What each is made with."""
     model_name: str
     needs: Needs
     replicas: int
@@ -146,7 +162,7 @@ class _Connected:
         context.max_consecutive_actor_init_deaths = 0  # what cannot start here will not later
         results = dataset(spool, size.batch_rows).map_batches(
             Replica,
-            fn_constructor_kwargs=_given(self.engine),
+            fn_constructor_kwargs=self.replica,
             batch_size=None,  # a block is a batch
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -176,9 +192,11 @@ class _Connected:
             result = row["result"].encode()
             tally.succeed(line, result, row["prompt_tokens"], row["output_tokens"])
         else:
+            # The replica did not know the number of the line, which its error line is to have.
+            response = msgspec.json.decode(row["result"])["response"]
             error = RequestError(row["error_code"], row["error"])
-            request_id = f"line-{line.number}"
-            tally.fail(line, row["custom_id"], request_id, row["status_code"], error)
+            request_id, body = response["request_id"], response["body"]
+            tally.fail(line, row["custom_id"], request_id, row["status_code"], error, body)
         return True
 
 
@@ -227,13 +245,14 @@ def _ray(address: str) -> Iterator[Any]:
         ) from error
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
     try:
+        _check_answers(address)
         ray.init(
             address=address,
             logging_level=logging.ERROR,
             log_to_driver=False,
             **({"include_dashboard": False} if address == "local" else {}),
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--ray-address {address}: no cluster answers ({' '.join(str(error).split())}); start "
             "one with `ray start --head`, or give `local` for this machine alone"
@@ -242,6 +261,18 @@ def _ray(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError when nobody does: Ray itself would try for ten minutes. ValueError for what is
+    no address."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("write auto, local or HOST:PORT")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S):
+        pass
 
 
 def _reason_of(error: BaseException) -> str:

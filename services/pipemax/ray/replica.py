@@ -19,10 +19,11 @@ from pipemax.ray.columns import Result
 from pipemax.services.batch import inputs
 from pipemax.services.batch.job import completions
 from pipemax.services.batch.openai_lines import BatchRequest, LineError, parse_line
-from pipemax.services.batch.openai_results import error_line, result_line
+from pipemax.services.batch.openai_results import error_line, partial_body, result_line
 from pipemax.services.batch.outputs import columns_of
 from pipemax.services.batch.tally import status_of
 from pipemax.services.cli.options import EngineOptions
+from pipemax.services.config_limits import request_timeout
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
 from pipemax.services.launcher.supervisor import Policy
@@ -60,14 +61,19 @@ class Replica:
     removed by the next replica on the machine.
     """
 
-    def __init__(self, model: str, **engine: Any) -> None:
-        """`engine`: the engine's flags as `pipemax up --help` has them, with underscores.
+    def __init__(
+        self, model: str, *, request_timeout_s: float | None = None, **engine: Any
+    ) -> None:
+        """`engine`: the engine's flags as `pipemax up --help` has them, with underscores. A request
+        that takes longer than `request_timeout_s` is cancelled and a row with the error code
+        `timeout`.
 
         Raises ConfigError or ModelError for what cannot work here, ProcessFailedError when a
         process of the system does not start.
         """
         if unknown := sorted(set(engine) - _OPTIONS):
             raise ConfigError(f"unknown engine options {unknown}; known are {sorted(_OPTIONS)}")
+        self._request_timeout_s = request_timeout(request_timeout_s)
         self._stack = contextlib.ExitStack()
         self._clients: SimpleQueue[Client] = SimpleQueue()
         """Connected, and not in a call."""
@@ -89,7 +95,7 @@ class Replica:
         texts = columns.request_texts(batch)
         try:
             with self._client() as client:
-                results = serve(client, texts)
+                results = serve(client, texts, self._request_timeout_s)
         except NotRunningError:
             if self._system.failed:
                 self._system.wait()  # raises the cause
@@ -127,7 +133,9 @@ class Replica:
             self.close()
 
 
-def serve(client: Client, texts: Sequence[bytes | None]) -> list[Result]:
+def serve(
+    client: Client, texts: Sequence[bytes | None], request_timeout_s: float | None = None
+) -> list[Result]:
     """What becomes of each line, in their order; None is a line that is too long. Raises as
     `Client.poll`."""
     results: dict[int, Result] = {}
@@ -139,7 +147,10 @@ def serve(client: Client, texts: Sequence[bytes | None]) -> list[Result]:
                     raise LineError(
                         "too_large", f"the line is longer than {inputs.MAX_LINE_BYTES} bytes"
                     )
-                yield index, parse_line(text, client.model_name)
+                request = parse_line(text, client.model_name)
+                if request_timeout_s is not None:
+                    request = request.within(request_timeout_s)
+                yield index, request
             except LineError as error:
                 results[index] = _refused(error.custom_id, f"line-{index + 1}", error.status, error)
 
@@ -149,22 +160,26 @@ def serve(client: Client, texts: Sequence[bytes | None]) -> list[Result]:
 
 
 def _result(model_name: str, request: BatchRequest, completion: Completion) -> Result:
-    if completion.error is not None:
-        error = RequestError(completion.error_code or "failed", completion.error)
-        status = status_of(error.code)
-        return _refused(request.custom_id, completion.request_id, status, error)
-    line = result_line(
-        request.custom_id,
-        request.form,
-        completion,
-        model_name=model_name,
-        created=int(time.time()),
+    made: dict[str, Any] = {"model_name": model_name, "created": int(time.time())}
+    if completion.error is None:
+        line = result_line(request.custom_id, request.form, completion, **made)
+        return _shown(line, None, completion.num_prompt_tokens, completion.num_output_tokens)
+    error = RequestError(completion.error_code or "failed", completion.error)
+    body = partial_body(request.form, completion, **made)
+    status = status_of(error.code)
+    return _refused(request.custom_id, completion.request_id, status, error, body)
+
+
+def _refused(
+    custom_id: str | None,
+    request_id: str,
+    status: int,
+    error: RequestError,
+    body: Mapping[str, Any] | None = None,
+) -> Result:
+    line = error_line(
+        custom_id, request_id, status=status, code=error.code, message=str(error), body=body
     )
-    return _shown(line, None, completion.num_prompt_tokens, completion.num_output_tokens)
-
-
-def _refused(custom_id: str | None, request_id: str, status: int, error: RequestError) -> Result:
-    line = error_line(custom_id, request_id, status=status, code=error.code, message=str(error))
     return _shown(line, error.code, 0, 0)
 
 

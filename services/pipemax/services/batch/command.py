@@ -1,8 +1,11 @@
 """`pipemax run-batch`: which system runs a batch, and what is printed about it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,7 +17,8 @@ from pipemax.services.batch.files import Batch, BatchFiles
 from pipemax.services.batch.job import run_batch
 from pipemax.services.batch.manifest import Setting, settings_of
 from pipemax.services.batch.outputs import STDOUT
-from pipemax.services.batch.report import BatchReport
+from pipemax.services.batch.report import BatchProgress, BatchReport
+from pipemax.services.batch.tally import Route
 from pipemax.services.cli.options import DEFAULT_NAME, EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name, sweep
@@ -22,8 +26,14 @@ from pipemax.services.own_system import own_system
 from pipemax.services.token_bar import TokenBar
 from pipemax.services.where import Where
 
+if TYPE_CHECKING:
+    from pipemax.ray.batch import RayOptions
+
 _PURPOSE = "batch"
 _LABEL = "run-batch"
+
+Work = Callable[[Sequence[Route], BatchProgress, int | None], BatchReport]
+"""Runs the lines of routes, of which so many are left."""
 
 
 def run_batch_files(
@@ -32,30 +42,53 @@ def run_batch_files(
     name: str | None,
     elsewhere: Where | None = None,
     request_timeout_s: float | None = None,
+    on_ray: "RayOptions | None" = None,
 ) -> BatchReport:
     """Runs every line that has no result yet and prints what it came to.
 
-    `elsewhere` is a system on another machine. Else, with `name`, the running system of that name
-    does the work, or a new one under that name if there is none. Without a name, a model gets a new
-    system of its own, and no model means the running system of the default name. Raises ConfigError
-    before anything is loaded when input or output cannot be used or a flag cannot work, and
-    PipemaxSystemError when no line was served.
+    `elsewhere` is a system on another machine, `on_ray` a cluster that gets a system on each of its
+    machines. Else, with `name`, the running system of that name does the work, or a new one under
+    that name if there is none. Without a name, a model gets a new system of its own, and no model
+    means the running system of the default name. Raises ConfigError before anything is loaded when
+    input or output cannot be used or a flag cannot work, and PipemaxSystemError when no line was
+    served.
     """
     files.check()
+    if on_ray is not None:
+        from pipemax.ray.batch import RayCluster
+
+        cluster = RayCluster(engine, on_ray, request_timeout_s)
+        return _run(files, settings_of(cluster.config), cluster.working())
     if elsewhere is None:
-        return _run(files, _system_for(engine, name), request_timeout_s)
+        system = _system_for(engine, name)
+        return _run(files, system.settings, _through(system.client(), request_timeout_s))
     if given := engine.given():
         raise ConfigError(
             f"{elsewhere} is running already and keeps its settings: leave out {', '.join(given)}"
         )
     with elsewhere.client(_LABEL) as client:
-        return _run(files, _Connected(client), request_timeout_s)
+        through = _through(contextlib.nullcontext(client), request_timeout_s)
+        return _run(files, _settings_told(client), through)
+
+
+def _settings_told(client: Client) -> Mapping[str, Setting]:
+    """Of a system elsewhere, which is known by what it says of itself."""
+    return {"served_model_name": client.model_name, "system": client.settings}
+
+
+@contextlib.contextmanager
+def _through(
+    connecting: AbstractContextManager[Client], request_timeout_s: float | None
+) -> Iterator[Work]:
+    with connecting as client:
+        yield functools.partial(run_batch, client, request_timeout_s=request_timeout_s)
 
 
 def _run(
-    files: BatchFiles, system: "_SystemFor | _Connected", request_timeout_s: float | None
+    files: BatchFiles, settings: Mapping[str, Setting], working: AbstractContextManager[Work]
 ) -> BatchReport:
-    batch = Batch(files, system.settings)
+    """`settings`: that results depend on. `working` is entered when there is something to do."""
+    batch = Batch(files, settings)
     outputs = ", ".join(str(path) for path in files.outputs)
     if batch.nothing_to_do:
         typer.echo(f"{outputs}: every line has its result already", err=True)
@@ -64,10 +97,10 @@ def _run(
         typer.echo(f"going on with {outputs}", err=True)
     with (
         batch.opened() as (routes, num_requests),
-        system.client() as client,
+        working as work,
         TokenBar() as bar,
     ):
-        report = run_batch(client, routes, bar, num_requests, request_timeout_s)
+        report = work(routes, bar, num_requests)
     to_stderr = STDOUT in files.outputs
     typer.echo(report.throughput, err=to_stderr)
     failed = f", {report.failed} of them error lines" if report.failed else ""
@@ -102,22 +135,6 @@ class _SystemFor:
                 )
                 stack.enter_context(own)
             yield stack.enter_context(Client(self.config.name, label=_LABEL))
-
-
-@dataclass(frozen=True, slots=True)
-class _Connected:
-    """A system elsewhere, which is known by what it says of itself."""
-
-    connection: Client
-
-    @property
-    def settings(self) -> Mapping[str, Setting]:
-        model_name, settings = self.connection.model_name, self.connection.settings
-        return {"served_model_name": model_name, "system": settings}
-
-    @contextlib.contextmanager
-    def client(self) -> Iterator[Client]:
-        yield self.connection
 
 
 def _system_for(engine: EngineOptions, name: str | None) -> _SystemFor:

@@ -1,14 +1,19 @@
 """`pipemax run-batch`"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipemax.proto.errors import ConfigError
 from pipemax.services.cli.options import EngineOptions, RequestTimeout, takes_engine_options
 from pipemax.services.cli.where import Connect, Keys, endpoint_of, keys_of
 
+if TYPE_CHECKING:
+    from pipemax.ray.batch import RayOptions
+
 _RESUMING = "Going on"
+_ON_RAY = "Many machines"
 
 
 @takes_engine_options
@@ -74,6 +79,35 @@ def run_batch(
     ] = None,
     connect: Connect = None,
     keys: Keys = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|local|HOST:PORT",
+            help="Run on a Ray cluster that this machine is a node of, with a system of its own on "
+            "each node, or on each group of GPUs that --pipeline-parallel-size asks for; local: "
+            "this machine alone. Needs pipemax[ray]; --model must lie there on all nodes.",
+            rich_help_panel=_ON_RAY,
+        ),
+    ] = None,
+    ray_replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Systems; those that find no room wait for nodes to come.",
+            show_default="as many as there is room for",
+            rich_help_panel=_ON_RAY,
+        ),
+    ] = None,
+    ray_batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Requests handed over at a time, in steps of 8. Several batches are in a replica "
+            "at once, with twice as many requests as it can run.",
+            show_default="half of what a replica can run at once, or an eighth of its share",
+            rich_help_panel=_ON_RAY,
+        ),
+    ] = None,
 ) -> None:
     """Run files of OpenAI batch requests, starting and stopping a system for it if need be.
 
@@ -97,4 +131,23 @@ def run_batch(
         retry_errors=retry_errors,
     )
     timeout_s = check_timeout(request_timeout)
-    run_batch_files(engine, files, name, elsewhere, timeout_s)
+    on_ray = _on_ray(ray_address, ray_replicas, ray_batch_size)
+    if on_ray is not None and (name is not None or elsewhere is not None):
+        raise ConfigError(
+            f"--ray-address {ray_address} starts systems of its own, --name and --connect use one "
+            "that runs; give one of them"
+        )
+    run_batch_files(engine, files, name, elsewhere, timeout_s, on_ray)
+
+
+def _on_ray(
+    address: str | None, replicas: int | None, batch_size: int | None
+) -> "RayOptions | None":
+    if address is None:
+        for flag, number in (("replicas", replicas), ("batch-size", batch_size)):
+            if number is not None:
+                raise ConfigError(f"--ray-{flag} {number} goes with --ray-address")
+        return None
+    from pipemax.ray.batch import RayOptions
+
+    return RayOptions(address, replicas, batch_size)
