@@ -17,13 +17,25 @@ from support.command import Up, run_pipemax
 MODELLED = ("--device", "modelled:l20", "--model", "llama-2-13b", "--modelled-time-scale", 0.001,
             "--warm-up-s", 0, "--served-model-name", "fake")  # fmt: skip
 
+PRIVATE = "xyzzy plugh"
+BAD = (
+    request("long", PRIVATE * 20_000),
+    request("grammar", "a", structured_outputs={"regex": f"({PRIVATE}"}),
+    request("field", "a", stop=[PRIVATE, 7]),
+    request("unknown", "a", **{PRIVATE: PRIVATE}),
+    request("over", PRIVATE, max_tokens=10**6),
+)
+"""Lines that name what they hold in their errors."""
+
 
 def test_commands_from_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipemax = Commands(monkeypatch, capsys)
     folder, lines, out = tmp_path / "keys", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    write_lines(lines, *(request(f"id-{n}", [5, 6, n + 7], max_tokens=4) for n in range(20)))
+    good = [request(f"id-{n}", [5, 6, n + 7], max_tokens=4) for n in range(19)]
+    write_lines(lines, *good, request("id-19", PRIVATE, max_tokens=4, stop=[PRIVATE]))
+    write_lines(tmp_path / "bad.jsonl", *BAD)
     keys.create(folder)
     laptop, stranger = keys.add(folder, "laptop"), keys.add(folder, "stranger")
     (folder / "clients" / "stranger.pub").unlink()
@@ -43,6 +55,7 @@ def test_commands_from_another_machine(
         finally:
             monkeypatch.setenv("PIPEMAX_RUNTIME_DIR", here)
         assert list(elsewhere.iterdir()) == [], "nothing of a system elsewhere is kept here"
+        check_logs(Path(here), *folder.rglob("*.key"), laptop / "client.key")
 
 
 class Commands:
@@ -65,6 +78,9 @@ def check_flags(
     there = ("--connect", address, "--keys")
     done = run_pipemax("run-batch", "-i", lines, "-o", out, *there, laptop)
     assert done.returncode == 0, done.stderr
+    bad = out.with_name("bad.out")
+    status, _, _ = pipemax("run-batch", "-i", out.with_name("bad.jsonl"), "-o", bad, *there, laptop)
+    assert (status, len(read_lines(bad))) == (1, len(BAD))
     results = read_lines(out)
     assert {line["custom_id"] for line in results} == {f"id-{n}" for n in range(20)}
     assert all(line["error"] is None for line in results)
@@ -77,6 +93,15 @@ def check_flags(
     assert len(said.splitlines()) == 1
     status, _, said = pipemax("status", "--connect", address)
     assert (status, "plain TCP is refused" in said) == (2, True)
+
+
+def check_logs(runtime_dir: Path, *secrets: Path) -> None:
+    """Neither keys nor what people wrote is in what the processes print at their default level."""
+    said = "".join(path.read_text() for path in runtime_dir.glob("*/logs/*.log"))
+    assert "turned away" in said, "these are the logs"
+    assert PRIVATE not in said
+    for path in secrets:
+        assert path.read_text().strip() not in said
 
 
 def check_environment(pipemax: Commands, lines: Path, out: Path) -> None:
