@@ -10,7 +10,7 @@ import textwrap
 from types import ModuleType
 
 from pipemax.proto import PROTOCOL_VERSION, memory
-from pipemax.proto.messages import activations, control, ingest, kv, logits, spans, types
+from pipemax.proto.messages import activations, control, ingest, kv, logits, spans, status, types
 from pipemax.proto.messages.registry import CHANNELS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.sizes import format_size
@@ -89,7 +89,7 @@ def _section(title: str, column: str, rows: list[tuple[str, str, str]]) -> list[
 def _part_rows() -> list[tuple[str, str, str]]:
     """Structs that are fields of messages, in the order of their definition."""
     rows = []
-    for module in (memory, ingest, control, kv, activations, logits):
+    for module in (memory, ingest, status, control, kv, activations, logits):
         for part in _structs_of(module):
             if not issubclass(part, Message):
                 rows.append((part.__name__, _fields(part), _meaning(part)))

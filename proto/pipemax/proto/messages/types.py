@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -27,6 +27,8 @@ MeasuredSeconds = Annotated[float, Meta(gt=0.0, le=1e6)]
 """Of something that happened: more than nothing, and neither infinite nor NaN."""
 ShortText = Annotated[str, Meta(max_length=256)]
 ErrorText = Annotated[str, Meta(max_length=4096)]
+JobName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
+JobState = Literal["open", "running", "finished", "cancelled", "held"]
 
 
 class Message(
