@@ -22,6 +22,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     model_dir = build_model("llama", tmp_path_factory.mktemp("llama"))
     draw = random.Random(11)
     prompts = [[draw.randrange(3, 512) for _ in range(draw.randrange(1, 200))] for _ in range(20)]
+    for prompt in prompts[::3]:  # these share blocks
+        prompt[:90] = prompts[1][: min(90, len(prompt))]
     counts = [draw.randrange(20, 120) for _ in prompts]
     return model_dir, prompts, counts, reference_tokens(model_dir, prompts, counts)
 

@@ -96,6 +96,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     model_dir = build_model("llama", tmp_path_factory.mktemp("llama"))
     draw = random.Random(5)
     prompts = [[draw.randrange(3, 512) for _ in range(draw.randrange(1, 120))] for _ in range(14)]
+    for prompt in prompts[::3]:  # these share blocks
+        prompt[:50] = prompts[1][: min(50, len(prompt))]
     counts = [draw.randrange(8, 48) for _ in prompts]
     return Work(model_dir, prompts, counts, reference_tokens(model_dir, prompts, counts))
 
