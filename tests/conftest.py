@@ -45,7 +45,7 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _nothing_left_behind(runtime_dir: Path) -> Iterator[None]:
     """Runs around all other fixtures of the test but `runtime_dir`."""
-    before = snapshot()
+    before = snapshot(fresh=True)
     yield
     found = settled_leaks(before)
     kill_leaked_processes(before)

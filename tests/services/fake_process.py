@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import zmq
+from msgspec.structs import fields
 
 from pipemax.proto.config import load_config
 from pipemax.proto.errors import ModelError
@@ -111,7 +112,7 @@ def status(missing: tuple[str, ...]) -> ingest.Status:
         "stages": (),
         "requests_running": 7,
     }
-    zeros = dict.fromkeys(ingest.Status.__struct_fields__, 0)
+    zeros = {field.name: 0 for field in fields(ingest.Status) if field.required}
     return ingest.Status(**(zeros | known))
 
 

@@ -47,9 +47,11 @@ class Snapshot:
     """Run directories below `$PIPEMAX_RUNTIME_DIR` whose lock is held."""
 
 
-def snapshot() -> Snapshot:
+def snapshot(*, fresh: bool = False) -> Snapshot:
+    """fresh: the runtime directory was just made, so that no process can have been started with
+    it."""
     return Snapshot(
-        processes=frozenset(_processes()),
+        processes=frozenset(_processes(fresh)),
         threads=frozenset(
             (thread.ident or 0, thread.name)
             for thread in threading.enumerate()
@@ -93,10 +95,10 @@ def kill_leaked_processes(before: Snapshot) -> None:
             psutil.Process(pid).kill()
 
 
-def _processes() -> Iterator[tuple[int, str]]:
-    ours = psutil.Process().children(recursive=True)
-    for process in [*ours, *_orphans()]:
+def _processes(fresh: bool = False) -> Iterator[tuple[int, str]]:
+    for pid in _descendants() if fresh else _descendants().union(_orphans()):
         with suppress(psutil.Error):
+            process = psutil.Process(pid)
             line = " ".join(process.cmdline())
             is_helper = any(name in line for name in _MULTIPROCESSING_HELPERS)
             if is_helper and process.ppid() == os.getpid():
@@ -104,8 +106,31 @@ def _processes() -> Iterator[tuple[int, str]]:
             yield process.pid, f"{process.name()} [{process.status()}] {line[:200]}"
 
 
-def _orphans() -> Iterator[psutil.Process]:
-    """Processes that were started with our runtime directory and whose parent died."""
+def _descendants() -> set[int]:
+    """As the kernel lists them, where it does; to look for them among all processes takes longer
+    than most tests do."""
+    if not Path(f"/proc/self/task/{threading.get_native_id()}/children").exists():
+        return {process.pid for process in psutil.Process().children(recursive=True)}
+    found: set[int] = set()
+    left = [os.getpid()]
+    while left:
+        children = _children(left.pop()) - found
+        found |= children
+        left += children
+    return found
+
+
+def _children(pid: int) -> set[int]:
+    found: set[int] = set()
+    with suppress(OSError):  # the process has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # the thread has
+                found.update(map(int, (task / "children").read_text().split()))
+    return found
+
+
+def _orphans() -> Iterator[int]:
+    """Processes that were started with our runtime directory, some of whose parents have died."""
     runtime_dir = os.environ.get(RUNTIME_DIR_VARIABLE)
     if not runtime_dir:
         return
@@ -113,9 +138,9 @@ def _orphans() -> Iterator[psutil.Process]:
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
-        with suppress(OSError, psutil.Error):
+        with suppress(OSError):
             if wanted in (entry / "environ").read_bytes() + b"\0":
-                yield psutil.Process(int(entry.name))
+                yield int(entry.name)
 
 
 def _fds() -> Iterator[tuple[int, str]]:
