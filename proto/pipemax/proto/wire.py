@@ -1,6 +1,7 @@
 """Messages to bytes and back. Anything that is not exactly a known message is a WireError that
 says what was wrong, in words its sender can act on."""
 
+import sys
 from collections.abc import Sequence
 from typing import Final, Union
 
@@ -10,9 +11,12 @@ import msgspec
 from pipemax.proto.errors import WireError
 from pipemax.proto.messages.registry import Channel
 from pipemax.proto.messages.types import Message
+from pipemax.proto.objects import count_objects
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _MAX_TAG_BYTES: Final = 64
+_COUNTED_BYTES: Final = 2**20
+"""Smaller messages are no burden, whatever they are made of."""
 _MAX_DETAIL_CHARS: Final = 300
 """Of what a decoder says: it may quote the message, and its sender need not get it all back."""
 
@@ -27,20 +31,26 @@ class Codec:
     def __init__(self, channel: Channel, *, at_binder: bool) -> None:
         accepted = channel.to_binder if at_binder else channel.to_peer
         self._channel = channel
+        self._max_objects = channel.max_objects_to_binder if at_binder else sys.maxsize
         self._tags = tuple(str(message.__struct_config__.tag) for message in accepted)
         self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
             Union[accepted]  # noqa: UP007  (built from a tuple)
         )
 
     def decode(self, frame: bytes | memoryview) -> Message:
-        """Raises WireError with code `too_large`, `not_msgpack`, `not_a_map`, `unknown_type` or
-        `invalid_field`, and nothing else, whatever the bytes."""
+        """Raises WireError with code `too_large`, `too_many_objects`, `not_msgpack`, `not_a_map`,
+        `unknown_type` or `invalid_field`, and nothing else, whatever the bytes."""
         size = len(frame)
         if size > self._channel.max_message_bytes:
             raise WireError(
                 "too_large",
                 f"message of {size} bytes; {self._channel.name} takes at "
                 f"most {self._channel.max_message_bytes}",
+            )
+        if size > _COUNTED_BYTES and count_objects(frame, self._max_objects) > self._max_objects:
+            raise WireError(
+                "too_many_objects",
+                f"message of more than {self._max_objects} lists, maps and texts; send it in parts",
             )
         try:
             return self._decoder.decode(frame)

@@ -32,10 +32,10 @@ has a ROUTER, peers have a DEALER. The processes of the system connect under fix
 (`stage-0`, `sampler-0`, `kv_daemon`, `launcher`), clients under any. A message above the limit
 closes the connection it came on; a connection that does not finish the ZeroMQ handshake within 3 s
 is closed.
-With `--listen` the `ingest` socket is on TCP as well, encrypted with CURVE; a ZAP handler admits the
-keys of the key folder and no others. With `--activation-transport tcp` the `act` sockets are TCP,
-encrypted with CURVE keys from the run directory, and `activation_ready` has a second frame that
-holds the rows.
+With `--listen` the `ingest` socket is on TCP as well, encrypted with CURVE; a ZAP handler admits
+the keys of the key folder and no others. With `--activation-transport tcp` the `act` sockets are
+TCP, encrypted with CURVE keys from the run directory, and `activation_ready` has a second frame
+that holds the rows.
 
 **A client** sends `client_hello`, gets `server_hello`, then sends `submit` as often as it likes (up
 to `credits` unfinished requests) and gets one `finished` or `refused` for each, in any order.

@@ -4,6 +4,7 @@ This table is the protocol. `wire.py` builds its decoders from it, the conforman
 and `proto/README.md` is generated from it.
 """
 
+import sys
 from dataclasses import dataclass
 
 from pipemax.proto.messages import activations, control, ingest, kv, logits, spans
@@ -25,6 +26,8 @@ class Channel:
     to_peer: tuple[type[Message], ...]
     binder_queue_messages: int = 10_000
     """Messages of one peer that wait at the binder; further ones wait in the peer's own socket."""
+    max_objects_to_binder: int = sys.maxsize
+    """Lists, maps and texts in one message: the binder's memory is many times its size."""
 
 
 INGEST = Channel(
@@ -60,6 +63,7 @@ INGEST = Channel(
         spans.WatchedSpans,
     ),
     binder_queue_messages=32,  # messages can be large and clients are not ours
+    max_objects_to_binder=2**19,
 )
 CONTROL = Channel(
     name="control",
