@@ -22,6 +22,7 @@ import typer
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, PipemaxError, PipemaxSystemError, RequestError
 from pipemax.ray.sizing import Needs, needs_of, replicas_in, sizing
+from pipemax.ray.spool import Spool
 from pipemax.services.batch.report import BatchProgress, BatchReport
 from pipemax.services.batch.tally import Line, Route, Tally
 from pipemax.services.cli.options import EngineOptions
@@ -119,8 +120,6 @@ class _Job:
     ) -> BatchReport:
         """As `services.batch.job.run_batch`; a pipe is read to its end before the first line
         runs. Raises PipemaxSystemError when Ray gives up or a replica cannot start."""
-        from pipemax.ray.spool import Spool
-
         progress.start(num_requests)
         tally = Tally(routes, self.model_name, progress)
         started_at = time.monotonic()
@@ -142,12 +141,12 @@ class _Job:
         tally.report.seconds = time.monotonic() - started_at
         return tally.report
 
-    def _results(self, spool: Any) -> Iterator[Any]:
+    def _results(self, spool: Spool) -> Iterator[Any]:
         """Tables of rows, as replicas finish batches."""
         from ray.data import ActorPoolStrategy, DataContext
 
         from pipemax.ray.replica import Replica
-        from pipemax.ray.spool import dataset
+        from pipemax.ray.source import dataset
 
         size = sizing(spool.num_rows, self.replicas, self.capacity, self.batch_size)
         typer.echo(

@@ -6,7 +6,7 @@ folder for temporary files, that goes with this process. Read tasks run on this 
 and reach it through /proc.
 """
 
-import functools
+import contextlib
 import importlib
 import os
 import tempfile
@@ -16,18 +16,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import ray.data
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
-
 from pipemax.proto.errors import PipemaxSystemError
 from pipemax.ray.columns import LINE
 
 _PIECE_ROWS = 8
 """Batches are made of whole pieces, so that their size need not be known while lines are read."""
 _MOST_BATCH_BYTES = 32 * 2**20
-_READERS = 1
-"""Processes that read batches; one reads hundreds of MB in a second."""
 POSITION, ROUTE, FILE, NUMBER = "position", "route", "file", "number"
 _INTEGERS = (POSITION, ROUTE, FILE, NUMBER)
 
@@ -67,7 +61,8 @@ class Spool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what was not written yet, and nobody needs now
+            self._file.close()
 
     @property
     def path(self) -> str:
@@ -133,52 +128,3 @@ def read_extent(path: str, extent: Extent) -> Any:
         with arrow.ipc.open_stream(data) as stream:
             pieces.append(stream.read_all())
     return arrow.concat_tables(pieces).combine_chunks()
-
-
-class SpoolSource(Datasource):  # type: ignore[misc]  # Ray is not type-checked
-    """A read task for each batch, on this machine."""
-
-    def __init__(self, path: str, batches: Sequence[Extent]) -> None:
-        super().__init__()
-        self._path = path
-        self._batches = batches
-
-    def get_name(self) -> str:
-        return "Lines"
-
-    @property
-    def supports_distributed_reads(self) -> bool:
-        return False
-
-    def estimate_inmemory_data_size(self) -> int:
-        return sum(extent.size_bytes for extent in self._batches)
-
-    def get_read_tasks(self, parallelism: int, *limits: Any, **more: Any) -> list[Any]:
-        """As many as there are batches, whatever is asked: a batch is one block."""
-        return [
-            ReadTask(
-                functools.partial(_read, self._path, extent),
-                BlockMetadata(
-                    num_rows=extent.rows,
-                    size_bytes=extent.size_bytes,
-                    input_files=None,
-                    exec_stats=None,
-                ),
-            )
-            for extent in self._batches
-        ]
-
-
-def _read(path: str, extent: Extent) -> list[Any]:
-    return [read_extent(path, extent)]
-
-
-def dataset(spool: Spool, rows: int) -> Any:
-    """The spool's rows as a dataset whose blocks are batches."""
-    batches = spool.batches(rows)
-    return ray.data.read_datasource(
-        SpoolSource(spool.path, batches),
-        override_num_blocks=len(batches),
-        num_cpus=0,  # replicas may hold all CPUs of this node,
-        concurrency=_READERS,  # and Ray would otherwise start a process for each batch
-    )
