@@ -99,6 +99,15 @@ def test_every_sampling_field_is_taken() -> None:
         )
 
 
+def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
+    """As JSON has it."""
+    found = parse(line(prompt=[[5.0, 6]], logprobs=1.0, stop_token_ids=[7.0], temperature=1.0))
+    assert found.submit.prompt_token_ids == (5, 6)
+    assert found.submit.sampling.logprobs == 1
+    assert found.submit.sampling.stop_token_ids == (7,)
+    assert parse(line(CHAT_URL, logprobs=True, top_logprobs=2.0)).submit.sampling.logprobs == 2
+
+
 def test_shorthands() -> None:
     assert parse(line(stop="end")).submit.sampling.stop == ("end",)
     for fields in ({"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 5}):
@@ -236,9 +245,18 @@ def test_what_is_not_implemented_is_refused_by_name(url: str, field: str, value:
         (line(structured_outputs={"xml": "a"}), "invalid_field", "structured_outputs"),
         (line(response_format={"type": "xml"}), "invalid_field", "response_format"),
         (line(response_format={"type": "json_schema"}), "invalid_field", "response_format"),
+        (
+            line(response_format={"type": "json_schema", "json_schema": {"schema": "{}"}}),
+            "invalid_field",
+            "response_format",
+        ),
         (line(logprobs=True), "invalid_field", "logprobs"),
         (line(logprobs=21), "invalid_field", "logprobs"),
         (line(echo=1), "invalid_field", "echo"),
+        (line(echo=[]), "invalid_field", "echo"),
+        (line(CHAT_URL, logprobs={}), "invalid_field", "logprobs"),
+        (line(n=1.5), "invalid_field", "n: Expected"),
+        (line(prompt=[1.5]), "invalid_field", "prompt"),
         (line(max_tokens=0), "invalid_field", "max_tokens"),
         (line(top_logprobs=1), "unknown_field", "'top_logprobs'"),
         (line(CHAT_URL, max_tokens=0), "invalid_field", "max_tokens"),

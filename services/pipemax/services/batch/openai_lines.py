@@ -66,7 +66,7 @@ _NEUTRAL_CHAT: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
 }
-_MESSAGE_NEUTRAL: tuple[str, ...] = (
+MESSAGE_NEUTRAL: tuple[str, ...] = (
     "name",
     "tool_calls",
     "tool_call_id",
@@ -74,7 +74,18 @@ _MESSAGE_NEUTRAL: tuple[str, ...] = (
     "audio",
     "refusal",
 )
+"""Fields of a message that may only be null."""
 _VALIDATION_PATH = re.compile(r"(.*) - at `\$\.(\w+)[^`]*`", re.DOTALL)
+
+
+def fields_of(url: str) -> tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]:
+    """For who describes the bodies of an endpoint: the fields that stand for sampling parameters as
+    they are; and those that are not implemented, with what they may hold beside null."""
+    own = _OWN_FIELDS[url]
+    plain = tuple(name for name in SamplingParams.__struct_fields__ if name not in own)
+    if url == CHAT_URL:
+        return (*plain, "max_completion_tokens"), _NEUTRAL | _NEUTRAL_CHAT
+    return plain, _NEUTRAL | _NEUTRAL_COMPLETIONS
 
 
 class LineError(RequestError):
@@ -191,7 +202,7 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
             continue
         if name in _SAMPLING_FIELDS or (is_chat and name == "max_completion_tokens"):
             if value is not None:
-                sampling[name] = value
+                sampling[name] = _integral(value)
         elif name in neutral:
             _check_neutral(name, value, neutral[name])
         else:
@@ -207,7 +218,16 @@ def _parse_body(body: dict[str, Any], url: str, request_id: str) -> Submit:
             sampling=_sampling(sampling),
         )
     echo = _echo(body, sampling)
-    return _completion_submit(body.get("prompt"), request_id, _sampling(sampling), echo)
+    return _completion_submit(_integral(body.get("prompt")), request_id, _sampling(sampling), echo)
+
+
+def _integral(value: Any) -> Any:
+    """As JSON has it, 1.0 is 1: also in lists."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is list and any(type(item) in (float, list) for item in value):
+        return [_integral(item) for item in value]
+    return value
 
 
 def _check_best_of(body: dict[str, Any]) -> None:
@@ -241,7 +261,8 @@ def _response_format(form: object) -> dict[str, Any]:
     if isinstance(form, dict) and kind == "json_schema" and form.keys() == {"type", "json_schema"}:
         named = form["json_schema"]
         known = {"name", "description", "strict", "schema"}
-        if isinstance(named, dict) and "schema" in named and named.keys() <= known:
+        is_known = isinstance(named, dict) and named.keys() <= known
+        if is_known and isinstance(named.get("schema"), dict):
             return {"json": named["schema"]}
     raise LineError(
         "invalid_field",
@@ -251,8 +272,8 @@ def _response_format(form: object) -> dict[str, Any]:
 
 
 def _chat_logprobs(body: dict[str, Any], sampling: dict[str, Any]) -> None:
-    wanted, num_top = body.get("logprobs") or False, body.get("top_logprobs")
-    if not isinstance(wanted, bool):
+    wanted, num_top = body.get("logprobs"), _integral(body.get("top_logprobs"))
+    if not isinstance(wanted, bool | None):
         raise LineError("invalid_field", f"logprobs must be true or false, not {wanted!r:.80}")
     if num_top is not None and (type(num_top) is not int or not 0 <= num_top <= MAX_TOP_LOGPROBS):
         raise LineError(
@@ -271,14 +292,14 @@ def _chat_options(body: dict[str, Any]) -> ChatOptions:
 
 def _echo(body: dict[str, Any], sampling: dict[str, Any]) -> bool:
     """Whether the result begins with the prompt. Its logprobs then do, too."""
-    echo = body.get("echo") or False
-    if not isinstance(echo, bool):
+    echo = body.get("echo")
+    if not isinstance(echo, bool | None):
         raise LineError("invalid_field", f"echo must be true or false, not {echo!r:.80}")
     if echo:
         sampling.setdefault("prompt_logprobs", sampling.get("logprobs"))
         if sampling["max_tokens"] == 0 and type(sampling["max_tokens"]) is int:
             sampling["max_tokens"] = 1  # the prompt alone: what is produced is left out
-    return echo
+    return bool(echo)
 
 
 def _check_model(model: object, model_name: str) -> None:
@@ -355,7 +376,7 @@ def _message(index: int, message: object) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise LineError("invalid_field", f"{where} must be an object with role and content")
     for name, value in message.items():
-        if name in _MESSAGE_NEUTRAL:
+        if name in MESSAGE_NEUTRAL:
             _check_neutral(f"{where}.{name}", value, ())
         elif name not in ("role", "content"):
             raise LineError("unknown_field", f"unknown field '{where}.{name:.80}'")

@@ -11,5 +11,5 @@ stopped and killed without harm to what the system runs.
 | `bridge` | the thread that talks to the system |
 | `files`, `upload`, `store` | files: their endpoints, multipart bodies, the folder |
 | `batches`, `book`, `worker` | batches: their endpoints, what is kept of them, their progress |
-| `openapi` | the description of all that |
+| `openapi`, `openapi_operations`, `openapi_answers` | the description of all that |
 """

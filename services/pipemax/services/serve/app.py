@@ -22,6 +22,7 @@ from pipemax.services.serve.errors import ApiError
 from pipemax.services.serve.files import Files
 from pipemax.services.serve.guard import HANDLERS, Guard
 from pipemax.services.serve.metrics import CONTENT_TYPE, ServeMetrics
+from pipemax.services.serve.openapi import describe
 from pipemax.services.serve.settings import ServeSettings
 from pipemax.services.serve.store import FileStore
 from pipemax.services.serve.worker import Worker
@@ -53,6 +54,7 @@ class Server:
         )
         self.batches = Batches(self.book, self.store, self.worker, settings)
         self._metrics = metrics
+        self._settings = settings
 
     def start(self) -> None:
         self.bridge.start()
@@ -71,6 +73,10 @@ class Server:
         page = self._metrics.page(connected=self.bridge.is_connected, batches=self.book.totals())
         return Response(page, headers={"Content-Type": CONTENT_TYPE})
 
+    async def openapi(self, request: Request) -> Response:
+        name = self.bridge.model.name if self.bridge.is_connected else None
+        return JSONResponse(describe(name, with_keys=bool(self._settings.keys)))
+
     async def models(self, request: Request) -> Response:
         found = [_model(self.bridge.model)]
         return JSONResponse({"object": "list", "data": found})
@@ -87,6 +93,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 ROUTES: tuple[tuple[str, str, Callable[[Server], Handler]], ...] = (
     ("GET", "/health", lambda server: server.health),
     ("GET", "/metrics", lambda server: server.metrics),
+    ("GET", "/openapi.json", lambda server: server.openapi),
     ("GET", "/v1/models", lambda server: server.models),
     ("GET", "/v1/models/{model:path}", lambda server: server.model),
     ("POST", CHAT_URL, lambda server: server.completions.answer),
@@ -128,14 +135,18 @@ def make_app(system: System, settings: ServeSettings) -> Starlette:
         finally:
             await server.stop()
 
-    def route(method: str, path: str, endpoint: Callable[[Server], Handler]) -> Route:
+    def route(path: str, methods: dict[str, Callable[[Server], Handler]]) -> Route:
         async def handle(request: Request) -> Response:
-            return await endpoint(servers[0])(request)
+            method = "GET" if request.method == "HEAD" else request.method
+            return await methods[method](servers[0])(request)
 
-        return Route(path, handle, methods=[method])
+        return Route(path, handle, methods=list(methods))
 
+    paths: dict[str, dict[str, Callable[[Server], Handler]]] = {}
+    for method, path, endpoint in ROUTES:
+        paths.setdefault(path, {})[method] = endpoint
     app = Starlette(
-        routes=[route(*entry) for entry in ROUTES],
+        routes=[route(*entry) for entry in paths.items()],
         middleware=[Middleware(Guard, settings=settings, metrics=metrics)],
         exception_handlers=HANDLERS,
         lifespan=lifespan,
