@@ -81,6 +81,15 @@ def test_a_bar_is_the_time_since_the_begin_of_the_window() -> None:
     assert "85% wait_kv 15%" in text
     text = shown(watch.look(status(113.5 + WINDOW_S, stage(0, compute=101.0, wait_kv=12.5))))
     assert set(bar_of(text, 0)) == {"K"}
+    assert "no place holds the others up" in text
+
+
+def test_it_says_who_holds_the_others_up() -> None:
+    watch = Watch("mine")
+    watch.look(status(1.0, stage(0), stage(1), requests_running=1))
+    stages = (stage(0, wait_plan=8.0, compute=2.0), stage(1, compute=9.0, send=1.0))
+    text = shown(watch.look(status(11.0, *stages, requests_running=1)))
+    assert "the others wait for stage 1: compute 90%" in text
 
 
 def test_a_restarted_stage_and_a_restarted_coordinator_begin_anew() -> None:

@@ -74,6 +74,8 @@ INGEST_BATCH = 64
 INGEST_SLICE_S = 0.002
 """Time after which they get it however few client messages were handled. The pipeline waits for as
 long at worst, with every step while clients submit."""
+CONTROL_SLICE_S = 0.1
+"""The other way round: a coordinator that stages keep busy still answers, and tells how busy."""
 IDLE_POLL_MS = 200
 JOB_SLICE_S = 0.002
 """The same for tokenising the requests of jobs."""
@@ -174,7 +176,8 @@ class CoordinatorShell:
     # Control
 
     def _receive_control(self) -> None:
-        while True:
+        until = time.monotonic() + CONTROL_SLICE_S
+        while time.monotonic() < until:
             try:
                 identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:

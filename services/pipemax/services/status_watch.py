@@ -17,6 +17,7 @@ from rich.text import Text
 
 from pipemax.proto.messages.ingest import JobProgress, StageStatus, Status
 from pipemax.proto.states import STATES
+from pipemax.services.bottleneck import bottleneck
 from pipemax.services.status_view import duration, state_shares
 
 WINDOW_S = 10.0
@@ -104,6 +105,7 @@ class Watch:
             "",
             self._stages(status),
             _legend(),
+            self._held_up(status),
             "",
             self._work(status),
             *([_jobs(status.jobs)] if status.jobs else ()),
@@ -146,6 +148,14 @@ class Watch:
                 if (before.stage, before.pid) == (stage.stage, stage.pid):
                     return before
         return None
+
+    def _held_up(self, status: Status) -> Text:
+        found = bottleneck(self._seen[0], status)
+        if found is None:
+            return Text("no place holds the others up")
+        return Text.assemble(
+            "the others wait for ", (found.where, "bold"), f": {found.state} {found.share:.0%}"
+        )
 
     def _work(self, status: Status) -> Table:
         table = Table.grid(padding=(0, 1, 0, 0), expand=True)
