@@ -4,7 +4,8 @@ Modelled stages of next to no compute take the GPU out of it: what is left is `r
 coordinator and the sockets. `run-batch` runs as its own process against a running system; its
 memory and the coordinator's are sampled beside the lines that are out, and their CPU seconds
 divided by the requests. Requests per CPU second of the coordinator are what one core of its own
-could do.
+could do, or less: when it is not what the others wait for, steps come with few requests in them,
+and a step costs it the same. So its share of a core and the requests of a step are said beside it.
 
     python ops/benchmarks/million_lines.py --requests 1000000 --json out.json
 
@@ -20,6 +21,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,8 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from pipemax.client import Client
+
 PROMPT_TOKENS, OUTPUT_TOKENS = 8, 4
 SYSTEM = "million"
 LOOK_S = 0.25
@@ -40,7 +44,7 @@ COUNT_BYTES = 2**20
 MIB, GIB = 2**20, 2**30
 UP = [
     *("--device", "modelled:rtx-4090", "--modelled-time-scale", "0.001", "--model", "llama-2-70b"),
-    *("-pp", "8", "--served-model-name", "m", "--warm-up-s", "0", "--kv-offloading-size", "0"),
+    *("--served-model-name", "m", "--warm-up-s", "0", "--kv-offloading-size", "0"),
     *("--max-num-seqs", "512", "--max-num-batched-tokens", "4096"),
 ]
 
@@ -49,13 +53,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--input-gib", type=float, default=0.0, help="pad the lines to so much")
+    parser.add_argument("--stages", type=int, default=8)
     parser.add_argument("--stdin", action="store_true", help="the lines come through a pipe")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no system behind
     line_bytes = round(asked.input_gib * GIB / asked.requests)
     with tempfile.TemporaryDirectory(prefix="pipemax-million-") as folder:
         os.environ["PIPEMAX_RUNTIME_DIR"] = os.environ["PIPEMAX_STATE_DIR"] = folder
-        figures = run(Path(folder), asked.requests, line_bytes, through_pipe=asked.stdin)
+        figures = run(
+            Path(folder), asked.requests, line_bytes, stages=asked.stages, through_pipe=asked.stdin
+        )
     for name, value in figures.items():
         if name != "samples":
             print(f"{name:32} {value:,.2f}" if isinstance(value, float) else f"{name:32} {value}")
@@ -64,15 +72,17 @@ def main() -> None:
 
 
 def run(
-    folder: Path, num_requests: int, line_bytes: int, *, through_pipe: bool = False
+    folder: Path, num_requests: int, line_bytes: int, *, stages: int, through_pipe: bool = False
 ) -> dict[str, Any]:
     """`line_bytes`: the length to which lines are padded, 0 for as they are."""
     out = folder / "out.jsonl"
-    with running_system() as coordinator:
+    with running_system(stages) as coordinator:
         watch = Watch(coordinator, out)
         with batch(folder, out, num_requests, line_bytes, through_pipe=through_pipe) as process:
             watch.follow(process)
         written = watch.count_lines()
+        with Client(SYSTEM) as client:
+            steps = client.status().stages[0].steps
         if process.returncode or written != num_requests:
             raise SystemExit(
                 f"run-batch ended with {process.returncode}: {written} lines for {num_requests}"
@@ -81,7 +91,9 @@ def run(
             "requests": num_requests,
             "input_mib": num_requests * max(line_bytes, len(line_of(0))) / MIB,
             "through": "a pipe" if through_pipe else ".zst" if line_bytes else ".jsonl",
+            "stages": stages,
             **watch.figures(num_requests),
+            "requests_per_step": num_requests * OUTPUT_TOKENS / steps,  # each is in so many steps
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, "
             f"Python {platform.python_version()}",
             "date": time.strftime("%Y-%m-%d"),
@@ -90,10 +102,10 @@ def run(
 
 
 @contextlib.contextmanager
-def running_system() -> Iterator[psutil.Process]:
+def running_system(stages: int) -> Iterator[psutil.Process]:
     """Its coordinator."""
     up = subprocess.Popen(
-        [sys.executable, "-m", "pipemax", "up", "--name", SYSTEM, *UP],
+        [sys.executable, "-m", "pipemax", "up", "--name", SYSTEM, "-pp", str(stages), *UP],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -221,6 +233,7 @@ class Watch:
             "requests_per_s": num_requests / self._wall_s,
             "coordinator_cpu_s": self._coordinator_s,
             "coordinator_requests_per_cpu_s": num_requests / self._coordinator_s,
+            "coordinator_share_of_a_core": self._coordinator_s / self._wall_s,
             "client_cpu_s": self._client_s,
             "client_most_mib": self._most_bytes["client"] / MIB,
             "coordinator_most_mib": self._most_bytes["coordinator"] / MIB,
