@@ -25,6 +25,7 @@ COMMANDS = (
     "jobs",
     "results",
     "cancel",
+    "keys",
     "demo",
     "plan",
     "simulate",
