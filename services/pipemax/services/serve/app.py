@@ -42,9 +42,10 @@ class System:
 class Server:
     """What the endpoints share; made when the application starts."""
 
-    def __init__(self, system: System, settings: ServeSettings, metrics: ServeMetrics) -> None:
-        """Raises ConfigError when another server has the folder."""
-        self.store = FileStore(system.folder)
+    def __init__(
+        self, system: System, store: FileStore, settings: ServeSettings, metrics: ServeMetrics
+    ) -> None:
+        self.store = store
         self.book = Book(system.folder)
         self.bridge = Bridge(system.client)
         self.worker = Worker(self.book, self.store, system.jobs)
@@ -63,7 +64,6 @@ class Server:
     async def stop(self) -> None:
         await self.bridge.stop()
         await asyncio.to_thread(self.worker.stop)
-        self.store.close()
 
     async def health(self, request: Request) -> Response:
         self.bridge.model  # noqa: B018  (raises)
@@ -121,19 +121,24 @@ def _model(served: ServedModel) -> dict[str, object]:
 
 
 def make_app(system: System, settings: ServeSettings) -> Starlette:
-    """The application. Starting it raises ConfigError when another server has the folder."""
+    """The application, to be started once. Raises ConfigError when the system's folder cannot be
+    used, or another server has it."""
+    store = FileStore(system.folder)
     metrics = ServeMetrics()
     servers: list[Server] = []
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        server = Server(system, settings, metrics)
-        servers[:] = [server]
-        server.start()
         try:
-            yield
+            server = Server(system, store, settings, metrics)
+            servers.append(server)
+            server.start()
+            try:
+                yield
+            finally:
+                await server.stop()
         finally:
-            await server.stop()
+            store.close()
 
     def route(path: str, methods: dict[str, Callable[[Server], Handler]]) -> Route:
         async def handle(request: Request) -> Response:

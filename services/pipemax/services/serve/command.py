@@ -10,7 +10,7 @@ import uvicorn
 
 from pipemax.coordinator.journal_file import journal_path, state_root
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.process import raise_fd_limit
+from pipemax.proto.process import raise_fd_limit, set_process_name
 from pipemax.services.serve.app import System, make_app
 from pipemax.services.serve.settings import ServeSettings, is_loopback
 from pipemax.services.where import Where
@@ -22,10 +22,16 @@ _MAX_HEADER_BYTES = 32 * 1024
 
 
 def serve(where: Where, settings: ServeSettings, tell: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM. Raises ConfigError when it cannot listen."""
+    """Serves until SIGINT or SIGTERM. Raises ConfigError when it cannot listen, or another server
+    serves that system."""
     settings.check()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    set_process_name("pm-serve")
     raise_fd_limit()
+    system = System(
+        lambda: where.client("serve"), lambda: where.jobs("serve"), folder_of(where) / "serve"
+    )
+    app = make_app(system, settings)
     listener = _listen(settings)
     port = listener.getsockname()[1]
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -33,10 +39,6 @@ def serve(where: Where, settings: ServeSettings, tell: Callable[[str], None]) ->
     if not settings.keys:
         who = "every user of this machine" if is_loopback(settings.host) else "whoever can connect"
         tell(f"no API key is set: {who} may use it")
-    system = System(
-        lambda: where.client("serve"), lambda: where.jobs("serve"), folder_of(where) / "serve"
-    )
-    app = make_app(system, settings)
     config = uvicorn.Config(
         app,
         log_config=None,
