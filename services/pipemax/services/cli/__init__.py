@@ -10,6 +10,7 @@ import sys
 import typer
 
 from pipemax.proto.errors import ConfigError, ModelError, PipemaxError
+from pipemax.services.cli.bench import bench
 from pipemax.services.cli.cancel import cancel
 from pipemax.services.cli.collect_env import collect_env
 from pipemax.services.cli.demo import demo
@@ -44,6 +45,7 @@ for _command in (up, down, *_LOOK, run_batch, *_JOBS, demo, plan, simulate, coll
     app.command(name=_command.__name__.replace("_", "-"))(_command)
 app.command()(serve)
 app.add_typer(keys, name="keys")
+app.add_typer(bench, name="bench")
 
 # What Typer raises for a flag it does not know or cannot read. Its base class moved between
 # versions; its place above the public BadParameter did not.

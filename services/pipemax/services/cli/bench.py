@@ -1,0 +1,37 @@
+"""`pipemax bench`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipemax.services.cli.bench_flags import ThroughputFlags
+from pipemax.services.cli.flag_group import takes
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+OutputJson = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the JSON object there, too."),
+]
+
+bench = typer.Typer(
+    help="Measure throughput beside the machine's limit and other engines, and the parts alone.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@bench.command()
+@takes(ThroughputFlags)
+def throughput(
+    flags: ThroughputFlags, as_json: AsJson = False, output_json: OutputJson = None
+) -> None:
+    """Start a system, run requests of exact lengths, and print its throughput.
+
+    All of PipeMax is in the time, coordinator, KV daemon, sampling and detokenisation; starting
+    the system and a short warm-up are not. Without --model, a Llama of 121 million parameters
+    with random weights is made.
+    """
+    from pipemax.services.bench.command import run_throughput
+
+    run_throughput(flags, as_json=as_json, output_json=output_json)

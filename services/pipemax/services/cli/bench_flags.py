@@ -1,0 +1,85 @@
+"""The flags of `pipemax bench`, each defined once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipemax.services.cli.options import EngineOptions
+
+_WORK = "Requests"
+_PEER = "Against another engine"
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: two bases that have some cannot be combined
+class WorkFlags:
+    """Which requests; `bench.command.load_data` checks them."""
+
+    dataset_name: Annotated[
+        str,
+        typer.Option(
+            metavar="lognormal|sharegpt|jsonl",
+            help="Where lengths come from: lognormal draws them, with made-up tokens; sharegpt "
+            "takes the first two turns of conversations; jsonl has prompt_token_ids and "
+            "output_tokens in each line.",
+            rich_help_panel=_WORK,
+        ),
+    ] = "lognormal"
+    dataset_path: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of sharegpt (JSON) and jsonl.", rich_help_panel=_WORK),
+    ] = None
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Requests.",
+            min=1,
+            show_default="128; of jsonl all",
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+    input_len: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Mean prompt length of lognormal.",
+            show_default="128",
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+    output_len: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Mean output length of lognormal; every output of sharegpt.",
+            show_default="96; of sharegpt, each answer's",
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIGMA",
+            help="Standard deviation of the logarithm of lognormal's lengths; 0: all alike.",
+            show_default="0.6",
+            rich_help_panel=_WORK,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThroughputFlags(EngineOptions, WorkFlags):
+    """Of `bench throughput`."""
+
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="How often the requests are run; figures are of the median.",
+            min=1,
+            show_default="1, with --against 5",
+            rich_help_panel=_WORK,
+        ),
+    ] = None
