@@ -128,7 +128,8 @@ def check_results(world: World, requests: list[Req], cancelled: set[int]) -> Non
     policy=st.sampled_from(POLICIES),
     prefill=st.sampled_from(["mixed", "phases"]),
     count=st.integers(1, 20),
-    families=st.sampled_from([0, 1, 3]),
+    families=st.sampled_from([0, 1, 1, 3]),
+    share_prefixes=st.booleans(),
     losses=st.integers(0, 5),
     cancels=st.integers(0, 5),
 )
@@ -145,6 +146,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
     prefill: str,
     count: int,
     families: int,
+    share_prefixes: bool,
     losses: int,
     cancels: int,
 ) -> None:
@@ -159,6 +161,7 @@ def test_every_request_finishes_once_with_the_right_tokens(
         link_blocks=link_blocks,
         policy=policy,
         prefill=prefill,
+        share_prefixes=share_prefixes,
     )
     half = world.max_model_len // 2
     longest = max(1, min(60, half)), max(1, min(30, half))

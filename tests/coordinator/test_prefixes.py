@@ -31,7 +31,17 @@ def enter(tree: PrefixTree, request: Request, num_blocks: int) -> None:
 
 
 def world(**settings: Any) -> World:
-    return World(1, **{"stages": 2, "blocks": 60, "host": 0, "block_size": SIZE, **settings})
+    return World(
+        1,
+        **{
+            "stages": 2,
+            "blocks": 60,
+            "host": 0,
+            "block_size": SIZE,
+            "share_prefixes": True,
+            **settings,
+        },
+    )
 
 
 def finish(world: World, prompts: dict[int, list[int]], most_events: int = 100_000) -> None:
@@ -139,9 +149,7 @@ def test_who_waits_for_a_filler_goes_on_when_that_one_is_cancelled() -> None:
 
 def test_a_shared_block_is_stored_once_and_loaded_once() -> None:
     """Two requests of the same prompt on one stage: neither stays on the device for the other."""
-    one = World(
-        3, stages=2, blocks=26, host=400, block_size=SIZE, max_num_seqs=2, policy="oldest-first"
-    )
+    one = world(blocks=26, host=400, max_num_seqs=2, policy="oldest-first")
     groups = [[(x + g) % VOCAB for x in COMMON] for g in range(6)]
     prompts = {2 * g + i: [*groups[g], i] for g in range(6) for i in range(2)}
     for key, prompt in prompts.items():
@@ -157,9 +165,7 @@ def test_a_shared_block_is_stored_once_and_loaded_once() -> None:
 
 
 def test_blocks_of_many_users_stay_on_the_device() -> None:
-    one = World(
-        2, stages=2, blocks=34, host=400, block_size=SIZE, policy="oldest-first", max_num_seqs=4
-    )
+    one = world(blocks=34, host=400, policy="oldest-first", max_num_seqs=4)
     prompts = {key: [*COMMON, *range(key, key + 9)] for key in range(10)}
     for key, prompt in prompts.items():
         one.submit(key, prompt, sampling(30))

@@ -97,5 +97,6 @@ def test_tokens_are_right_whatever_happens_when(
         host=host,
         block_size=block_size,
         piece_blocks=piece_blocks,
+        share_prefixes=True,
     )
     drive(world, count, deaths, cancels, alike)

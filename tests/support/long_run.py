@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipemax.coordinator.assembly import DAEMON
 from pipemax.coordinator.events import Event
-from pipemax.coordinator.planner import STAGING_SHARE
+from pipemax.coordinator.kv_moves import STAGING_SHARE
 from pipemax.coordinator.policy import MIN_OVERDUE_TURNS
 from pipemax.proto.messages import control
 from pipemax.proto.messages.ingest import SamplingParams

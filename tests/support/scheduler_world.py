@@ -159,7 +159,7 @@ class World:
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
         prefill: str = DEFAULT_PREFILL,
-        share_prefixes: bool = True,
+        share_prefixes: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size

@@ -85,7 +85,7 @@ class TwoCores:
         link_blocks: float | None = None,
         policy: str = DEFAULT_POLICY,
         prefill: str = DEFAULT_PREFILL,
-        share_prefixes: bool = True,
+        share_prefixes: bool = False,
     ) -> None:
         self.random = random.Random(seed)
         self.size = block_size

@@ -37,6 +37,10 @@ class Part(NamedTuple):
     prompts: bool
     decodes: bool
 
+    def admits(self, remaining_tokens: int) -> bool:
+        """A request that lacks so many tokens to its next sample: one, where it decodes."""
+        return self.decodes if remaining_tokens == 1 else self.prompts
+
 
 MIXED = Part(prompts=True, decodes=True)
 PREFILL = Part(prompts=True, decodes=False)
