@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 import time
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipemax.client import connection
+from pipemax.client import ChoiceDelta, Submit, connection
 from pipemax.proto.errors import ConfigError
+from pipemax.proto.messages.ingest import Partial, RequestDelta
+from pipemax.services.serve import completions
 from pipemax.services.serve.keys import ApiKeys, read_keys
 from pipemax.services.serve.settings import ServeSettings, is_loopback
 from support.fake_coordinator import FakeCoordinator
@@ -94,6 +97,54 @@ def test_too_many_at_once(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
         for thread in threads:
             thread.join()
     assert [status for status, _, _ in found] == [503, 503]
+
+
+def test_a_body_that_does_not_come(runtime_dir: Path) -> None:
+    with (
+        FakeCoordinator(runtime_dir / "i", answer) as fake,
+        HttpServer(endpoint=fake.endpoint, settings=ServeSettings(body_timeout_s=0.2)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow,
+    ):
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
+        slow.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
+        received = b""
+        while piece := slow.recv(4096):  # until the server closes the connection
+            received += piece
+    assert received.startswith(b"HTTP/1.1 408 ")
+    assert b'"timeout"' in received
+
+
+def test_a_reader_that_takes_nothing(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up, with its request, and what it was to read never grew beyond the answer."""
+    monkeypatch.setattr(completions, "_SEND_TIMEOUT_S", 0.3)
+    text = "x" * 60_000
+
+    def endless(submit: Submit) -> Any:
+        deltas = [ChoiceDelta(index=0, token_ids=(n,), text=text) for n in range(200)]
+        return [
+            *(
+                Partial(
+                    number=number,
+                    requests=(RequestDelta(request_id=submit.request_id, choices=(delta,)),),
+                )
+                for number, delta in enumerate(deltas, 1)
+            ),
+        ]
+
+    with (
+        FakeCoordinator(runtime_dir / "i", endless) as fake,
+        HttpServer(endpoint=fake.endpoint) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow,
+    ):
+        body = b'{"model": "fake", "prompt": "a", "stream": true}'
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+        slow.sendall((head % len(body)).encode())
+        slow.sendall(b"Content-Type: application/json\r\n\r\n" + body)
+        deadline = time.monotonic() + 30
+        while not fake.cancelled:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert fake.taken == list(range(1, 201)), "the system need not wait for it"
 
 
 def test_without_a_system(runtime_dir: Path) -> None:

@@ -93,12 +93,15 @@ def shown(batch: Batch) -> dict[str, Any]:
 
 
 class Book:
-    """All batches. May be used by several threads; `add` and `change` wait for the disk."""
+    """All batches. May be used by several threads; `add` and `change` wait for the disk, and the
+    others never for them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "batches"
         self._folder.mkdir(mode=0o700, exist_ok=True)
         self._lock = threading.Lock()
+        """On what is in memory."""
+        self._writing = threading.Lock()
         self._batches: dict[str, Batch] = {}
         for path in self._folder.iterdir():
             if path.suffix == ".json" and _BATCH_ID.fullmatch(path.stem):
@@ -121,17 +124,19 @@ class Book:
         return Counter(batch.status for batch in self.all())
 
     def add(self, batch: Batch) -> None:
-        self._write(batch)
+        with self._writing:
+            self._write(batch)
 
     def change(self, batch_id: str, *allowed: Status, **fields: Any) -> Batch:
         """Changes a batch, if its status is one of those allowed, or none are named. Returns it as
         it then is."""
-        with self._lock:
-            batch = self._batches[batch_id]
+        with self._writing:
+            with self._lock:
+                batch = self._batches[batch_id]
             if allowed and batch.status not in allowed:
                 return batch
             changed = replace(batch, **fields)
-            self._write_locked(changed)
+            self._write(changed)
             return changed
 
     def count(self, batch_id: str, counts: Counts) -> None:
@@ -141,12 +146,9 @@ class Book:
             self._batches[batch_id] = replace(batch, request_counts=counts)
 
     def _write(self, batch: Batch) -> None:
-        with self._lock:
-            self._write_locked(batch)
-
-    def _write_locked(self, batch: Batch) -> None:
         write_whole(self._folder / f"{batch.id}.json", msgspec.json.encode(batch))
-        self._batches[batch.id] = batch
+        with self._lock:
+            self._batches[batch.id] = batch
 
     def reads(self, file_id: str) -> bool:
         """Whether a batch has yet to read this file."""

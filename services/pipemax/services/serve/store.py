@@ -99,8 +99,8 @@ class FileStore:
         with self._lock:
             if self._files.pop(file_id, None) is None:
                 return False
-            (self._folder / f"{file_id}.json").unlink(missing_ok=True)
-            self.path(file_id).unlink(missing_ok=True)
+        (self._folder / f"{file_id}.json").unlink(missing_ok=True)
+        self.path(file_id).unlink(missing_ok=True)
         return True
 
     @contextlib.contextmanager
@@ -121,9 +121,9 @@ class FileStore:
             filename=filename,
             purpose=purpose,
         )
+        draft.path.replace(self.path(found.id))
+        write_whole(self._folder / f"{found.id}.json", msgspec.json.encode(found))
         with self._lock:
-            draft.path.replace(self.path(found.id))
-            write_whole(self._folder / f"{found.id}.json", msgspec.json.encode(found))
             self._files[found.id] = found
         return found
 
