@@ -56,6 +56,7 @@ def test_reports_follow_each_other_and_add_up_to_the_counters(moves: list[tuple]
             assert end_ns is None or spans.begin_ns == end_ns
             lengths = unpack_i64(spans.lengths_ns)
             end_ns = spans.begin_ns + sum(lengths)
+            assert clock.in_flight or end_ns == time.ns
             assert len(spans.states) == len(lengths) == len(unpack_i64(spans.steps))
             assert all(length > 0 for length in lengths)
             for code, length in zip(spans.states, lengths, strict=True):
