@@ -37,7 +37,6 @@ from pipemax.coordinator.events import (
     Paused,
     Resumed,
     StageComputed,
-    StepReturned,
     ToDaemon,
     ToStages,
 )
@@ -55,11 +54,11 @@ from pipemax.coordinator.sessions import ClientId, Sessions
 from pipemax.coordinator.span_watch import SpanWatch
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.coordinator.status import StatusView
-from pipemax.coordinator.step_parts import StepParts, WholeStep
+from pipemax.coordinator.step_parts import StepParts, WholeStep, hand_out
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError, InvariantError, RequestError, WireError
+from pipemax.proto.errors import ConfigError, RequestError, WireError
 from pipemax.proto.messages import control, ingest, spans
 from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.messages.types import Message
@@ -271,25 +270,7 @@ class CoordinatorShell:
         """`whole`: None while a part of the step is missing."""
         if whole is None:
             return
-        rows = self._scheduler.rows_of(step)
-        if len(whole.tokens) != len(rows):
-            # Going on without this step would leave its requests waiting for ever.
-            raise InvariantError(
-                f"step {step} brought {len(whole.tokens)} tokens for {len(rows)} requests"
-            )
-        tokens: list[int] = []
-        stopped: dict[int, str] = {}
-        for index, (row, token) in enumerate(zip(rows, whole.tokens, strict=True)):
-            if not row.samples:
-                self._sessions.scored(row.key, whole.logprobs.get(index))
-                continue
-            tokens.append(token)
-            if token == control.NO_TOKEN:
-                continue
-            stop = self._sessions.token(row.key, token, whole.logprobs.get(index))
-            if stop is not None:
-                stopped[row.key] = stop
-        self._tell(StepReturned(step, tokens, stopped))
+        self._tell(hand_out(step, whole, self._scheduler.rows_of(step), self._sessions))
 
     def _on_kv_report(self, report: control.KvReport) -> None:
         grown_bytes, grown_seconds = self._view.kv_report(report)

@@ -7,9 +7,12 @@ of epochs that ended must not get here.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from pipemax.coordinator.core import PlannedRow
+from pipemax.coordinator.events import StepReturned
 from pipemax.proto.errors import InvariantError
-from pipemax.proto.messages.control import RowLogprobs, RowsSampled, StepDone
+from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, RowsSampled, StepDone
 from pipemax.proto.messages.types import unpack_i32
 
 
@@ -81,6 +84,41 @@ class StepParts:
         for row, token in part.tokens.items():
             tokens[row] = token
         return WholeStep(tokens, {**_by_row(done.logprobs), **part.logprobs})
+
+
+class Outputs(Protocol):
+    """Who turns tokens into text."""
+
+    def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
+        """Logprobs of a request's next prompt token."""
+
+    def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
+        """A request's next token; the stop string that it completes, if any."""
+
+
+def hand_out(
+    step: int, whole: WholeStep, rows: Sequence[PlannedRow], outputs: Outputs
+) -> StepReturned:
+    """Gives `outputs` what is theirs, and the scheduler what is left. `rows` are those of the
+    step's plan; raises InvariantError when they are not as many as there are tokens: going on
+    without the step would leave its requests waiting for ever."""
+    if len(whole.tokens) != len(rows):
+        raise InvariantError(
+            f"step {step} brought {len(whole.tokens)} tokens for {len(rows)} requests"
+        )
+    tokens: list[int] = []
+    stopped: dict[int, str] = {}
+    for index, (row, token) in enumerate(zip(rows, whole.tokens, strict=True)):
+        if not row.samples:
+            outputs.scored(row.key, whole.logprobs.get(index))
+            continue
+        tokens.append(token)
+        if token == NO_TOKEN:
+            continue
+        stop = outputs.token(row.key, token, whole.logprobs.get(index))
+        if stop is not None:
+            stopped[row.key] = stop
+    return StepReturned(step, tokens, stopped)
 
 
 def _by_row(logprobs: Iterable[RowLogprobs]) -> dict[int, RowLogprobs]:
