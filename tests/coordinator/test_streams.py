@@ -149,6 +149,7 @@ def test_requests_of_a_client_that_left_are_given_up(sessions: Sessions, line: L
     line.gone = True
     sessions.token(key, 7)
     assert sessions.deliver() == [key]
+    assert sessions.deliver() == []
     sessions.token(key, 8)
     sessions.finish(done(key, (7, 8)), 1.0)
     sessions.deliver()

@@ -2,15 +2,21 @@
 batches, streamed or not, also while the coordinator dies."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import openai
 import pytest
 
+from pipemax.coordinator.journal_file import state_root
 from pipemax.services.tiny_model import ModelShape, make_demo_model
 from support.http_server import HttpServer
 from support.local_system import LocalSystem, small_config
@@ -147,6 +153,47 @@ def check_batch(client: openai.OpenAI) -> None:
     for n in (0, 19):  # as over HTTP
         expected = whole(client, messages=CHAT, max_tokens=8, seed=n)[0]["text"]
         assert found[f"id-{n}"] == expected
+
+
+def test_the_command(system: LocalSystem, tmp_path: Path) -> None:
+    key = "a-key-of-many-characters"
+    main = "from pipemax.services.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", main, "serve", "--name", system.config.name, "--port", "0"]
+    environment = {**os.environ, "PIPEMAX_API_KEY": key}
+    with (tmp_path / "log").open("w+") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            deadline = time.monotonic() + 60
+            while (found := re.search(r"http://\S+/v1", log := log_of(output))) is None:
+                assert time.monotonic() < deadline, log
+                time.sleep(0.05)
+            url = found.group()
+            with openai.OpenAI(base_url=url, api_key=key, max_retries=10) as client:
+                assert client.models.list().data[0].id == "tiny"
+                stream = client.chat.completions.create(
+                    model="tiny", messages=CHAT, stream=True, max_tokens=5
+                )
+                assert len(list(stream)) > 2
+                client.files.create(file=("a", b"x"), purpose="batch")
+            with (
+                openai.OpenAI(base_url=url, api_key="wrong") as client,
+                pytest.raises(openai.AuthenticationError),
+            ):
+                client.models.list()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(60)
+        log = log_of(output)
+    assert code == 0, log
+    assert log.rstrip().endswith("stopped")
+    assert key not in log
+    assert "Where does it flow" not in log
+    assert (state_root() / "t" / "serve" / "files").is_dir(), "beside the system's journal"
+
+
+def log_of(output: IO[str]) -> str:
+    output.seek(0)
+    return output.read()
 
 
 def test_a_stream_outlives_a_coordinator(system: LocalSystem, client: openai.OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import uvicorn
 from pipemax.coordinator.journal_file import journal_path, state_root
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.process import raise_fd_limit, set_process_name
+from pipemax.services.foreground import handlers
 from pipemax.services.serve.app import System, make_app
 from pipemax.services.serve.settings import ServeSettings, is_loopback
 from pipemax.services.where import Where
@@ -52,10 +54,16 @@ def serve(where: Where, settings: ServeSettings, tell: Callable[[str], None]) ->
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
+    # uvicorn stops at a signal, and then sends it once more to whoever handled it before.
+    stopped: dict[signal.Signals, Callable[[], None]] = {
+        signum: lambda: None for signum in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with handlers(stopped):
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
+    tell("stopped")
 
 
 def folder_of(where: Where) -> Path:
