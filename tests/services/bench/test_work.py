@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipemax.proto.errors import ConfigError
-from pipemax.services.bench.command import dataset_record, load_data
+from pipemax.services.bench.data_flags import dataset_record, load_data
 from pipemax.services.bench.work import (
     BenchRequest,
     jsonl_data,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipemax.services.cli.bench_flags import ThroughputFlags
+from pipemax.services.cli.bench_flags import LimitFlags, ThroughputFlags
 from pipemax.services.cli.flag_group import takes
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
@@ -35,3 +35,14 @@ def throughput(
     from pipemax.services.bench.command import run_throughput
 
     run_throughput(flags, as_json=as_json, output_json=output_json)
+
+
+@bench.command()
+@takes(LimitFlags)
+def limit(flags: LimitFlags, as_json: AsJson = False, output_json: OutputJson = None) -> None:
+    """Measure how fast this machine's cores multiply matrices and read memory, and say how fast
+    any engine could run the requests on them: step by step, under the ideal schedule.
+    """
+    from pipemax.services.bench.limit_command import run_limit
+
+    run_limit(flags, as_json=as_json, output_json=output_json)

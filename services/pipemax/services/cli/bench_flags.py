@@ -83,3 +83,43 @@ class ThroughputFlags(EngineOptions, WorkFlags):
             rich_help_panel=_WORK,
         ),
     ] = None
+
+    limit: Annotated[
+        bool,
+        typer.Option(
+            "--limit",
+            help="Also measure the machine, before anything is started, and say what share of the "
+            "limit for these requests is reached (see `pipemax bench limit`).",
+            rich_help_panel=_WORK,
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitFlags(WorkFlags):
+    """Of `bench limit`."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model folder; its config.json is enough.",
+            show_default="a Llama of 121 million parameters",
+        ),
+    ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|float32|bfloat16|float16",
+            help="Of weights and KV; auto takes the checkpoint's own.",
+        ),
+    ] = "auto"
+    cores: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Cores to count on.", show_default="all usable"),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Most requests at once.", min=1, show_default="all of them"),
+    ] = None
+    seed: Annotated[int, typer.Option(metavar="N", help="Of lengths and tokens.")] = 0
