@@ -1,6 +1,8 @@
 """Files and batches over HTTP, with OpenAI's own client, on a coordinator's own journal: every line
 has its line in one of the two outputs, once, whatever is stopped meanwhile."""
 
+import errno
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import pytest
 from pipemax.client import Jobs
 from pipemax.coordinator.journal_file import state_root
 from pipemax.proto.errors import ConfigError
-from pipemax.services.serve import worker
+from pipemax.services.serve import book, store, worker
 from pipemax.services.serve.book import Book
 from pipemax.services.serve.settings import ServeSettings
 from pipemax.services.serve.store import FileStore
@@ -229,6 +231,52 @@ def test_a_batch_outlives_the_server_and_the_system(runtime_dir: Path) -> None:
         assert (found.status, counts(found)) == ("completed", (700, 700, 0))
         results = [line["custom_id"] for line in lines_of(client, found.output_file_id)]
     assert sorted(results) == sorted(f"id-{n}" for n in range(700))
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_a_full_disk_delays(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    """Wherever it is noticed: what was begun is begun again, and nothing is there twice."""
+    batch = start(client, *(request(f"id-{n}", "w" * (n + 1)) for n in range(5)))
+    numbers = itertools.count()
+    write = store.write_whole
+
+    def failing(path: Path, content: bytes) -> None:
+        if next(numbers) == position:
+            raise OSError(errno.ENOSPC, "no space left")
+        write(path, content)
+
+    monkeypatch.setattr(store, "write_whole", failing)
+    monkeypatch.setattr(book, "write_whole", failing)
+    found = wait_for(client, batch)
+    assert (found.status, counts(found)) == ("completed", (5, 5, 0))
+    results = lines_of(client, found.output_file_id)
+    assert sorted(line["custom_id"] for line in results) == [f"id-{n}" for n in range(5)]
+    assert len(client.files.list().data) == 2
+
+
+def test_a_disk_that_is_full_at_once(
+    client: openai.OpenAI, server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = client.files.create(file=("a", b"x"), purpose="batch")
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(store, "write_whole", full)
+    monkeypatch.setattr(book, "write_whole", full)
+    body = {"input_file_id": file.id, "endpoint": ENDPOINT, "completion_window": "24h"}
+    form_type = {"Content_Type": "multipart/form-data; boundary=b"}
+    for found in (
+        raw(server, "POST", "/v1/batches", body),
+        raw(server, "POST", "/v1/files", form(PURPOSE, FILE), **form_type),
+    ):
+        assert (found[0], error_of(found)["code"]) == (507, "disk_full")
+    assert client.batches.list().data == []
+    assert [found.id for found in client.files.list()] == [file.id]
+    left = sorted(path.name for path in (state_root() / "serve" / "files").iterdir())
+    assert left == [f"{file.id}.data", f"{file.id}.json"]
 
 
 def test_what_a_batch_must_say(client: openai.OpenAI, server: HttpServer) -> None:

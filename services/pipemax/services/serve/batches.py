@@ -2,7 +2,8 @@
 
 import re
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.requests import Request
@@ -12,11 +13,12 @@ from pipemax.services.batch.openai_results import CHAT_URL, COMPLETIONS_URL
 from pipemax.services.serve.body import read_json
 from pipemax.services.serve.book import Batch, Book, new_batch_id, shown
 from pipemax.services.serve.errors import ApiError
-from pipemax.services.serve.files import check_query, list_body, page_of
+from pipemax.services.serve.files import check_query, disk_error, list_body, page_of
 from pipemax.services.serve.settings import ServeSettings
 from pipemax.services.serve.store import FileStore
 from pipemax.services.serve.worker import Worker
 
+T = TypeVar("T")
 ENDPOINTS = (CHAT_URL, COMPLETIONS_URL)
 WINDOW_PATTERN = r"^[1-9][0-9]{0,3}[mhd]$"
 MAX_METADATA = 16
@@ -49,7 +51,7 @@ class Batches:
         if found.purpose != "batch":
             text = f"{found.id} is of the purpose {found.purpose!r}; upload one for 'batch'"
             raise ApiError(400, "purpose", text, param="input_file_id")
-        await anyio.to_thread.run_sync(self._book.add, batch)
+        await _kept(lambda: self._book.add(batch))
         self._worker.look()
         return JSONResponse(shown(batch))
 
@@ -74,7 +76,7 @@ class Batches:
                 cancelling_at=int(time.time()),
             )
 
-        batch = await anyio.to_thread.run_sync(change)
+        batch = await _kept(change)
         if batch.status not in ("cancelling", "cancelled"):
             text = f"{batch_id} is {batch.status}; only what is not done can be cancelled"
             raise ApiError(409, "invalid_status", text)
@@ -87,6 +89,14 @@ class Batches:
         if found is None:
             raise ApiError(404, "batch_not_found", f"there is no batch {batch_id!r:.80}")
         return found
+
+
+async def _kept(write: Callable[[], T]) -> T:
+    """Waits for the disk. Raises ApiError when it cannot be written."""
+    try:
+        return await anyio.to_thread.run_sync(write)
+    except OSError as error:
+        raise disk_error(error) from error
 
 
 def new_batch(body: dict[str, Any], now: int) -> Batch:

@@ -45,10 +45,7 @@ class Files:
             with self._store.writing(new_file_id()) as draft:
                 found = await self._receive(form, body, draft, most_bytes)
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            status, code = (507, "disk_full") if full else (500, "disk")
-            text = f"the file cannot be kept: {error.strerror}"
-            raise ApiError(status, code, text) from error
+            raise disk_error(error) from error
         self._on_kept(found.bytes)
         return JSONResponse(shown(found))
 
@@ -103,6 +100,12 @@ class Files:
         if found is None:
             raise ApiError(404, "file_not_found", f"there is no file {file_id!r:.80}")
         return found
+
+
+def disk_error(error: OSError) -> ApiError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    status, code = (507, "disk_full") if full else (500, "disk")
+    return ApiError(status, code, f"it cannot be kept: {error.strerror}")
 
 
 def shown(file: StoredFile) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _WORDS = {
     413: "Larger than this server's limit",
     415: "Another content type",
     429: "Too much at once; try again after the time in Retry-After",
-    500: "The request was accepted and failed",
+    500: "It failed, and not for what was asked",
     503: "No system, or one that is shutting down; try again after the time in Retry-After",
     507: "The disk is full",
 }

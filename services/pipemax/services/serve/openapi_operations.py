@@ -14,6 +14,7 @@ def paths(with_keys: bool) -> Schema:
     key: Schema = {"security": [{"key": []}]} if with_keys else {}
     keyed = (401,) if with_keys else ()
     body = (400, 408, 413, 415)
+    disk = (500, 507)
 
     def operation(
         name: str,
@@ -106,7 +107,7 @@ def paths(with_keys: bool) -> Schema:
                 "Upload a file of batch lines",
                 json_of("File"),
                 *body,
-                507,
+                *disk,
                 requestBody=sent("Upload", "multipart/form-data"),
                 links=to_file,
             ),
@@ -153,6 +154,7 @@ def paths(with_keys: bool) -> Schema:
                 json_of("Batch"),
                 *body,
                 404,
+                *disk,
                 requestBody=sent("BatchRequest"),
                 links=to_batch,
             ),
@@ -178,6 +180,7 @@ def paths(with_keys: bool) -> Schema:
                 json_of("Batch"),
                 404,
                 409,
+                *disk,
                 parameters=[batch_id],
             )
         },

@@ -122,7 +122,11 @@ class FileStore:
             purpose=purpose,
         )
         draft.path.replace(self.path(found.id))
-        write_whole(self._folder / f"{found.id}.json", msgspec.json.encode(found))
+        try:
+            write_whole(self._folder / f"{found.id}.json", msgspec.json.encode(found))
+        except OSError:
+            self.path(found.id).unlink(missing_ok=True)
+            raise
         with self._lock:
             self._files[found.id] = found
         return found
