@@ -183,12 +183,12 @@ def test_clients_of_two_doors_with_one_identity_are_two(tmp_path: Path) -> None:
                 client, (frame,) = received
                 whose[frame] = client
         assert whose[b"near"] != whose[b"far"]
-        doors.send(whose[b"far"], b"to far")
+        doors.send(whose[b"far"], StatusQuery())
         assert far.poll(20_000)
-        assert far.recv() == b"to far"
+        assert far.recv() == encode(StatusQuery())
         assert not near.poll(0)
         with pytest.raises(ConnectionError):
-            doors.send(b"lnobody", b"")
+            doors.send(b"lnobody", StatusQuery())
         assert doors.receive() is None
     finally:
         doors.close()

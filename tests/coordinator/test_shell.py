@@ -143,7 +143,7 @@ def test_a_plan_leaves_before_results_are_turned_into_text(
     commands = [result, ToStages(plan)]
     monkeypatch.setattr(shell._scheduler, "handle", lambda event, now: commands)
     monkeypatch.setattr(shell._sessions, "finish", finish)
-    monkeypatch.setattr(shell, "_send_frame", lambda identity, frame: order.append("plan"))
+    monkeypatch.setattr(shell._control, "to_stages", lambda message: order.append("plan"))
     shell._tell(Cancelled(1))
     assert order == ["plan", "result"]
 

@@ -12,8 +12,10 @@ from pipemax.proto.curve import Gate
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.key_files import AllowedClients, load_server, replace_file
 from pipemax.proto.messages.registry import INGEST
+from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import INGEST_ENDPOINT_FILE, socket_endpoint
 from pipemax.proto.sockets import beat, make_router
+from pipemax.proto.wire import encode
 
 ANSWERS_QUEUED = 1000
 """Answers that wait in the socket for one client; further results wait in its session."""
@@ -84,11 +86,11 @@ class Doors:
             return door + identity, frames
         return None
 
-    def send(self, client: bytes, frame: bytes) -> None:
+    def send(self, client: bytes, message: Message) -> None:
         """Raises BlockingIOError when the client's queue is full, ConnectionError when it is
         gone."""
         try:
-            self._sockets[client[:1]].send_multipart((client[1:], frame), zmq.NOBLOCK)
+            self._sockets[client[:1]].send_multipart((client[1:], encode(message)), zmq.NOBLOCK)
         except zmq.Again as error:
             raise BlockingIOError(str(error)) from error
         except zmq.ZMQError as error:

@@ -1,11 +1,4 @@
-"""The coordinator process: feeds sockets into the cores and carries out what they answer.
-
-What a client can cost the others is bounded in size (frames, queued messages, credits) and in time
-(INGEST_SLICE_S), with two exceptions. A message of endless parts is kept by libzmq until its last
-part or until the peer leaves: no socket option counts parts, and sockets without parts are not in
-its stable interface. And one prompt is tokenised in one go, up to the text that `max_model_len`
-tokens could spell. Who clients may be is `doors.py`'s.
-"""
+"""The coordinator process: feeds sockets into the cores and carries out what they answer."""
 
 import hashlib
 import logging
@@ -17,14 +10,14 @@ from pathlib import Path
 import zmq
 
 from pipemax.coordinator.assembly import (
-    DAEMON,
     Action,
     Assembly,
     ResetAll,
-    sampler_name,
     stage_name,
 )
 from pipemax.coordinator.capacity import check_capacity
+from pipemax.coordinator.client_desk import ClientDesk
+from pipemax.coordinator.control_link import LAUNCHER, ControlLink
 from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.doors import Doors
 from pipemax.coordinator.events import (
@@ -37,12 +30,12 @@ from pipemax.coordinator.events import (
     Paused,
     Resumed,
     StageComputed,
+    StepReturned,
     ToDaemon,
     ToStages,
 )
 from pipemax.coordinator.job_eta import JobEta
 from pipemax.coordinator.jobs import JobLimits, Jobs
-from pipemax.coordinator.jobs_round import JobMessage
 from pipemax.coordinator.journal import JournalLimits
 from pipemax.coordinator.journal_file import journal_path
 from pipemax.coordinator.live_spans import LiveSpans
@@ -50,7 +43,7 @@ from pipemax.coordinator.liveness import Liveness
 from pipemax.coordinator.metrics import Metrics
 from pipemax.coordinator.phases import make_prefill
 from pipemax.coordinator.policy import make_policy
-from pipemax.coordinator.sessions import ClientId, Sessions
+from pipemax.coordinator.sessions import Sessions
 from pipemax.coordinator.span_watch import SpanWatch
 from pipemax.coordinator.state import SchedulerLimits
 from pipemax.coordinator.status import StatusView
@@ -58,28 +51,15 @@ from pipemax.coordinator.step_parts import StepParts, WholeStep, hand_out
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError, RequestError, WireError
+from pipemax.proto.errors import ConfigError, InvariantError
 from pipemax.proto.messages import control, ingest, spans
-from pipemax.proto.messages.registry import CONTROL, INGEST
 from pipemax.proto.messages.types import Message
-from pipemax.proto.rundir import socket_endpoint
-from pipemax.proto.sockets import bind_router, identity_of
-from pipemax.proto.wire import Codec, encode, single_frame
 
 log = logging.getLogger(__name__)
 
-INGEST_BATCH = 64
-"""Client messages handled, at most, before control messages get their turn again."""
-INGEST_SLICE_S = 0.002
-"""CPU time after which they get it however few client messages were handled. Time that others had
-the core does not count: they would take it from the clients alone, and steps come with few requests
-when those are not heard. The pipeline waits for as long at worst, with every step while clients
-submit."""
-CONTROL_SLICE_S = 0.1
-"""The other way round: a coordinator that stages keep busy still answers, and tells how busy."""
 IDLE_POLL_MS = 200
 JOB_SLICE_S = 0.002
-"""The same for tokenising the requests of jobs."""
+"""CPU time for tokenising the requests of jobs, in each round of the loop; see INGEST_SLICE_S."""
 SNAPSHOT_INTERVAL_S = 0.2
 
 
@@ -105,7 +85,10 @@ class CoordinatorShell:
         self._assembly = Assembly(config.pipeline_parallel_size, config.sampler_workers)
         self._parts = StepParts()
         self._liveness = Liveness(config.hung_after_s)
-        self._sessions = Sessions(config, text, self._send_client)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._control = ControlLink(self._context, config, run_dir)
+        self._doors = Doors(self._context, config, run_dir)
+        self._sessions = Sessions(config, text, self._doors.send)
         self._jobs = Jobs(
             journal_path(config.name),
             _settings_of(config),
@@ -119,25 +102,23 @@ class CoordinatorShell:
         )
         self._view = StatusView(config, self._instance_id, self._scheduler.state, self._assembly)
         self.metrics = Metrics(config.served_model_name, lambda: self._view.latest)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._control = bind_router(self._context, socket_endpoint(run_dir, "control"), CONTROL)
-        self._doors = Doors(self._context, config, run_dir)
-        self._control_codec = Codec(CONTROL, at_binder=True)
-        self._ingest_codec = Codec(INGEST, at_binder=True)
-        stages, samplers = range(config.pipeline_parallel_size), range(config.sampler_workers)
-        self._names = {
-            **{identity_of("stage", index): stage_name(index) for index in stages},
-            **{identity_of("sampler", index): sampler_name(index) for index in samplers},
-            identity_of("kv_daemon"): DAEMON,
-        }
         self._launcher = False
-        self._draining = False
         self._drained = False
         self._stopping = False
         self._next_snapshot = 0.0
         self.live_spans = LiveSpans()
-        self._spans = SpanWatch(self._send_all, self._send_client, self.live_spans)
+        self._spans = SpanWatch(self._control.to_all, self._doors.send, self.live_spans)
         self._job_eta = JobEta()
+        self._clients = ClientDesk(
+            self._doors,
+            self._server_hello(),
+            self._sessions,
+            self._jobs,
+            self._spans,
+            self._view.refresh,
+            self._tell,
+            self._cancel,
+        )
 
     def stop(self) -> None:
         """End the loop; safe from a signal handler."""
@@ -151,7 +132,7 @@ class CoordinatorShell:
         """Serve until stopped. Raises PipemaxError when the system cannot work as configured."""
         stopped = False
         poller = zmq.Poller()
-        poller.register(self._control, zmq.POLLIN)
+        poller.register(self._control.socket, zmq.POLLIN)
         more = False
         try:
             self._doors.open()
@@ -162,7 +143,7 @@ class CoordinatorShell:
                 poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
                 self._view.waited(time.monotonic() - polled_at)
                 self._receive_control()
-                more = self._receive_ingest()
+                more = self._clients.receive()
                 self._serve_jobs()
                 self._finish_round()
             stopped = True
@@ -177,23 +158,13 @@ class CoordinatorShell:
     # Control
 
     def _receive_control(self) -> None:
-        until = time.monotonic() + CONTROL_SLICE_S
-        while time.monotonic() < until:
-            try:
-                identity, *frames = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = self._control_codec.decode(single_frame(frames, CONTROL))
-            except WireError as error:
-                log.error("control message of %r refused: %s", identity, error)
-                continue
+        for identity, message in self._control.receive():
             self._on_control(identity, message)
             self._heard(identity)
 
     def _heard(self, identity: bytes) -> None:
         """A process that is ready beats from its work loop; one that loads does not."""
-        name = self._names.get(identity)
+        name = self._control.names.get(identity)
         if name is None:
             return
         if self._assembly.peers[name].ready is None:
@@ -205,21 +176,21 @@ class CoordinatorShell:
         match message:
             case control.Hello():
                 self._on_hello(identity, message)
-            case control.Drain() if identity == identity_of("launcher"):
+            case control.Drain() if identity == LAUNCHER:
                 self._drain()
-            case _ if identity not in self._names:
+            case _ if identity not in self._control.names:
                 log.error("control message of unknown process %r", identity)
-            case control.StepDone() if self._names[identity] == stage_name(message.stage):
+            case control.StepDone() if self._control.names[identity] == stage_name(message.stage):
                 self._on_step_done(message)
             case control.RowsSampled() if self._is_current(message.epoch):
-                self._view.rows_sampled(self._names[identity], len(message.rows) // 4)
+                self._view.rows_sampled(self._control.names[identity], len(message.rows) // 4)
                 self._step_returned(message.step, self._parts.rows_sampled(message))
             case control.Beat():
-                self._view.stage_seconds(self._names[identity], message.state_seconds)
+                self._view.stage_seconds(self._control.names[identity], message.state_seconds)
             case control.StageReady() | control.SamplerReady() | control.KvReady():
-                self._act(self._assembly.ready(self._names[identity], message))
+                self._act(self._assembly.ready(self._control.names[identity], message))
             case control.ResetDone(epoch=epoch, num_host_blocks=num_host_blocks):
-                name = self._names[identity]
+                name = self._control.names[identity]
                 self._act(self._assembly.reset_done(name, epoch, num_host_blocks))
             case control.Stored(requests=keys, indices=indices) if self._is_current(message.epoch):
                 self._tell(BlocksStored(keys, indices))
@@ -230,12 +201,12 @@ class CoordinatorShell:
             case spans.StageSpans() | spans.CopySpans():
                 self._spans.report(message)
             case control.Failure(error=error):
-                log.error("%s failed: %s", self._names[identity], error)
+                log.error("%s failed: %s", self._control.names[identity], error)
             case _:
                 pass  # of an epoch that ended
 
     def _on_hello(self, identity: bytes, message: control.Hello) -> None:
-        if identity not in self._names and identity != identity_of("launcher"):
+        if identity not in self._control.names and identity != LAUNCHER:
             log.error("Hello of a process that is not configured: %r", identity)
             return
         if message.protocol != PROTOCOL_VERSION:
@@ -244,15 +215,15 @@ class CoordinatorShell:
                 f"{message.role} {message.index} speaks protocol {message.protocol}, this "
                 f"coordinator {PROTOCOL_VERSION}; start all processes from one installation"
             )
-        if identity not in self._names:
+        if identity not in self._control.names:
             self._launcher = True
-            self._send_control(identity, control.Welcome(instance_id=self._instance_id))
+            self._control.to(identity, control.Welcome(instance_id=self._instance_id))
             if self._assembly.running:
                 ready = control.SystemReady(epoch=self._assembly.epoch)
-                self._send_control(identity, ready)
+                self._control.to(identity, ready)
             return
-        self._send_control(identity, control.Welcome(instance_id=self._instance_id))
-        self._act(self._assembly.hello(self._names[identity], message))
+        self._control.to(identity, control.Welcome(instance_id=self._instance_id))
+        self._act(self._assembly.hello(self._control.names[identity], message))
 
     def _on_step_done(self, message: control.StepDone) -> None:
         wait_kv_s = self._view.stage_step(message.stage, message.state_seconds)
@@ -286,7 +257,7 @@ class CoordinatorShell:
                 case ResetAll(message):
                     log.info("reset to epoch %d", message.epoch)
                     self._parts.reset()
-                    self._send_all(message)
+                    self._control.to_all(message)
                 case Paused():
                     log.warning("paused: waiting for %s", ", ".join(self._assembly.missing))
                     self._tell(action)
@@ -296,78 +267,16 @@ class CoordinatorShell:
                     self._tell(action)
                     if self._launcher:
                         ready = control.SystemReady(epoch=action.epoch)
-                        self._send_control(identity_of("launcher"), ready)
+                        self._control.to_launcher(ready)
 
-    # Clients
-
-    def _receive_ingest(self) -> bool:
-        """Handle some client messages; returns whether there may be more."""
-        until = time.thread_time() + INGEST_SLICE_S
-        for _ in range(INGEST_BATCH):
-            if time.thread_time() > until:
-                break
-            received = self._doors.receive()
-            if received is None:
-                return False
-            client, frames = received
-            try:
-                self._on_client(client, self._ingest_codec.decode(single_frame(frames, INGEST)))
-            except WireError as error:
-                self._answer(client, _refused(None, error.code, str(error)))
-            if self._jobs.has_messages:
-                break
-        return True
-
-    def _on_client(self, client: ClientId, message: Message) -> None:
-        match message:
-            case ingest.ClientHello(protocol=protocol):
-                if protocol != PROTOCOL_VERSION:
-                    text = f"this server speaks protocol {PROTOCOL_VERSION}, not {protocol}"
-                    self._answer(client, _refused(None, "protocol", text))
-                else:
-                    self._answer(client, self._server_hello())
-            case ingest.Submit():
-                self._on_submit(client, message)
-            case ingest.Cancel(request_id=request_id):
-                key = self._sessions.key_of(client, request_id)
-                if key is None:
-                    text = f"no unfinished request has the id {request_id!r}"
-                    self._answer(client, _refused(request_id, "unknown_id", text))
-                else:
-                    self._cancel(key)
-            case ingest.PartialTaken(number=number):
-                self._sessions.taken(client, number)
-            case spans.WatchSpans(seconds=seconds):
-                self._on_watch(client, seconds)
-            case ingest.StatusQuery():
-                self._answer(client, self._view.refresh())
-            case _ if isinstance(message, JobMessage):
-                self._jobs.receive(client, message)
-            case _:
-                raise WireError("unknown_type", f"{type(message).__name__} is not expected here")
-
-    def _on_watch(self, client: ClientId, seconds: float) -> None:
-        try:
-            self._spans.watch(client, seconds, time.monotonic())
-        except RequestError as error:
-            self._answer(client, _refused(None, error.code, str(error)))
-
-    def _on_submit(self, client: ClientId, submit: ingest.Submit) -> None:
-        try:
-            if self._draining:
-                raise RequestError("draining", "the system is shutting down and takes no requests")
-            event = self._sessions.accept(client, submit, time.monotonic())
-        except RequestError as error:
-            self._answer(client, _refused(submit.request_id, error.code, str(error)))
-            return
-        self._tell(event)
+    # Jobs
 
     def _serve_jobs(self) -> None:
         """What is known of jobs goes to the journal; then answers leave, and requests start."""
         waiting = self._scheduler.state.waiting
         answers, unwanted = self._jobs.write(waiting, may_start=self._assembly.running)
         for client, answer in answers:
-            self._answer(client, answer)
+            self._clients.answer(client, answer)
         for key in unwanted:
             self._cancel(key)
         until = time.thread_time() + JOB_SLICE_S
@@ -377,7 +286,7 @@ class CoordinatorShell:
     def _drain(self) -> None:
         """No new requests. Of jobs those are finished that run."""
         log.info("draining: no new requests are accepted")
-        self._draining = self._view.draining = True
+        self._clients.draining = self._view.draining = True
         waiting = self._scheduler.state.waiting.items()
         for key in self._jobs.drain({k for k, r in waiting if r.admitted_at is None}):
             self._cancel(key)
@@ -417,11 +326,9 @@ class CoordinatorShell:
     def _carry_out(self, command: ToStages | ToDaemon) -> None:
         match command:
             case ToStages(message):
-                frame = encode(message)
-                for stage in range(self._config.pipeline_parallel_size):
-                    self._send_frame(identity_of("stage", stage), frame)
+                self._control.to_stages(message)
             case ToDaemon(message):
-                self._send_control(identity_of("kv_daemon"), message)
+                self._control.to_daemon(message)
 
     def _finish_round(self) -> None:
         for key in self._sessions.over_time(time.monotonic()):
@@ -430,51 +337,20 @@ class CoordinatorShell:
             self._cancel(key)
         self.metrics.collector.undelivered = self._sessions.undelivered
         idle = self._sessions.is_idle and self._jobs.is_idle
-        if self._draining and not self._drained and idle:
+        if self._clients.draining and not self._drained and idle:
             self._drained = True
-            self._send_control(identity_of("launcher"), control.Drained())
+            self._control.to_launcher(control.Drained())
         now = time.monotonic()
         for process, silent_s in self._liveness.silent(now):
             log.error("%s has said nothing for %.0f s", process, silent_s)
             hung = control.Unresponsive(process=process, silent_s=silent_s)
-            self._send_control(identity_of("launcher"), hung)
+            self._control.to_launcher(hung)
         self._spans.tick(now)
         if now >= self._next_snapshot:
             totals = self.metrics.collector.jobs = self._jobs.totals()
             self._view.jobs = self._job_eta.progress(totals.unfinished, now)
             self._view.refresh()
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
-
-    def _send_all(self, message: Message) -> None:
-        """To stages and daemon."""
-        for identity in self._names:
-            self._send_control(identity, message)
-
-    def _send_control(self, identity: bytes, message: Message) -> None:
-        self._send_frame(identity, encode(message))
-
-    def _send_frame(self, identity: bytes, frame: bytes) -> None:
-        """A process that is gone will say Hello when it is back and be reset; until then what it
-        misses is void."""
-        try:
-            self._control.send_multipart((identity, frame), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            log.warning("message to %s is lost: %s", identity.decode(), error)
-
-    def _send_client(self, client: ClientId, message: Message) -> None:
-        """Raises BlockingIOError or ConnectionError; see Sessions."""
-        self._doors.send(client, encode(message))
-
-    def _answer(self, client: ClientId, message: Message) -> None:
-        """An immediate answer; a client that cannot take it loses it."""
-        try:
-            self._send_client(client, message)
-        except (BlockingIOError, ConnectionError) as error:
-            log.debug("answer to a client is lost: %s", error)  # it must not fill our disk
-
-
-def _refused(request_id: str | None, code: str, message: str) -> ingest.Refused:
-    return ingest.Refused(request_id=request_id, code=code, message=message[:4096])
 
 
 def _settings_of(config: EngineConfig) -> str:

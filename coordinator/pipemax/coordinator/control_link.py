@@ -1,0 +1,87 @@
+"""The control socket: what stages, samplers, the KV daemon and the launcher say, and what they are
+told. Each is known by the identity that its role and index give it."""
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import zmq
+
+from pipemax.coordinator.assembly import DAEMON, sampler_name, stage_name
+from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import WireError
+from pipemax.proto.messages.registry import CONTROL
+from pipemax.proto.messages.types import Message
+from pipemax.proto.rundir import socket_endpoint
+from pipemax.proto.sockets import bind_router, identity_of
+from pipemax.proto.wire import Codec, encode, single_frame
+
+LAUNCHER = identity_of("launcher")
+CONTROL_SLICE_S = 0.1
+"""Time after which clients get their turn: a coordinator that stages keep busy still answers, and
+tells how busy."""
+
+log = logging.getLogger(__name__)
+
+
+class ControlLink:
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", config: EngineConfig, run_dir: Path
+    ) -> None:
+        self.socket = bind_router(context, socket_endpoint(run_dir, CONTROL.name), CONTROL)
+        self._codec = Codec(CONTROL, at_binder=True)
+        stages, samplers = range(config.pipeline_parallel_size), range(config.sampler_workers)
+        self._stages = [identity_of("stage", index) for index in stages]
+        self._daemon = identity_of("kv_daemon")
+        self.names = {
+            **{identity: stage_name(index) for index, identity in enumerate(self._stages)},
+            **{identity_of("sampler", index): sampler_name(index) for index in samplers},
+            self._daemon: DAEMON,
+        }
+        """Of the processes that make up the system, by identity."""
+
+    def receive(self) -> Iterator[tuple[bytes, Message]]:
+        """Messages that have arrived and whose they are, for a slice of time at most. What cannot
+        be read is logged and left out."""
+        until = time.monotonic() + CONTROL_SLICE_S
+        while time.monotonic() < until:
+            try:
+                identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = self._codec.decode(single_frame(frames, CONTROL))
+            except WireError as error:
+                log.error("control message of %r refused: %s", identity, error)
+                continue
+            yield identity, message
+
+    def to_all(self, message: Message) -> None:
+        """To stages, samplers and daemon."""
+        frame = encode(message)
+        for identity in self.names:
+            self._send(identity, frame)
+
+    def to_stages(self, message: Message) -> None:
+        frame = encode(message)
+        for identity in self._stages:
+            self._send(identity, frame)
+
+    def to_daemon(self, message: Message) -> None:
+        self._send(self._daemon, encode(message))
+
+    def to_launcher(self, message: Message) -> None:
+        self._send(LAUNCHER, encode(message))
+
+    def to(self, identity: bytes, message: Message) -> None:
+        """To the process of this identity."""
+        self._send(identity, encode(message))
+
+    def _send(self, identity: bytes, frame: bytes) -> None:
+        """A process that is gone will say Hello when it is back and be reset; until then what it
+        misses is void."""
+        try:
+            self.socket.send_multipart((identity, frame), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("message to %s is lost: %s", identity.decode(), error)
