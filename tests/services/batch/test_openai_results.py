@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
+import msgspec
+
 from pipemax.client import Completion
 from pipemax.proto.messages.ingest import Choice, TokenLogprob
 from pipemax.services.batch.openai_lines import BatchRequest
