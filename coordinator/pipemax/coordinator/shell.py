@@ -30,7 +30,6 @@ from pipemax.coordinator.events import (
     Paused,
     Resumed,
     StageComputed,
-    StepReturned,
     ToDaemon,
     ToStages,
 )
@@ -51,7 +50,7 @@ from pipemax.coordinator.step_parts import StepParts, WholeStep, hand_out
 from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError, InvariantError
+from pipemax.proto.errors import ConfigError
 from pipemax.proto.messages import control, ingest, spans
 from pipemax.proto.messages.types import Message
 
