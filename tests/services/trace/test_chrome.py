@@ -30,7 +30,7 @@ def report(begin_ns: int, *spans: tuple[str, int, int], pid: int = 7, before: An
 
 def events_of(*reports: StageSpans | CopySpans) -> list[dict[str, Any]]:
     out = io.StringIO()
-    trace = ChromeTrace(out, {"model": 'a "name"'})
+    trace = ChromeTrace(out, 2, {"model": 'a "name"'})
     for one in reports:
         trace.add(one)
     trace.close()
@@ -77,12 +77,14 @@ def test_copies_have_threads_of_their_own_and_threads_have_names() -> None:
         ("load", 1, 2, 0.0, 1.0, {"bytes": 4096}),
         ("store", 1, 3, 0.005, 2.0, {"bytes": 2**33}),
     ]
+    processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert processes == ["stage 0", "stage 1"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert names == {1: "state", 2: "KV: host to device", 3: "KV: device to host"}
 
 
 def test_an_empty_trace_is_valid_too() -> None:
-    assert events_of() == []
+    assert complete(events_of()) == []
 
 
 def test_spans_add_up_or_what_is_missing_is_told() -> None:

@@ -31,16 +31,17 @@ class ChromeTrace:
     message's end cut in two are joined. `close` ends the file; one that was not closed is refused
     by strict readers."""
 
-    def __init__(self, out: TextIO, about: dict[str, Any]) -> None:
+    def __init__(self, out: TextIO, num_stages: int, about: dict[str, Any]) -> None:
         """`about`: goes into the file, for people."""
         self._out = out
         self._first = True
         self._zero_ns: int | None = None
-        self._known: set[int] = set()
         self._open: dict[int, _Span] = {}
         """By stage: may go on in its next report."""
         head = {"displayTimeUnit": "ms", "otherData": about}
         self._out.write(json.dumps(head)[:-1] + ', "traceEvents": [\n')
+        for stage in range(num_stages):  # viewers show processes in the order of their names
+            self._introduce(stage)
 
     def add(self, report: StageSpans | CopySpans) -> None:
         if isinstance(report, StageSpans):
@@ -55,7 +56,6 @@ class ChromeTrace:
         self._out.write("\n]}\n")
 
     def _add_stage(self, report: StageSpans) -> None:
-        self._introduce(report.stage)
         begin_ns = report.begin_ns
         lengths, steps = unpack_i64(report.lengths_ns), unpack_i64(report.steps)
         before = self._open.pop(report.stage, None)
@@ -81,15 +81,11 @@ class ChromeTrace:
         for code, stage, begin_ns, length_ns, size in zip(
             report.directions, *map(unpack_i64, columns), strict=True
         ):
-            self._introduce(stage)
             thread = _STORE if code else _LOAD
             name = "store" if code else "load"
             self._event(stage, thread, name, "kv", begin_ns, length_ns, {"bytes": size})
 
     def _introduce(self, stage: int) -> None:
-        if stage in self._known:
-            return
-        self._known.add(stage)
         self._meta(stage, 0, "process_name", {"name": f"stage {stage}"})
         self._meta(stage, 0, "process_sort_index", {"sort_index": stage})
         for thread, name in _THREADS.items():

@@ -42,7 +42,7 @@ def record(where: Where, seconds: float, path: Path) -> Recording:
     partial = path.with_name(path.name + ".part")
     try:
         with partial.open("w") as out:
-            trace = ChromeTrace(out, about)
+            trace = ChromeTrace(out, len(status.stages), about)
             for report in collect(where, len(status.stages), seconds):
                 trace.add(report)
                 if isinstance(report, StageSpans):
