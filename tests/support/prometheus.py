@@ -1,5 +1,6 @@
 """A real Prometheus for tests: Debian's package `prometheus`, on a free port, in a folder."""
 
+import http
 import json
 import os
 import re
@@ -99,14 +100,17 @@ class Prometheus:
             error.add_note(self._log.read_text()[-3000:])
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The answer's `data`. A query that Prometheus refuses fails with its reason."""
+        """The answer's `data`. A query that Prometheus refuses fails with its reason. Raises
+        ConnectionError while it starts, when it listens but answers in no JSON."""
         url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=10) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
-            reason = json.load(error)["error"]
-            error.close()
+            with error:
+                if error.code == http.HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise ConnectionError("it starts") from None
+                reason = json.load(error)["error"]
             raise AssertionError(f"{parameters}: {reason}") from None
 
     def series(self, expr: str) -> list[Any]:
