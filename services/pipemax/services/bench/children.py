@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ class Child:
                 stderr=self._errors,
                 text=True,
                 env={**os.environ, **(environment or {})},
+                start_new_session=True,  # `close` ends what it has started, too
             )
         except OSError as error:
             self._errors.close()
@@ -67,7 +69,7 @@ class Child:
         try:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._errors.close()
 

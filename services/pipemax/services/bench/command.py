@@ -18,6 +18,7 @@ from pipemax.services.bench.model import model_folder
 from pipemax.services.bench.model_cost import cost_of, dtype_of
 from pipemax.services.bench.outcome import Side, Throughput, report_data, report_lines
 from pipemax.services.bench.output import show, surroundings, tell
+from pipemax.services.bench.peers import Peer, PeerFlags, Setting, find_peer, peer_engine
 from pipemax.services.bench.work import Data, Work
 from pipemax.services.cli.bench_flags import ThroughputFlags
 from pipemax.services.launcher.rundir_files import sweep
@@ -25,6 +26,7 @@ from pipemax.services.machine import usable_cores
 from pipemax.services.modelled_config import MODELLED
 from pipemax.stage_worker.model.inspect import inspect_model
 
+_ROUNDS_AGAINST = 5
 _MODELLED_VOCAB = 4096
 """Token ids that every model of the catalogue has."""
 
@@ -43,10 +45,13 @@ def run_throughput(flags: ThroughputFlags, *, as_json: bool, output_json: Path |
         data = load_data(flags, folder, _vocab_size(flags, folder), flags.seed)
         rounds = [data.round(number) for number in range(_num_rounds(flags, data))]
         longest = max(request.total_tokens for request in rounds[0])
+        peer = _peer(flags, folder, longest)
         found = _limit(flags, folder, rounds[0]) if flags.limit else None
         with contextlib.ExitStack() as stack:
             name = f"PipeMax {version('pipemax')}"
             engines: list[Engine] = [stack.enter_context(our_engine(flags, longest, name))]
+            if peer is not None:
+                engines.append(stack.enter_context(peer_engine(peer, tell)))
             sides = take_turns(engines, rounds)
     size = Throughput.of(rounds[0])
     _report(flags, sides, size, found, as_json=as_json, output_json=output_json)
@@ -76,6 +81,36 @@ def _report(
     show(lines, data, as_json=as_json, output_json=output_json)
 
 
+def _peer(flags: ThroughputFlags, folder: Path, longest_tokens: int) -> Peer | None:
+    """Raises ConfigError for flags that do not go together, and what is not there."""
+    if flags.against is None:
+        for flag in ("peer", "peer_model", "peer_arg", "peer_env"):
+            if getattr(flags, flag) is not None:
+                raise ConfigError(f"--{flag.replace('_', '-')} goes with --against ENGINE")
+        return None
+    if flags.device != "cpu":
+        raise ConfigError(
+            f"--against {flags.against} with --device {flags.device} is not implemented: two "
+            "engines are loaded at once, and would share the GPU's memory; measure on the CPU"
+        )
+    asked = PeerFlags(
+        against=flags.against,
+        place=flags.peer,
+        model=flags.peer_model,
+        arguments=tuple(flags.peer_arg or ()),
+        environment=tuple(flags.peer_env or ()),
+    )
+    setting = Setting(
+        model=folder.absolute(),
+        dtype=flags.dtype,
+        load_format=flags.load_format,
+        longest_tokens=longest_tokens,
+        enable_prefix_caching=flags.enable_prefix_caching,
+        cores=used_cores(usable_cores()),
+    )
+    return find_peer(asked, setting)
+
+
 def _limit(flags: ThroughputFlags, folder: Path, work: Work) -> Limit:
     """Of all usable cores. Raises ConfigError for a device of which nothing is known."""
     if flags.device != "cpu":
@@ -90,7 +125,7 @@ def _limit(flags: ThroughputFlags, folder: Path, work: Work) -> Limit:
 
 
 def _num_rounds(flags: ThroughputFlags, data: Data) -> int:
-    rounds = flags.rounds or 1
+    rounds = flags.rounds or (1 if flags.against is None else _ROUNDS_AGAINST)
     if rounds > 1 and data.repeats and flags.enable_prefix_caching:
         raise ConfigError(
             f"{rounds} rounds of --dataset-name {flags.dataset_name} have the same prompts, and "

@@ -93,6 +93,47 @@ class ThroughputFlags(EngineOptions, WorkFlags):
             rich_help_panel=_WORK,
         ),
     ] = False
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="transformers|vllm|llama.cpp",
+            help="Also run this engine, in turns, on the same requests, and print the ratio.",
+            rich_help_panel=_PEER,
+        ),
+    ] = None
+    peer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR|FILE",
+            help="The virtual environment that it is installed in; of llama.cpp, llama-server.",
+            show_default="of transformers, our own",
+            rich_help_panel=_PEER,
+        ),
+    ] = None
+    peer_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.gguf", help="The same model, for llama.cpp.", rich_help_panel=_PEER
+        ),
+    ] = None
+    peer_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Setting of that engine, may be given several times: of vllm.LLM, of "
+            "transformers' ContinuousBatchingConfig (or mode=padded, batch_size), a flag of "
+            "llama-server without its dashes.",
+            rich_help_panel=_PEER,
+        ),
+    ] = None
+    peer_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Variable of its environment, may be given several times.",
+            rich_help_panel=_PEER,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
