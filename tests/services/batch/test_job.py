@@ -1,6 +1,7 @@
 """Batch files through a client: one line out for each line in, whatever the line."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from pipemax.client import Client, Submit
 from pipemax.proto.errors import NotRunningError, PipemaxSystemError
 from pipemax.services.batch import inputs
 from pipemax.services.batch.files import BatchFiles, run_files
+from pipemax.services.batch.job import completions
+from pipemax.services.batch.openai_lines import BatchRequest, parse_line
 from pipemax.services.batch.report import BatchReport
 from support.batch_lines import answer, read_lines, request, write_lines
 from support.fake_coordinator import FakeCoordinator, finished
@@ -82,6 +85,30 @@ def test_bad_lines_get_error_lines_and_the_others_run(client: Client, tmp_path: 
     assert (report.completed, report.failed) == (2, 5)
     assert report.first_error is not None
     assert report.first_error.startswith("line 2: the line is not JSON")
+
+
+def test_results_come_while_lines_come_slowly(runtime_dir: Path) -> None:
+    """They do not wait until as many are submitted as may be."""
+    most, given = 1000, 0
+    seen: list[str] = []
+
+    def requests() -> Iterator[tuple[int, BatchRequest]]:
+        nonlocal given
+        while given < most and not seen:
+            line = json.dumps(request(f"id-{given}")).encode()
+            yield given, parse_line(line, "fake")
+            given += 1
+            time.sleep(0.03)
+
+    with (
+        FakeCoordinator(runtime_dir / "ingest.sock", answer, credits=most) as fake,
+        Client(endpoint=fake.endpoint) as client,
+    ):
+        for place, _, completion in completions(client, requests()):
+            assert completion.error is None
+            seen.append(f"id-{place}")
+    assert given < most
+    assert sorted(seen) == sorted(f"id-{n}" for n in range(given))
 
 
 def test_lines_too_long_are_skipped_not_read(

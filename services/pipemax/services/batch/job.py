@@ -13,6 +13,9 @@ from pipemax.services.batch.report import BatchProgress, BatchReport, Quiet
 from pipemax.services.batch.tally import Line, Route, Tally, status_of
 
 Place = TypeVar("Place")
+_SUBMIT_SLICE_S = 0.02
+"""Time after which what has finished is taken, however many more could be submitted: where lines
+come slowly, results would wait for as many as there are credits."""
 
 
 def run_batch(
@@ -96,15 +99,16 @@ class _Stream(Generic[Place]):
     def run(self) -> Iterator[tuple[Place, BatchRequest, Completion]]:
         more = True
         while more or self._unfinished:
-            while more and self._client.free_credits:
+            until = time.monotonic() + _SUBMIT_SLICE_S
+            while more and self._client.free_credits and time.monotonic() < until:
                 found = next(self._requests, None)
                 more = found is not None
                 if found is not None:
                     yield from self._start(*found)
-            if self._unfinished:
-                completion = self._client.poll()
-                if completion is not None:
-                    yield from self._finish(completion)
+            wait_s = 0.0 if more and self._client.free_credits else None
+            while self._unfinished and (completion := self._client.poll(wait_s)) is not None:
+                yield from self._finish(completion)
+                wait_s = 0.0
 
     def _start(
         self, place: Place, request: BatchRequest
