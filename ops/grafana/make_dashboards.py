@@ -273,6 +273,20 @@ RESIDENCY = (
         most=1,
     ),
     Panel(
+        title="Shared prefixes",
+        about="Of the prompt tokens that could be shared, those taken over and not computed.",
+        queries=(
+            Query(
+                per_second("pipemax_prefix_cache_hits_total")
+                + " / "
+                + per_second("pipemax_prefix_cache_queries_total"),
+                "taken over",
+            ),
+        ),
+        unit="percentunit",
+        most=1,
+    ),
+    Panel(
         title="KV moved",
         about="All links together.",
         queries=(
