@@ -12,14 +12,14 @@ from typing import Any
 import openai
 import pytest
 
-from pipemax.client import Jobs
+from pipemax.client import Jobs, Submit
 from pipemax.coordinator.journal_file import state_root
 from pipemax.proto.errors import ConfigError
 from pipemax.services.serve import book, store, worker
 from pipemax.services.serve.book import Book
 from pipemax.services.serve.settings import ServeSettings
 from pipemax.services.serve.store import FileStore
-from support.batch_lines import request
+from support.batch_lines import answer, request
 from support.http_server import HttpServer
 from support.job_coordinator import JobCoordinator
 
@@ -182,22 +182,33 @@ def test_cancelling(client: openai.OpenAI, system: JobCoordinator) -> None:
         client.batches.cancel(done.id)
 
 
-def test_a_window_that_ends(
-    client: openai.OpenAI, system: JobCoordinator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(worker.__dict__, "time", FastTime)
-    system.paused = True
-    batch = start(client, request("a"), request("b"), window="1m")
-    wait_for(client, batch, lambda found: found.status == "in_progress")
-    FastTime.ahead_s = 100.0
-    try:
-        found = wait_for(client, batch)
-    finally:
-        FastTime.ahead_s = 0.0
-    assert (found.status, counts(found)) == ("expired", (2, 0, 2))
-    errors = lines_of(client, found.error_file_id)
-    assert [line["custom_id"] for line in errors] == ["a", "b"]
+    asked = itertools.count()
+
+    def answer_some(submit: Submit) -> Any:
+        system.paused = next(asked) > 70  # behind the first 64, which run together
+        return answer(submit)
+
+    lines = [request(f"id-{n}") for n in range(100)]
+    with (
+        JobCoordinator(answer=answer_some) as system,
+        HttpServer() as server,
+        client_of(server) as client,
+    ):
+        batch = start(client, *lines, window="1m")
+        wait_for(client, batch, lambda found: found.request_counts.completed == 64)
+        FastTime.ahead_s = 100.0
+        try:
+            found = wait_for(client, batch)
+        finally:
+            FastTime.ahead_s = 0.0
+        assert (found.status, counts(found)) == ("expired", (100, 64, 36))
+        done = [line["custom_id"] for line in lines_of(client, found.output_file_id)]
+        errors = lines_of(client, found.error_file_id)
     assert {line["error"]["code"] for line in errors} == {"batch_expired"}
+    everything = [*done, *(line["custom_id"] for line in errors)]
+    assert sorted(everything) == sorted(line["custom_id"] for line in lines)
 
 
 class FastTime:
