@@ -26,19 +26,10 @@ from typing import Any
 from live_system import Live, running, versions
 
 from pipemax.client import SamplingParams
+from pipemax.services.bench.sampling_kinds import KINDS
 from pipemax.services.cli.options import EngineOptions
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 24
-STEEP = 0.05
-"""Temperature at which made-up weights, whose logits are nearly equal (a standard deviation of
-about 0.3), give probabilities as unequal as a trained model's."""
-KINDS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "temperature": {"temperature": STEEP},
-    "top-p": {"temperature": STEEP, "top_p": 0.9},
-    "top-k": {"temperature": STEEP, "top_k": 50},
-    "penalties": {"temperature": 0.0, "presence_penalty": 0.5, "repetition_penalty": 1.1},
-}
 STAGES = 2
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 

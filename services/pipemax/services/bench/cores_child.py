@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numba
@@ -68,21 +68,22 @@ def _repeat(once: Callable[[], object], at_least_s: float) -> tuple[int, float]:
             return calls, seconds
 
 
-TASKS = {"products": products_flop_s, "read": read_bytes_s}
+Tasks = Mapping[str, Callable[[dict[str, Any]], object]]
+TASKS: Tasks = {"products": products_flop_s, "read": read_bytes_s}
 
 
-def main() -> None:
-    """Only results go to standard output."""
+def serve(tasks: Tasks, core: int) -> None:
+    """Answers tasks, by their `kind`, bound to the core. Only results go to standard output."""
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    os.sched_setaffinity(0, {int(sys.argv[1])})
+    os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     with results:
         for line in sys.stdin:
             task = json.loads(line)
-            results.write(json.dumps(TASKS[task["kind"]](task)) + "\n")
+            results.write(json.dumps(tasks[task["kind"]](task)) + "\n")
             results.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(TASKS, int(sys.argv[1]))

@@ -6,6 +6,7 @@ rounds of requests `[[prompt token ids, output tokens], …]`, and the answer to
 took and how many tokens each output has.
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -64,6 +65,7 @@ def open_transformers(settings: Settings) -> Run:
         return _padded(torch, model, **arguments)
     if mode != "continuous":
         raise SystemExit(f"mode={mode} is neither continuous nor padded")
+    arguments.setdefault("allow_block_sharing", settings["enable_prefix_caching"])
     return _continuous(transformers, model, arguments)
 
 
@@ -102,21 +104,24 @@ def _continuous(transformers: Any, model: Any, arguments: Settings) -> Run:
     )
     config = transformers.ContinuousBatchingConfig(**arguments)
 
+    context = model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=config
+    )
+    manager = context.__enter__()  # for all rounds: its cache is made once, as others' are
+    atexit.register(context.__exit__, None, None, None)
+
     def run(requests: Requests) -> List[int]:  # noqa: UP006
         found: Dict[str, int] = {}  # noqa: UP006
-        with model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=config
-        ) as manager:
-            names = [
-                manager.add_request(ids, max_new_tokens=count, eos_token_id=-1)
-                for ids, count in requests
-            ]
-            while len(found) < len(names):
-                result = manager.get_result(timeout=_PATIENCE_S)
-                if result is None:
-                    raise SystemExit(f"no result within {_PATIENCE_S:g} s")
-                if result.is_finished():
-                    found[result.request_id] = len(result.generated_tokens)
+        names = [
+            manager.add_request(ids, max_new_tokens=count, eos_token_id=-1)
+            for ids, count in requests
+        ]
+        while len(found) < len(names):
+            result = manager.get_result(timeout=_PATIENCE_S)
+            if result is None:
+                raise SystemExit(f"no result within {_PATIENCE_S:g} s")
+            if result.is_finished():
+                found[result.request_id] = len(result.generated_tokens)
         return [found[name] for name in names]
 
     return run

@@ -1,18 +1,11 @@
 """`pipemax bench`"""
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
+from pipemax.services.cli import bench_parts
 from pipemax.services.cli.bench_flags import LimitFlags, ThroughputFlags
+from pipemax.services.cli.bench_parts import AsJson, OutputJson
 from pipemax.services.cli.flag_group import takes
-
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-OutputJson = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Write the JSON object there, too."),
-]
 
 bench = typer.Typer(
     help="Measure throughput beside the machine's limit and other engines, and the parts alone.",
@@ -46,3 +39,12 @@ def limit(flags: LimitFlags, as_json: AsJson = False, output_json: OutputJson = 
     from pipemax.services.bench.limit_command import run_limit
 
     run_limit(flags, as_json=as_json, output_json=output_json)
+
+
+for _part in (
+    bench_parts.kernels,
+    bench_parts.transfers,
+    bench_parts.coordinator,
+    bench_parts.sampler,
+):
+    bench.command()(_part)
