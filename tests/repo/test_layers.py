@@ -30,6 +30,8 @@ LIGHT_MODULES = (
     "pipemax.stage_worker.modelled.engine",
     "pipemax.services.cli",
     "pipemax.services.serve.command",
+    "pipemax.services.bench.command",
+    "pipemax.services.bench.parts_command",
     "pipemax.client",
     "pipemax.ray",
     "pipemax.ray.batch",
