@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: help install demo test test-full gpu-check lint format check clean
 
 help:
-	@echo "make demo    run a small model through two stages, with KV offloading"
+	@echo "make demo    run a small model through two stages, with KV offloading; it stays in demo-output"
 	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it)"
 	@echo "make lint    ruff and mypy"
 	@echo "make test-full  the whole of matrices that the suite runs a part of"
@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml ops/constraints-cpu.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/pipemax demo
+	@$(BIN)/pipemax demo --keep demo-output
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
