@@ -227,6 +227,15 @@ def test_messages_that_are_explained_are_told() -> None:
     assert short == []
 
 
+def test_codes_of_error_lines_are_explained_and_there() -> None:
+    explained = documents.explained_codes(TROUBLESHOOTING)
+    given = documents.codes_given(
+        "services/pipemax/services/batch", "coordinator/pipemax/coordinator/text"
+    )
+    assert {"invalid_json", "too_long"} <= given <= explained
+    assert explained - given <= documents.message_templates()
+
+
 def test_messages_that_nobody_tells_are_seen() -> None:
     templates = {f"no system named {documents.PLACEHOLDER} is running; start one with `up`"}
     assert documents.is_told("no system named … is running; start", templates)

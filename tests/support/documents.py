@@ -106,6 +106,32 @@ def quoted_messages(page: Path) -> list[str]:
     return found
 
 
+def explained_codes(page: Path) -> set[str]:
+    """First cells of its table of codes."""
+    rows = re.search(r"^\| code \|.*\n\|[-|]+\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+    lines = rows.group(1).splitlines() if rows else []
+    return {code for line in lines for code in _CODE.findall(line.split("|")[1])}
+
+
+def codes_given(*folders: str) -> set[str]:
+    """With which requests are refused in the modules of these folders."""
+    calls = [
+        node
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args
+    ]
+    return {
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Name)
+        and call.func.id in ("LineError", "RequestError")
+        and isinstance(call.args[0], ast.Constant)
+        and isinstance(call.args[0].value, str)
+    }
+
+
 def message_templates() -> set[str]:
     """Every string that the package could tell somebody, with PLACEHOLDER where an expression
     stands. Docstrings are none."""
