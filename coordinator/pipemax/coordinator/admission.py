@@ -48,8 +48,11 @@ class Admission:
         """Whether the device holds what is expected of all at their worst moment; or, where the
         host takes what grows beyond it, whether both do, and what runs now is worth holding."""
         state = self._state
-        peak = state.expected_peak(request)
         on_device = state.blocks.num_blocks
+        most = state.forecast.most_blocks + state.forecast.most_blocks_of(request)
+        if most <= self._peak_share * on_device:
+            return True  # whatever the forecast: it is costly, and asked for with every request
+        peak = state.expected_peak(request)
         if peak <= self._peak_share * on_device:
             return True
         worth = self._worth_offloading()

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipemax.coordinator.request import Request
+from pipemax.proto.geometry import blocks_for
 
 NUM_BUCKETS = 64
 """Buckets that `max_tokens` is cut into, at most."""
@@ -129,6 +130,7 @@ class _Lengths:
 class _Entry:
     lengths: _Lengths
     bucket: int
+    most_blocks: int
 
 
 class Forecast:
@@ -139,21 +141,28 @@ class Forecast:
         self._kinds: dict[tuple[int, int], _Lengths] = {}
         self._entries: dict[int, _Entry] = {}
         self._version = 0
+        self.most_blocks = 0
+        """What those who run come to if all get as long as they may: where that fits, it need not
+        be known how long they get."""
         self._curve: tuple[int, Floats, Floats] | None = None
         self._peaks: dict[tuple[_Lengths, int, float] | None, float] = {}
         """Peaks asked for since the last change, by the newcomer's kind, prompt and curves."""
 
     def add(self, request: Request) -> None:
         lengths = self._lengths(request)
-        entry = _Entry(lengths, lengths.bucket(request.num_outputs))
+        most = self.most_blocks_of(request)
+        entry = _Entry(lengths, lengths.bucket(request.num_outputs), most)
         self._entries[request.key] = entry
+        self.most_blocks += most
         self._place(entry, request, 1)
         if not request.num_outputs:
             lengths.started_prompts += request.num_prompt
 
     def remove(self, request: Request) -> None:
         """The request runs no longer; nothing is learned from that."""
-        self._place(self._entries.pop(request.key), request, -1)
+        entry = self._entries.pop(request.key)
+        self.most_blocks -= entry.most_blocks
+        self._place(entry, request, -1)
 
     def grown(self, request: Request) -> None:
         """The request has one more output token."""
@@ -170,6 +179,10 @@ class Forecast:
         """Learn its length. Called before `remove`."""
         entry = self._entries[request.key]
         entry.lengths.ended(request.num_outputs)
+
+    def most_blocks_of(self, request: Request) -> int:
+        """What the request comes to at its longest."""
+        return blocks_for(request.num_prompt + request.max_tokens, self._block_size)
 
     @property
     def prefill_per_output(self) -> float:
@@ -219,7 +232,8 @@ class Forecast:
         fresh = {key: self._lengths(r).bucket(r.num_outputs) for key, r in running.items()}
         counted = {key: entry.bucket for key, entry in self._entries.items()}
         total = sum(int(lengths.count.sum()) for lengths in self._kinds.values())
-        return fresh == counted and total == len(running)
+        most = sum(map(self.most_blocks_of, running.values()))
+        return fresh == counted and total == len(running) and most == self.most_blocks
 
     def _running(self) -> tuple[Floats, Floats]:
         if self._curve is None or self._curve[0] != self._version:

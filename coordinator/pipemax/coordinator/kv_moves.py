@@ -113,8 +113,10 @@ class KvMoves:
             return self._admission.offloads()
         if state.host_used:
             return True
-        peak = max(state.total_blocks, state.expected_peak())
-        return peak > OFFLOAD_PRESSURE * state.blocks.num_blocks
+        enough = OFFLOAD_PRESSURE * state.blocks.num_blocks
+        if state.forecast.most_blocks <= enough:
+            return False
+        return max(state.total_blocks, state.expected_peak()) > enough
 
     def prefetch(self, latest: int, urgent: bool = False) -> list[Command]:
         """Order the prefetch of the next step into blocks that steps up to `latest` leave free.

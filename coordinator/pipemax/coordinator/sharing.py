@@ -21,23 +21,25 @@ if TYPE_CHECKING:
 def give_prompt(state: "SchedulerState", request: Request, blocks: list[int]) -> None:
     """A request that was just admitted takes the blocks that its prompt shares, and `blocks` for
     the rest of it; those of them that are full are there for others to share."""
-    if state.limits.share_prefixes:
+    num_shareable = shareable_blocks(request, state.limits.block_size)
+    if state.limits.share_prefixes and num_shareable:
         chain = list(state.prefix_of(request))
         for block in chain:
             request.table.append(block.device)
             request.host.append(block.host)
             block.device_refs += block.device != NO_BLOCK
         request.num_missing = request.table.count(NO_BLOCK)
-        num_own = max(0, shareable_blocks(request, state.limits.block_size) - len(chain))
+        num_own = num_shareable - len(chain)
         state.prefixes.grow(chain, request, array("i", blocks[:num_own]))
         for block in chain[len(chain) - num_own :]:
             block.device_refs = 1
         request.shared = chain
         state.prefixes.enter(request)
-        if not request.prompt_counted and chain:
+        if not request.prompt_counted:
             state.counters.prefix_query_tokens += request.num_prompt
     state.extend_table(request, blocks)
-    skip_ready(state, request)
+    if request.shared:
+        skip_ready(state, request)
 
 
 def skip_ready(state: "SchedulerState", request: Request) -> None:

@@ -301,7 +301,8 @@ class SchedulerState:
 
     def prefix_of(self, request: Request) -> list[SharedBlock]:
         """Blocks that a request which does not run yet would share."""
-        if not self.limits.share_prefixes:
+        size = self.limits.block_size
+        if not self.limits.share_prefixes or request.num_prompt <= size:
             return []
         question = (request.key, self.prefixes.version)
         if self._match[0] != question:
