@@ -55,7 +55,7 @@ def run(model_dir: Path, **settings: Any) -> tuple[dict[str, list[tuple[int, ...
 def test_a_common_system_prompt_costs_a_fraction_and_changes_no_token(model_dir: Path) -> None:
     without, plain = run(model_dir, device_blocks=800, enable_prefix_caching=False)
     assert plain.prefix_hit_tokens == 0
-    # Ample room; and so little that what is not shared goes to the host and back.
+    # Ample room; and so little that most have to wait for some.
     for device_blocks in (800, 40):
         shared, status = run(model_dir, device_blocks=device_blocks)
         assert shared == without
