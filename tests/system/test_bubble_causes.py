@@ -85,13 +85,18 @@ def most_of(found: dict[tuple[int, str], float]) -> tuple[int, str]:
     return max(found, key=lambda place: found[place])
 
 
+def place_of(before: Status, after: Status) -> tuple[str, str]:
+    """Where the others wait, and in which state, as users are told."""
+    found = bottleneck(before, after)
+    assert found is not None
+    return found.where, found.state
+
+
 def test_a_slow_stage() -> None:
     config = modelled_config(stages=STAGES, **WIDE)
     with SlowSystem(config, {"stage-1": "stage"}) as system:
         before, after = two_looks(system)
-    found = bottleneck(before, after)
-    assert found is not None
-    assert (found.where, found.state) == ("stage 1", "compute")
+    assert place_of(before, after) == ("stage 1", "compute")
     spent = own_seconds(before, after)
     assert most_of(spent) == (1, "compute")
     assert spent[1, "compute"] >= (STEPS - 1) * DELAY_S
@@ -101,9 +106,7 @@ def test_a_slow_link() -> None:
     config = modelled_config(stages=STAGES, **NARROW)
     with SlowSystem(config, {"kv-daemon": "kv_daemon"}) as system:
         before, after = two_looks(system, loads=True)
-    found = bottleneck(before, after)
-    assert found is not None
-    assert (found.where, found.state) == (f"stage {SLOW_LINK}", "wait_kv")
+    assert place_of(before, after) == (f"stage {SLOW_LINK}", "wait_kv")
     assert most_of(own_seconds(before, after)) == (SLOW_LINK, "wait_kv")
 
 
@@ -111,18 +114,14 @@ def test_a_slow_hop() -> None:
     config = modelled_config(stages=STAGES, **WIDE)
     with SlowSystem(config, {"stage-0": "hop"}) as system:
         before, after = two_looks(system)
-    found = bottleneck(before, after)
-    assert found is not None
-    assert (found.where, found.state) == ("stage 0 to stage 1", "wait_activation")
+    assert place_of(before, after) == ("stage 0 to stage 1", "wait_activation")
 
 
 def test_a_slow_coordinator() -> None:
     config = modelled_config(stages=STAGES, **WIDE)
     with SlowSystem(config, {"coordinator": "coordinator"}) as system:
         before, after = two_looks(system)
-    found = bottleneck(before, after)
-    assert found is not None
-    assert (found.where, found.state) == ("coordinator", "busy")
+    assert place_of(before, after) == ("coordinator", "busy")
     assert after.coordinator_busy_seconds - before.coordinator_busy_seconds >= STEPS * DELAY_S / 2
 
 
@@ -135,6 +134,4 @@ def test_a_slow_sampler(model_dir: Path) -> None:
     config = small_config(model_dir, stages=2, device_blocks=500, sampler_workers=1)
     with SlowSystem(config, {"sampler-0": "sampler"}) as system:
         before, after = two_looks(system, temperature=1.0)
-    found = bottleneck(before, after)
-    assert found is not None
-    assert (found.where, found.state) == ("sampler 0", "sample")
+    assert place_of(before, after) == ("sampler 0", "sample")

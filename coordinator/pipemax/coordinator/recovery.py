@@ -13,12 +13,12 @@ from pipemax.coordinator.device_blocks import DeviceBlocks
 from pipemax.coordinator.events import Command, Resumed, ToDaemon
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.prefixes import SharedBlock
-from pipemax.coordinator.releasing import Releasing
+from pipemax.coordinator.releasing import Releasing, release_of
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import Rosters
 from pipemax.coordinator.state import SchedulerState
 from pipemax.proto.geometry import blocks_for
-from pipemax.proto.messages.control import Drop, Release
+from pipemax.proto.messages.control import Drop
 
 
 def restart_from(state: SchedulerState, event: Resumed) -> list[Command]:
@@ -42,7 +42,7 @@ def restart_from(state: SchedulerState, event: Resumed) -> list[Command]:
     stored = _stored_by_owner(state, owners)
     for request in list(state.running.values()):
         if request.load_step > state.blocks.settled_step:
-            for index in request.loading[:]:  # ordered, but nobody saw it arrive
+            for index in request.loading:  # ordered, but nobody saw it arrive
                 if index >= len(request.shared):
                     request.table[index] = NO_BLOCK
         _keep_prefix(request, event, state.limits.block_size)
@@ -68,15 +68,7 @@ def _tell_daemon(state: SchedulerState, stored: dict[int, int]) -> list[Command]
         for kv_key, entry in state.releasing.items():
             entry.answers = 1
             entry.first_index = min(entry.first_index, stored.get(kv_key, entry.first_index))
-        commands.append(
-            ToDaemon(
-                Release(
-                    epoch=state.epoch,
-                    requests=tuple(state.releasing),
-                    first_indices=tuple(e.first_index for e in state.releasing.values()),
-                )
-            )
-        )
+        commands.append(ToDaemon(release_of(state.epoch, state.releasing)))
     return commands
 
 

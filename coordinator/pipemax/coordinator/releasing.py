@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pipemax.proto.messages.control import Release
+
 
 @dataclass(slots=True)
 class Releasing:
@@ -24,6 +26,15 @@ class Releasing:
         self.device_blocks += more.device_blocks
         self.ready_after = max(self.ready_after, more.ready_after)
         self.first_index = min(self.first_index, more.first_index)
+
+
+def release_of(epoch: int, entries: dict[int, Releasing]) -> Release:
+    """What the daemon is told of them."""
+    return Release(
+        epoch=epoch,
+        requests=tuple(entries),
+        first_indices=tuple(entry.first_index for entry in entries.values()),
+    )
 
 
 def merge_into(entries: dict[int, Releasing], kv_key: int, entry: Releasing) -> None:

@@ -139,9 +139,13 @@ def give_up(state: "SchedulerState", request: Request, index: int) -> int:
     """The request's table is to name the shared block no more. Returns how many blocks are free
     now; the table is the caller's."""
     block = request.shared[index]
+    _unname(block, request)
+    return 0 if block.device_refs else _drop(state, block)
+
+
+def _unname(block: SharedBlock, request: Request) -> None:
     block.last_step = max(block.last_step, request.last_step)
     block.device_refs -= 1
-    return 0 if block.device_refs else _drop(state, block)
 
 
 def _drop(state: "SchedulerState", block: SharedBlock) -> int:
@@ -179,8 +183,7 @@ def leave(state: "SchedulerState", request: Request) -> dict[int, Releasing]:
     unused = state.prefixes.leave(request)
     for index, block in enumerate(shared):
         if table[index] != NO_BLOCK:
-            block.last_step = max(block.last_step, request.last_step)
-            block.device_refs -= 1
+            _unname(block, request)
             if block.num_users and not block.device_refs:
                 _drop(state, block)
     for block in unused:

@@ -16,7 +16,7 @@ from pipemax.coordinator.events import StageComputed
 from pipemax.coordinator.forecast import Forecast
 from pipemax.coordinator.link_budget import LinkBudget
 from pipemax.coordinator.prefixes import PrefixTree, SharedBlock
-from pipemax.coordinator.releasing import Releasing, merge_into
+from pipemax.coordinator.releasing import Releasing, merge_into, release_of
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import Rosters
 from pipemax.proto.messages.control import BlockMove, Release
@@ -219,11 +219,7 @@ class SchedulerState:
             if before is not entry:
                 before.add(entry)
                 before.answers += 1
-        return Release(
-            epoch=self.epoch,
-            requests=tuple(ended),
-            first_indices=tuple(entry.first_index for entry in ended.values()),
-        )
+        return release_of(self.epoch, ended)
 
     def released(self, kv_key: int) -> None:
         """The daemon confirmed; unknown keys belong to an epoch that ended."""

@@ -3,14 +3,20 @@
 Times are nanoseconds of the machine's monotonic clock, which its processes have in common.
 """
 
-import sys
 from array import array
 from collections.abc import Iterable
 from typing import Annotated
 
 from msgspec import Meta
 
-from pipemax.proto.messages.types import Count, Message, Seconds, StageIndex
+from pipemax.proto.messages.types import (
+    Count,
+    Message,
+    Seconds,
+    StageIndex,
+    pack_column,
+    unpack_column,
+)
 
 MAX_SPANS = 16384
 """Of one message. A process that has more before the next message is due leaves them out."""
@@ -74,16 +80,9 @@ class WatchedSpans(Message, frozen=True, kw_only=True, tag="watched_spans"):
 
 
 def pack_i64(values: Iterable[int]) -> I64:
-    column = array("q", values)
-    if sys.byteorder != "little":  # pragma: no cover
-        column.byteswap()
-    return column.tobytes()
+    return pack_column("q", values)
 
 
 def unpack_i64(column: I64) -> "array[int]":
     """Raises ValueError when the column's length is not a multiple of eight bytes."""
-    values = array("q")
-    values.frombytes(column)
-    if sys.byteorder != "little":  # pragma: no cover
-        values.byteswap()
-    return values
+    return unpack_column("q", column)

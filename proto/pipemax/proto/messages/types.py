@@ -3,7 +3,7 @@
 import sys
 from array import array
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -38,31 +38,34 @@ class Message(
 
 
 def pack_i32(values: Iterable[int]) -> I32:
-    column = array("i", values)
-    if sys.byteorder != "little":  # pragma: no cover
-        column.byteswap()
-    return column.tobytes()
+    return pack_column("i", values)
 
 
 def pack_f32(values: Iterable[float]) -> F32:
-    column = array("f", values)
-    if sys.byteorder != "little":  # pragma: no cover
-        column.byteswap()
-    return column.tobytes()
-
-
-def unpack_f32(column: F32) -> "array[float]":
-    """Raises ValueError when the column's length is not a multiple of four bytes."""
-    values = array("f")
-    values.frombytes(column)
-    if sys.byteorder != "little":  # pragma: no cover
-        values.byteswap()
-    return values
+    return pack_column("f", values)
 
 
 def unpack_i32(column: I32) -> "array[int]":
     """Raises ValueError when the column's length is not a multiple of four bytes."""
-    values = array("i")
+    return unpack_column("i", column)
+
+
+def unpack_f32(column: F32) -> "array[float]":
+    """Raises ValueError when the column's length is not a multiple of four bytes."""
+    return unpack_column("f", column)
+
+
+def pack_column(typecode: str, values: Iterable[float]) -> bytes:
+    """Little-endian, whatever the machine is. `typecode`: the array module's."""
+    column = array(typecode, values)
+    if sys.byteorder != "little":  # pragma: no cover
+        column.byteswap()
+    return column.tobytes()
+
+
+def unpack_column(typecode: str, column: bytes) -> "array[Any]":
+    """The other way round. Raises ValueError when the length is no multiple of an item's."""
+    values: array[Any] = array(typecode)
     values.frombytes(column)
     if sys.byteorder != "little":  # pragma: no cover
         values.byteswap()
