@@ -1,55 +1,144 @@
-"""What monitoring costs: throughput with and without it, alternately, in one run.
+"""What monitoring costs: one system under steady load, watched and not watched in turns.
 
-    python ops/benchmarks/monitoring_cost.py [--rounds 8] [--device cpu|modelled] [--json OUT]
+    python ops/benchmarks/monitoring_cost.py [--pairs 24] [--window-s 3] [--json OUT]
+                                             [--device cpu|modelled] [--watch scrape,status,page]
 
-One system, the same work again and again; every other run is watched by another process that does
-all there is at once: scrapes /metrics every five seconds as Prometheus would, asks for /live.json
-twice a second as the built-in page does, asks for the status once a second as `status --watch`
-does, and records every span and KV copy as `pipemax trace` does. A pair of runs, one watched and
-one not, in an order that changes from pair to pair, gives a ratio; stated are their geometric mean
-and its standard error, beside the same figures of pairs of which neither is watched: what the
-machine's own noise does to the ratio. The watcher takes time of the same cores; on a machine that
-has more of them it does not.
+A client keeps the system busy from beginning to end. Another process watches it, in every other
+window, as is done all day: it scrapes /metrics as Prometheus would (every 5 s), asks for the
+status as `status --watch` does (every second) and for /live.json as the built-in page does (twice
+a second), for which the stages record every span; with `trace` in `--watch` it records spans and
+copies as `pipemax trace` does, too. Windows come as off on, on off, off on: what drifts slowly
+falls out. Where spans are recorded, the stages go on doing so for some seconds after the last
+look; that time is in no window.
 
-`cpu`: a random model of about 100 M parameters on two stages. `modelled`: eight L20 with
-Llama-2-70B in real time: little for the machine to do but messages, planning and copies.
+Two answers, each a ratio watched over unwatched of neighbouring windows, as geometric mean with the
+95 % interval of a bootstrap over pairs:
+
+- output tokens per second;
+- output tokens per CPU second of all processes, the watcher's and the client's among them. Where
+  the cores are busy this is the same, and far less is blurred by what else the machine does;
+  where they are not, nobody has to pay for it with tokens, and it is above what monitoring costs.
+
+And what one look costs, in CPU time of the coordinator and of all processes, by looking again and
+again when the load has ended; times the looks per second it is a share of a core, without noise.
+
+`cpu`: a random model of about 100 M parameters on two stages, 32 requests at a time, so that steps
+are short and there is much to plan and to count. `modelled`: eight L20 with Llama-2-70B in real
+time: little for the machine to do but messages, planning and copies.
 """
 
 import argparse
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from live_system import Lengths, Live, lognormal_lengths, running, versions
+from live_system import FIRST_TOKEN_ID, LAST_TOKEN_ID, Live, running, versions
+from monitoring_watcher import EVERY_S, RECORDING, Looks
 
-from pipemax.client import Client
-from pipemax.proto.rundir import METRICS_PORT_FILE, run_dir_of
+from pipemax.client import Client, SamplingParams
+from pipemax.coordinator.live_spans import WANTED_S
+from pipemax.coordinator.span_watch import LEASE_S
 from pipemax.services.cli.options import EngineOptions
-from pipemax.services.trace.collect import collect
-from pipemax.services.where import Where
 
-SCRAPE_S, PAGE_S, STATUS_S = 5.0, 0.5, 1.0
 GOAL = 0.01
+WARM_UP_S = 15.0
+SETTLE_S = 0.3
+"""After each change, until it counts."""
+TAIL_S = WANTED_S + LEASE_S + 0.5
+"""So long spans are recorded after the last look."""
+PROMPT_TOKENS = 8
+OUTPUT_TOKENS = (128, 896)
+"""Evenly between these. Requests begin and end all the time, and prompts are short: so one step is
+like another."""
+MAX_REQUESTS = 50_000
+LOOKS = 200
+"""Of each kind, for what one costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A stretch of time in which the system was watched or was not."""
+
+    watched: bool
+    seconds: float
+    tokens: int
+    cpu_s: dict[str, float]
+    """By process."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        return self.tokens / sum(self.cpu_s.values())
+
+
+class Meter:
+    """Reads tokens and CPU times of a running system, in the same way whether it is watched."""
+
+    def __init__(self, live: Live, others: dict[str, int]) -> None:
+        """others: process ids of the client and the watcher, by name."""
+        self._client = live.client
+        self._pids = _system_processes() | others
+
+    def cpu_s(self) -> dict[str, float]:
+        return {name: _cpu_s(pid) for name, pid in self._pids.items()}
+
+    def window(self, watched: bool, seconds: float) -> Window:
+        tokens, cpu_s, began_s = self._read()
+        time.sleep(seconds)
+        tokens_then, cpu_s_then, ended_s = self._read()
+        if tokens_then == tokens:
+            raise SystemExit("no tokens in a whole window: has the load ended?")
+        spent_s = {name: cpu_s_then[name] - cpu_s[name] for name in cpu_s}
+        return Window(watched, ended_s - began_s, tokens_then - tokens, spent_s)
+
+    def _read(self) -> tuple[int, dict[str, float], float]:
+        tokens = self._client.status().generation_tokens
+        return tokens, self.cpu_s(), time.perf_counter()
+
+
+def _system_processes() -> dict[str, int]:
+    """Our children that are processes of the system, by the names they give themselves."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name.startswith("pm-"):
+                found[name.removeprefix("pm-")] = int(pid)
+    if "coordinator" not in found:
+        raise SystemExit(f"no coordinator among {sorted(found)}")
+    return found
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process, to the nanosecond."""
+    clock = (~pid << 3) | 2  # the kernel's number of a process's CPU-time clock
+    return time.clock_gettime(clock)
 
 
 class Watcher:
-    """The process that watches, while it is told to."""
+    """The process that watches while it is told to."""
 
-    def __init__(self, system: str) -> None:
+    def __init__(self, system: str, what: Sequence[str]) -> None:
+        script = Path(__file__).with_name("monitoring_watcher.py")
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--watch", system],
+            [sys.executable, str(script), system, *what],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
+        self.pid = self._process.pid
         self._expect("ready")
 
     def tell(self, word: str) -> None:
@@ -59,10 +148,10 @@ class Watcher:
         self._process.stdin.flush()
         self._expect(word)
 
-    def close(self) -> str:
-        """What it did, in words."""
+    def close(self) -> dict[str, float]:
+        """Looks of each kind per second watched."""
         out, _ = self._process.communicate()
-        return out.strip()
+        return dict(json.loads(out))
 
     def _expect(self, word: str) -> None:
         assert self._process.stdout is not None
@@ -71,89 +160,84 @@ class Watcher:
             raise SystemExit(f"the watcher says {found!r}, not {word!r}")
 
 
-def watch(system: str) -> None:
-    """The watcher's side."""
-    port = (run_dir_of(system) / METRICS_PORT_FILE).read_text().strip()
-    counts = {"scrapes": 0, "pages": 0, "looks": 0, "reports": 0}
-
-    last = 0
-
-    def get(path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=30) as answer:
-            return bytes(answer.read())
-
-    def scrape() -> None:
-        get("metrics")
-        counts["scrapes"] += 1
-
-    def page() -> None:
-        nonlocal last
-        last = json.loads(get(f"live.json?after={last}"))["last"] or last
-        counts["pages"] += 1
-
-    def again(every_s: float, stop: threading.Event, act: Callable[[], None]) -> None:
-        while not stop.wait(every_s):
-            act()
-
-    def trace(stop: threading.Event) -> None:
-        while not stop.is_set():
-            for _ in collect(Where(system), num_stages, 2.0):
-                counts["reports"] += 1
-                if stop.is_set():
-                    break
-
+def load(system: str) -> None:
+    """The client's side: far more requests than will be run."""
+    draw = random.Random(1)
+    tokens = range(FIRST_TOKEN_ID, LAST_TOKEN_ID)
+    prompts = [draw.choices(tokens, k=PROMPT_TOKENS) for _ in range(MAX_REQUESTS)]
+    sampling = [
+        SamplingParams(temperature=0.0, max_tokens=draw.randint(*OUTPUT_TOKENS), ignore_eos=True)
+        for _ in range(MAX_REQUESTS)
+    ]
     with Client(system) as client:
-        num_stages = len(client.status().stages)
-
-        def look() -> None:
-            client.status()
-            counts["looks"] += 1
-
-        print("ready", flush=True)
-        stop = threading.Event()
-        threads: list[threading.Thread] = []
-        for line in sys.stdin:
-            word = line.strip()
-            if word == "on":
-                stop.clear()
-                loops = (
-                    (SCRAPE_S, scrape),
-                    (PAGE_S, page),
-                    (STATUS_S, look),
-                )
-                threads = [
-                    threading.Thread(target=again, args=(every_s, stop, act))
-                    for every_s, act in loops
-                ]
-                threads.append(threading.Thread(target=trace, args=(stop,)))
-                for thread in threads:
-                    thread.start()
-            else:
-                stop.set()
-                for thread in threads:
-                    thread.join()
-            print(word, flush=True)
-        print(json.dumps(counts))
+        for completion in client.stream(prompts, sampling):
+            if completion.error is not None:
+                raise SystemExit(f"a request failed: {completion.error}")
 
 
-def measure(live: Live, watcher: Watcher, work: list[Lengths], watched: bool) -> float:
-    """Output tokens per second."""
-    if watched:
-        watcher.tell("on")
-    began_s = time.perf_counter()
-    live.generate(work)
-    seconds = time.perf_counter() - began_s
-    if watched:
+@contextmanager
+def under_load(system: str) -> Iterator[int]:
+    """The client's process id. Its requests are cancelled at the end, as it is gone."""
+    process = subprocess.Popen([sys.executable, __file__, "--load", system])
+    try:
+        yield process.pid
+        if process.poll() is not None:
+            raise SystemExit("the load ended before the measurement")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def windows(
+    meter: Meter, watcher: Watcher, pairs: int, seconds: float, tail_s: float
+) -> Iterator[tuple[Window, Window]]:
+    """(unwatched, watched), in an order that changes from pair to pair."""
+    is_on = False
+    for number in range(pairs):
+        pair = {}
+        for watched in (False, True) if number % 2 == 0 else (True, False):
+            if watched != is_on:
+                watcher.tell("on" if watched else "off")
+                time.sleep(SETTLE_S if watched else tail_s)
+                is_on = watched
+            pair[watched] = meter.window(watched, seconds)
+        yield pair[False], pair[True]
+    if is_on:
         watcher.tell("off")
-        time.sleep(4.0)  # leases of what was recorded end
-    return sum(one.output_tokens for one in work) / seconds
 
 
-def summary(ratios: list[float]) -> tuple[float, float]:
-    """Geometric mean and its standard error."""
+def ratio_with_interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean and the 95 % interval of a bootstrap (percentiles of 10,000 resamples)."""
     logs = [math.log(ratio) for ratio in ratios]
-    error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else float("nan")
-    return math.exp(statistics.fmean(logs)), error
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(logs, k=len(logs))) for _ in range(10_000))
+    return math.exp(statistics.fmean(logs)), math.exp(means[249]), math.exp(means[9749])
+
+
+def cost_of_looks(meter: Meter, looks: Looks, what: Sequence[str]) -> dict[str, dict[str, float]]:
+    """CPU milliseconds that one look costs the coordinator, and all processes of the system, beyond
+    what they do unasked. The process that looks is this one and does not count."""
+    acts: dict[str, Callable[[], None]] = {
+        "scrape": looks.scrape, "status": looks.status, "page": looks.page
+    }  # fmt: skip
+    found = {}
+    for name in what:
+        if name not in acts:
+            continue
+        before, began_s = meter.cpu_s(), time.perf_counter()
+        for _ in range(LOOKS):
+            acts[name]()
+        after, took_s = meter.cpu_s(), time.perf_counter() - began_s
+        time.sleep(TAIL_S if name in RECORDING else SETTLE_S)
+        idle = meter.cpu_s()
+        time.sleep(2.0)
+        idle_share = {who: (now_s - idle[who]) / 2.0 for who, now_s in meter.cpu_s().items()}
+        spent_ms = {
+            who: (after[who] - before[who] - idle_share[who] * took_s) / LOOKS * 1e3
+            for who in before
+        }
+        found[name] = {"coordinator_ms": spent_ms["coordinator"], "all_ms": sum(spent_ms.values())}
+    return found
 
 
 def options_for(device: str, stack: ExitStack) -> EngineOptions:
@@ -169,58 +253,123 @@ def options_for(device: str, stack: ExitStack) -> EngineOptions:
         pipeline_parallel_size=2,
         threads_per_stage=1,
         max_model_len=1024,
+        max_num_seqs=32,
         kv_cache_memory_bytes="512MiB",
         kv_offloading_size="256MiB",
     )
 
 
+def measure(asked: argparse.Namespace, what: Sequence[str]) -> dict[str, Any]:
+    with ExitStack() as stack:
+        live = stack.enter_context(running("monitoring", options_for(asked.device, stack)))
+        watcher = Watcher(live.config.name, what)
+        pairs = []
+        tail_s = TAIL_S if any(name in RECORDING for name in what) else SETTLE_S
+        with under_load(live.config.name) as client_pid:
+            meter = Meter(live, {"client": client_pid, "watcher": watcher.pid})
+            time.sleep(WARM_UP_S)
+            for unwatched, watched in windows(meter, watcher, asked.pairs, asked.window_s, tail_s):
+                pairs.append((unwatched, watched))
+                print(
+                    f"pair {len(pairs)}: {watched.tokens_per_s / unwatched.tokens_per_s:.4f} "
+                    f"in wall time, {watched.tokens_per_cpu_s / unwatched.tokens_per_cpu_s:.4f} "
+                    "in CPU time", flush=True,
+                )  # fmt: skip
+        per_second = watcher.close()
+        _wait_until_idle(live)
+        looks = Looks(live.config.name)
+        try:
+            costs = cost_of_looks(Meter(live, {}), looks, what)
+        finally:
+            looks.close()
+    return {
+        "device": asked.device,
+        "watched": {name: EVERY_S.get(name) for name in what},
+        "looks_per_second": per_second,
+        "cost_of_a_look": costs,
+        "versions": versions(),
+        "pairs": [[asdict(window) for window in pair] for pair in pairs],
+        **answers(pairs),
+    }
+
+
+def _wait_until_idle(live: Live) -> None:
+    while live.client.status().requests_running:
+        time.sleep(0.1)
+    time.sleep(TAIL_S)
+
+
+def answers(pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
+    def compare(of: Callable[[Window], float]) -> dict[str, Any]:
+        ratio, low, high = ratio_with_interval([of(on) / of(off) for off, on in pairs])
+        return {
+            "unwatched": statistics.median(of(off) for off, _ in pairs),
+            "watched": statistics.median(of(on) for _, on in pairs),
+            "ratio": ratio,
+            "interval": [low, high],
+        }
+
+    def share(name: str, which: int) -> float:
+        chosen = [pair[which] for pair in pairs]
+        spent_s = sum(window.cpu_s[name] for window in chosen)
+        return spent_s / sum(window.seconds for window in chosen)
+
+    names = pairs[0][0].cpu_s
+    return {
+        "tokens_per_s": compare(lambda window: window.tokens_per_s),
+        "tokens_per_cpu_s": compare(lambda window: window.tokens_per_cpu_s),
+        "share_of_a_core": {
+            name: {"unwatched": share(name, 0), "watched": share(name, 1)} for name in names
+        },
+    }
+
+
+def report(found: dict[str, Any]) -> None:
+    print(f"\n{found['device']}, {os.cpu_count()} cores, {len(found['pairs'])} pairs of windows")
+    for key, unit in (("tokens_per_s", "second"), ("tokens_per_cpu_s", "CPU second")):
+        one = found[key]
+        low, high = one["interval"]
+        cost = 1 - one["ratio"]
+        verdict = "met" if cost < GOAL else "missed"
+        told = "" if 1 - low < GOAL or 1 - high > GOAL else ", but the interval holds both answers"
+        print(
+            f"output tokens per {unit}: {one['unwatched']:.1f} unwatched, {one['watched']:.1f} "
+            f"watched; ratio {one['ratio']:.4f}, 95 % interval {low:.4f} to {high:.4f}: "
+            f"a cost under {GOAL:.0%} is {verdict}{told}"
+        )
+    print("share of a core, unwatched and watched:")
+    for name, share in found["share_of_a_core"].items():
+        print(f"  {name:14} {share['unwatched']:7.2%} {share['watched']:7.2%}")
+    print("a look, CPU ms of the coordinator and of the whole system; looks per second; cores:")
+    for name, cost in found["cost_of_a_look"].items():
+        rate = found["looks_per_second"][name]
+        print(
+            f"  {name:8} {cost['coordinator_ms']:7.3f} {cost['all_ms']:7.3f} {rate:6.2f} "
+            f"{rate * cost['all_ms'] / 1e3:8.3%}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=8, help="pairs of runs of each kind")
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=24, help="of windows")
+    parser.add_argument("--window-s", type=float, default=3.0)
     parser.add_argument("--device", choices=("cpu", "modelled"), default="cpu")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--watch", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.watch:
-        watch(asked.watch)
-        return
-    work = lognormal_lengths(asked.requests, 128, 96, 0.6, seed=1)
-    rates: dict[str, list[float]] = {"watched": [], "not": [], "ratios": [], "noise": []}
-    with ExitStack() as stack:
-        options = options_for(asked.device, stack)
-        live = stack.enter_context(running("monitoring", options))
-        watcher = Watcher(live.config.name)
-        live.generate(work)  # warm
-        for number in range(asked.rounds):
-            pair = {w: measure(live, watcher, work, w) for w in (number % 2 == 0, number % 2 == 1)}
-            first, second = (measure(live, watcher, work, False) for _ in range(2))
-            rates["watched"].append(pair[True])
-            rates["not"] += [pair[False], first, second]
-            rates["ratios"].append(pair[True] / pair[False])
-            rates["noise"].append(first / second)
-            print(f"pair {number}: {rates['ratios'][-1]:.4f}, unwatched {first / second:.4f}")
-        did = watcher.close()
-    report(asked.device, rates, did)
-    if asked.json:
-        record = {"device": asked.device, "did": did, "versions": versions(), **rates}
-        asked.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def report(device: str, rates: dict[str, list[float]], did: str) -> None:
-    ratio, error = summary(rates["ratios"])
-    noise, noise_error = summary(rates["noise"])
-    print(
-        f"\n{device}, {os.cpu_count()} cores, output tokens/s: "
-        f"{statistics.median(rates['not']):.0f} unwatched, "
-        f"{statistics.median(rates['watched']):.0f} watched\n"
-        f"watched over unwatched: {ratio:.4f} ± {error:.4f} ({len(rates['ratios'])} pairs); "
-        f"unwatched over unwatched: {noise:.4f} ± {noise_error:.4f}\n"
-        f"the goal is a cost under {GOAL:.0%}: "
-        f"{'met' if 1 - ratio < GOAL else 'missed'}"
-        f"{'' if error < GOAL / 2 else ', but the spread is too wide to tell'}\n"
-        f"the watcher did {did}"
+    parser.add_argument(
+        "--watch", default="scrape,status,page", help="what is done, of scrape,status,page,trace"
     )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.load:
+        load(asked.load)
+        return
+    what = asked.watch.split(",")
+    if unknown := set(what) - {*EVERY_S, "trace"}:
+        parser.error(f"--watch {asked.watch}: no {sorted(unknown)}")
+    found = measure(asked, what)
+    report(found)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
