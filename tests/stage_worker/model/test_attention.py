@@ -9,10 +9,13 @@ import numba
 import numpy as np
 import pytest
 import torch
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.stage_worker.attention import kernels, paged
+from pipemax.stage_worker.attention.interface import HeadNorm, Rotary
 from pipemax.stage_worker.attention.paged import PagedAttention
 from pipemax.stage_worker.batch import StepBatch, prepare_batch
 from support.paged_run import Item, step_plan
@@ -136,6 +139,107 @@ def test_kv_is_written_to_its_slots_only(dtype: Dtype) -> None:
         expected[slot // 8, 1, 0, slot % 8] = key[row]
         expected[slot // 8, 1, 1, slot % 8] = value[row]
     assert torch.equal(pool, expected)
+
+
+def _like_transformers(
+    qkv: torch.Tensor, heads: int, kv_heads: int, rotary: Rotary, norm: HeadNorm | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value as transformers' modules make them."""
+    query, key, value = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split(
+        [heads, kv_heads, kv_heads], dim=1
+    )
+    if norm is not None:
+        made = []
+        for states, weight in ((query, norm.query_weight), (key, norm.key_weight)):
+            module = Qwen3RMSNorm(states.shape[2], norm.eps)
+            module.weight.data = weight
+            made.append(module(states))
+        query, key = made
+    cos, sin = rotary.cos.to(qkv.dtype)[None], rotary.sin.to(qkv.dtype)[None]
+    query, key = apply_rotary_pos_emb(query[None], key[None], cos, sin, unsqueeze_dim=2)
+    return query[0], key[0], value
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("width", [16, 6])
+@pytest.mark.parametrize("normed", [False, True])
+@torch.inference_mode()
+def test_a_fused_projection_is_attended_to_as_its_parts_are(
+    dtype: Dtype, width: int, normed: bool
+) -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, head_dim = 6, 2, 16
+    geometry = BlockGeometry(3, 8, kv_heads, head_dim, dtype)
+    batch = _batch(8)
+    qkv = (torch.randn(batch.num_tokens, (heads + 2 * kv_heads) * head_dim)).to(_TORCH[dtype])
+    angles = torch.randn(batch.num_tokens, width)
+    rotary = Rotary(angles.cos(), angles.sin())
+    weights = torch.randn(2, head_dim).to(_TORCH[dtype])
+    norm = HeadNorm(weights[0], weights[1], 1e-5) if normed else None
+    settings = {"scaling": 0.3, "window": 30, "head_norm": norm}
+    query, key, value = _like_transformers(qkv, heads, kv_heads, rotary, norm)
+    filled = torch.randn(_NUM_BLOCKS, *geometry.block_shape).to(_TORCH[dtype])
+    for backend in ("kernel", "reference"):
+        whole, parts = (PagedAttention(geometry, _TORCH[dtype], backend) for _ in range(2))
+        pools = filled.clone(), filled.clone()
+        for attention, pool in zip((whole, parts), pools, strict=True):
+            attention.bind_pool(pool)
+            attention.begin(batch)
+        found = whole.attend_packed(1, qkv.clone(), rotary, **settings)
+        expected = parts.attend(1, query, key, value, 0.3, 30, 0.0).flatten(1)
+        assert found.dtype == _TORCH[dtype]
+        close = {"atol": 1e-5, "rtol": 1e-5} if dtype == "float32" else {"atol": 2e-2, "rtol": 2e-2}
+        torch.testing.assert_close(found, expected, **close)
+        if normed:  # a mean's sum may be taken in another order
+            torch.testing.assert_close(pools[0], pools[1], **close)
+        else:
+            assert torch.equal(pools[0], pools[1])
+
+
+def test_a_fused_projection_that_does_not_fit_is_refused() -> None:
+    attention = PagedAttention(BlockGeometry(1, 8, 2, 8, "float32"), torch.float32, "kernel")
+    attention.bind_pool(torch.zeros(1, 1, 2, 8, 2, 8))
+    attention.begin(prepare_batch(step_plan([Item([0], 0, [0])]), 8))
+    flat, good = torch.zeros(1, 8), torch.zeros(1, 48)
+    rotary = Rotary(flat, flat)
+    attention.attend_packed(0, good, rotary, scaling=1.0, window=0)
+    for bad in (good[:, :40], torch.zeros(2, 48), good.double(), torch.zeros(1, 44)):
+        with pytest.raises(InvariantError, match="queries, keys and values of shape"):
+            attention.attend_packed(0, bad, rotary, scaling=1.0, window=0)
+    for angles in (torch.zeros(2, 8), torch.zeros(1, 10), torch.zeros(1, 3)):
+        with pytest.raises(InvariantError, match="a rotation of shape"):
+            attention.attend_packed(0, good, Rotary(angles, angles), scaling=1.0, window=0)
+    norm = HeadNorm(torch.zeros(4), torch.zeros(4), 1e-5)
+    with pytest.raises(InvariantError, match="norms of shape"):
+        attention.attend_packed(0, good, rotary, scaling=1.0, window=0, head_norm=norm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_are_narrowed_as_torch_does(dtype: torch.dtype) -> None:
+    """Through a rotation by nothing, with numbers of all magnitudes: what a half cannot hold, what
+    lies between two, ties, subnormals, infinities."""
+    bits = torch.arange(0, 2**32, 65521, dtype=torch.int64)
+    numbers = torch.cat([bits.to(torch.int32).view(torch.float32), _ties(dtype)])
+    element = paged.pool_array(torch.zeros(1, dtype=dtype))
+
+    @numba.njit  # type: ignore[untyped-decorator]
+    def narrowed(numbers: Any, element: Any) -> Any:
+        out = np.empty(numbers.shape[0], element.dtype)
+        for index in range(numbers.shape[0]):
+            out[index] = kernels._of_float32(numbers[index], element[0])
+        return out
+
+    found = narrowed(numbers.numpy(), element)
+    expected = numbers.to(dtype)
+    torch.testing.assert_close(
+        torch.from_numpy(found.view(np.int16)).view(dtype), expected, atol=0, rtol=0, equal_nan=True
+    )
+
+
+def _ties(dtype: torch.dtype) -> torch.Tensor:
+    """Half-way between neighbouring halves."""
+    low = torch.arange(0, 0x7B00, 7, dtype=torch.int16)
+    return (low.view(dtype).float() + (low + 1).view(dtype).float()) / 2
 
 
 def test_softmax_of_large_scores_does_not_overflow() -> None:

@@ -1,5 +1,6 @@
 """What a stage's model needs of its attention, wherever steps' inputs lie."""
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +32,28 @@ class Step(Protocol):
     @property
     def max_token(self) -> int:
         """The largest of the token ids, known without asking a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotation of queries and keys by their positions: a number of the first half of those that
+    are rotated turns with the one half a width further on (transformers' `rotate_half`)."""
+
+    cos: torch.Tensor
+    """float32 [rows, width], `width` at most the head's size; what is beyond stays as it is."""
+    sin: torch.Tensor
+    """As `cos`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMS norm of each head's query and key, before the rotation (Qwen 3)."""
+
+    query_weight: torch.Tensor
+    """[head_dim]"""
+    key_weight: torch.Tensor
+    """[head_dim]"""
+    eps: float
 
 
 class StageAttention(Protocol):

@@ -88,6 +88,47 @@ def _float_of_bits(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _of_float32(typing_context: Any, value: Any, element: Any) -> Any:
+    """The pool element nearest to a float32, ties to even; `element` gives the type only."""
+    codegen = {
+        types.float32: _identity,
+        types.int16: _narrow_bfloat16,
+        types.uint16: _narrow_float16,
+    }[element]
+    return element(types.float32, element), codegen
+
+
+def _narrow_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    word = ir.IntType(32)
+    bits = builder.bitcast(args[0], word)
+    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+    rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
+    is_nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
+    chosen = builder.select(is_nan, word(0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
+
+
+def _narrow_float16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Below 2^-14 the sum with 0.5 rounds the mantissa where float16's subnormals end."""
+    word, real = ir.IntType(32), ir.FloatType()
+    bits = builder.bitcast(args[0], word)
+    sign = builder.and_(builder.lshr(bits, word(16)), word(0x8000))
+    magnitude = builder.and_(bits, word(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, word(13)), word(1))
+    rounded = builder.add(builder.add(magnitude, word(0xFFF - (112 << 23))), odd)
+    usual = builder.lshr(rounded, word(13))
+    tiny = builder.fadd(builder.bitcast(magnitude, real), ir.Constant(real, 0.5))
+    subnormal = builder.sub(builder.bitcast(tiny, word), word(0x3F000000))
+    is_tiny = builder.icmp_unsigned("<", magnitude, word(113 << 23))
+    finite = builder.select(is_tiny, subnormal, usual)
+    is_huge = builder.icmp_unsigned(">=", magnitude, word(0x477FF000))
+    is_nan = builder.icmp_unsigned(">", magnitude, word(0x7F800000))
+    special = builder.select(is_nan, word(0x7E00), word(0x7C00))
+    chosen = builder.select(is_huge, special, finite)
+    return builder.trunc(builder.or_(chosen, sign), ir.IntType(16))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing_context: Any, address: Any) -> Any:
     """Asks the CPU to fetch the cache line at an address, for reading. Any address is harmless."""
 
@@ -147,6 +188,80 @@ def write_kv(pool: Pool, layer: int, keys: Pool, values: Pool, slots: I64Array) 
             for d in range(keys.shape[2]):
                 pool[block, layer, 0, offset, head, d] = keys[row, head, d]
                 pool[block, layer, 1, offset, head, d] = values[row, head, d]
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _rounded(x: Any, element: Any) -> Any:
+    """`x`, a float32, as precise as an element of `element`'s type is."""
+    return _to_float32(_of_float32(x, element))
+
+
+@_compiled()
+def _normalise(rows: Pool, row: int, head: int, weight: F32Array, eps: Any) -> None:
+    """Divides one head by the root of its mean square, then multiplies by `weight`."""
+    head_dim = rows.shape[2]
+    total = np.float32(0.0)
+    for d in range(head_dim):
+        x = _to_float32(rows[row, head, d])
+        total += x * x
+    inverse = np.float32(1.0) / np.sqrt(total / np.float32(head_dim) + eps)
+    for d in range(head_dim):
+        x = rows[row, head, d]
+        scaled = _rounded(_to_float32(x) * inverse, x)
+        rows[row, head, d] = _of_float32(weight[d] * scaled, x)
+
+
+@_compiled()
+def _rotate(rows: Pool, row: int, head: int, cos: F32Array, sin: F32Array) -> None:
+    """Rotates the first `cos.shape[1]` numbers of one head, each half of them with the other."""
+    half = cos.shape[1] // 2
+    for d in range(half):
+        low, high = rows[row, head, d], rows[row, head, d + half]
+        x, y = _to_float32(low), _to_float32(high)
+        rows[row, head, d] = _of_float32(
+            _rounded(x * _rounded(cos[row, d], low), low)
+            - _rounded(y * _rounded(sin[row, d], low), low),
+            low,
+        )
+        rows[row, head, d + half] = _of_float32(
+            _rounded(y * _rounded(cos[row, d + half], low), low)
+            + _rounded(x * _rounded(sin[row, d + half], low), low),
+            low,
+        )
+
+
+@_compiled()
+def rotate_and_write(
+    pool: Pool,
+    layer: int,
+    packed: Pool,
+    cos: F32Array,
+    sin: F32Array,
+    query_weight: F32Array,
+    key_weight: F32Array,
+    eps: Any,
+    slots: I64Array,
+) -> None:
+    """Rotates the queries and keys of `packed` in place and writes keys and values to `slots`.
+
+    `packed` is `[T, heads + 2 · kv_heads, head_dim]`: queries, keys, values. With weights
+    `[head_dim]`, rather than `[0]`, queries and keys are normalised first. Rounds to the element
+    type wherever transformers' modules do, so that keys are theirs to the bit.
+    """
+    block_size, kv_heads, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
+    heads = packed.shape[1] - 2 * kv_heads
+    for row in range(slots.shape[0]):
+        for head in range(heads + kv_heads):
+            if query_weight.shape[0] > 0:
+                weight = query_weight if head < heads else key_weight
+                _normalise(packed, row, head, weight, eps)
+            _rotate(packed, row, head, cos, sin)
+        block = slots[row] // block_size
+        offset = slots[row] % block_size
+        for head in range(kv_heads):
+            for d in range(head_dim):
+                pool[block, layer, 0, offset, head, d] = packed[row, heads + head, d]
+                pool[block, layer, 1, offset, head, d] = packed[row, heads + kv_heads + head, d]
 
 
 @_compiled(fastmath=_FAST_SUMS)

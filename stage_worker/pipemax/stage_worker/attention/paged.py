@@ -14,7 +14,7 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.attention import kernels
-from pipemax.stage_worker.attention.interface import StageAttention
+from pipemax.stage_worker.attention.interface import HeadNorm, Rotary, StageAttention
 from pipemax.stage_worker.attention.prefill import prefill, visible
 from pipemax.stage_worker.attention.reference import reference_attention
 from pipemax.stage_worker.batch import StepBatch, prepare_batch
@@ -91,9 +91,7 @@ class PagedAttention:
     ) -> torch.Tensor:
         """Writes the step's K and V, then attends. query `[T, heads, head_dim]`, key and value
         `[T, kv_heads, head_dim]`; the same shape as `query` comes back."""
-        batch, pool = self._batch, self._pool
-        if batch is None or pool is None:
-            raise InvariantError("attention outside a step")
+        batch, _ = self._step()
         # The kernels check no bounds.
         expected = (batch.num_tokens, self.geometry.num_kv_heads, self.geometry.head_dim)
         if key.shape != expected or value.shape != expected:
@@ -101,6 +99,63 @@ class PagedAttention:
                 f"K of shape {tuple(key.shape)} and V of {tuple(value.shape)}, not {expected}"
             )
         kernels.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
+        return self._attend(layer, query, scaling, window, softcap)
+
+    def attend_packed(
+        self,
+        layer: int,
+        qkv: torch.Tensor,
+        rotary: Rotary,
+        *,
+        scaling: float,
+        window: int,
+        head_norm: HeadNorm | None = None,
+    ) -> torch.Tensor:
+        """`attend` on what one product of a fused projection gives: `qkv` `[T, (heads + 2 ·
+        kv_heads) · head_dim]`, queries, keys, values, contiguous and of this stage's dtype; it is
+        overwritten. Normalises and rotates as transformers' modules do, rounding where they do.
+        Returns `[T, heads · head_dim]`. `window` 0 is no window."""
+        batch, _ = self._step()
+        kv_heads, head_dim = self.geometry.num_kv_heads, self.geometry.head_dim
+        heads = qkv.shape[-1] // head_dim - 2 * kv_heads
+        shape = (batch.num_tokens, (heads + 2 * kv_heads) * head_dim)
+        if (
+            qkv.shape != shape
+            or heads < kv_heads
+            or heads % kv_heads
+            or qkv.dtype != self.dtype
+            or not qkv.is_contiguous()
+        ):
+            raise InvariantError(
+                f"queries, keys and values of shape {tuple(qkv.shape)} in {qkv.dtype}, contiguous "
+                f"{qkv.is_contiguous()}, for {batch.num_tokens} tokens, {kv_heads} KV heads of "
+                f"{head_dim} in {self.dtype}"
+            )
+        packed = qkv.view(batch.num_tokens, -1, head_dim)
+        query_weight, key_weight = _norm_weights(head_norm, head_dim)
+        kernels.rotate_and_write(
+            self._array,
+            layer,
+            pool_array(packed),
+            _rotation(rotary.cos, batch.num_tokens, head_dim),
+            _rotation(rotary.sin, batch.num_tokens, head_dim),
+            query_weight,
+            key_weight,
+            np.float32(head_norm.eps if head_norm else 0.0),
+            batch.slots,
+        )
+        return self._attend(layer, packed[:, :heads], scaling, window, 0.0).flatten(1)
+
+    def _step(self) -> tuple[StepBatch, torch.Tensor]:
+        if self._batch is None or self._pool is None:
+            raise InvariantError("attention outside a step")
+        return self._batch, self._pool
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, scaling: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """K and V of the step are in the pool."""
+        batch, pool = self._step()
         if self.backend == "reference":
             return reference_attention(
                 pool, layer, batch, query, scaling=scaling, softcap=softcap, window=window
@@ -168,6 +223,28 @@ def pool_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return tensor.contiguous().view(_AS_NUMPY[tensor.dtype]).numpy()
 
 
+def _rotation(numbers: torch.Tensor, rows: int, head_dim: int) -> npt.NDArray[np.float32]:
+    width = numbers.shape[-1]
+    if numbers.shape != (rows, width) or width > head_dim or width % 2:
+        raise InvariantError(
+            f"a rotation of shape {tuple(numbers.shape)} for {rows} tokens and heads of {head_dim}"
+        )
+    return numbers.float().contiguous().numpy()
+
+
+def _norm_weights(
+    head_norm: HeadNorm | None, head_dim: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Of queries and keys; empty for None."""
+    if head_norm is None:
+        return np.empty(0, np.float32), np.empty(0, np.float32)
+    weights = head_norm.query_weight, head_norm.key_weight
+    if any(weight.shape != (head_dim,) for weight in weights):
+        raise InvariantError(f"norms of shape {tuple(weights[0].shape)} for heads of {head_dim}")
+    query, key = (weight.detach().float().contiguous().numpy() for weight in weights)
+    return query, key
+
+
 def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -215,7 +292,13 @@ def warm_up(dtype: torch.dtype) -> None:
     query = np.zeros((1, 1, 8), np.float32)
     out = np.zeros((1, 1, 8), np.float32)
     with _one_compiler_at_a_time():
-        kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), np.zeros(1, np.int64))
+        slots = np.zeros(1, np.int64)
+        kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), slots)
+        packed = pool_array(torch.zeros(1, 3, 8, dtype=dtype))
+        angles, weight = query[0], np.empty(0, np.float32)
+        kernels.rotate_and_write(
+            pool, 0, packed, angles, angles, weight, weight, np.float32(0.0), slots
+        )
         kernels.attend(
             pool,
             0,
