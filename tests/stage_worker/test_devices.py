@@ -7,6 +7,7 @@ from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import SharedMemory
 from pipemax.stage_worker.channels.ring import RingShape
+from pipemax.stage_worker.devices.base import SharedTensor
 from pipemax.stage_worker.devices.cpu import CpuDevice
 from pipemax.stage_worker.engine import pool_blocks
 
@@ -14,8 +15,13 @@ GEOMETRY = BlockGeometry(num_layers=2, block_size=4, num_kv_heads=3, head_dim=8,
 RING = RingShape(num_slots=2, max_rows=3, hidden_size=4, dtype="float32")
 
 
+def _pool(num_blocks: int) -> SharedTensor:
+    memory = SharedMemory.create("pool", num_blocks * GEOMETRY.block_bytes)
+    return CpuDevice().view_pool(memory, GEOMETRY, num_blocks)
+
+
 def test_a_pool_is_block_first_and_seen_by_who_maps_it() -> None:
-    pool = CpuDevice().allocate_pool(GEOMETRY, 5)
+    pool = _pool(5)
     assert pool.tensor.shape == (5, 2, 2, 4, 3, 8)
     assert pool.tensor.dtype == torch.bfloat16
     assert pool.tensor.is_contiguous()
@@ -33,7 +39,7 @@ def test_a_pool_is_block_first_and_seen_by_who_maps_it() -> None:
 
 
 def test_a_view_outlives_the_close() -> None:
-    pool = CpuDevice().allocate_pool(GEOMETRY, 2)
+    pool = _pool(2)
     view = pool.tensor[1]
     pool.close()
     view.fill_(2.0)

@@ -6,6 +6,7 @@ kernel allows to the same user only; the inode number in the handle guards again
 """
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -16,6 +17,8 @@ from pipemax.proto.errors import PipemaxSystemError
 
 F_ADD_SEALS = getattr(fcntl, "F_ADD_SEALS", 1033)
 _SEAL_SHRINK_GROW_SEAL = 0x0002 | 0x0004 | 0x0001
+_MADV_POPULATE_WRITE = getattr(mmap, "MADV_POPULATE_WRITE", 23)
+_POPULATE_BYTES = 16 * 2**20
 
 
 class MemfdHandle(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,13 +82,25 @@ class SharedMemory:
 
     def prefault(self) -> None:
         """Touches every page now (about 1 s per GiB), so that no copy pays for it later. What the
-        segment holds stays."""
-        with contextlib.suppress(OSError, AttributeError):
-            self._map.madvise(getattr(mmap, "MADV_POPULATE_WRITE", 23))
+        segment holds stays. Other threads run meanwhile, and may map memory themselves."""
+        if self._populate():
             return
         page = mmap.PAGESIZE
         for offset in range(0, self.size_bytes, page):
             self.buffer[offset] = self.buffer[offset]
+
+    def _populate(self) -> bool:
+        """Has the kernel touch every page, through ctypes, which lets go of the interpreter lock
+        as `mmap.madvise` does not; in pieces, as it holds the lock of the address space, for which
+        an import that maps a library waits. False: this kernel does not know how (before 5.14)."""
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        for offset in range(0, self.size_bytes, _POPULATE_BYTES):
+            length = min(_POPULATE_BYTES, self.size_bytes - offset)
+            address, size = ctypes.c_void_p(start + offset), ctypes.c_size_t(length)
+            if madvise(address, size, _MADV_POPULATE_WRITE):
+                return False
+        return True
 
     def close(self) -> None:
         """Unmaps; safe to call twice. Views taken of `buffer` keep the mapping alive until they

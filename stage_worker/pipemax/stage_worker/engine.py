@@ -5,6 +5,11 @@ as long as one would take. Imports none of them: a stage that only models its GP
 torch, fast and small.
 """
 
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +23,8 @@ from pipemax.stage_worker.executor import Links
 from pipemax.stage_worker.kv_end import KvEnd
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
+
+log = logging.getLogger(__name__)
 
 
 class WrongKvError(InvariantError):
@@ -75,6 +82,24 @@ class StageEngine(Protocol):
 def open_engine(config: EngineConfig, stage: int, run_dir: Path | None = None) -> StageEngine:
     """Loads the stage. `run_dir`: of the system it belongs to; None for one that is only measured.
     Raises ConfigError or ModelError for what cannot work."""
+    with _no_garbage_collection():
+        return _open_engine(config, stage, run_dir)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Importing makes millions of objects and drops few: to look for garbage among them takes a
+    quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _open_engine(config: EngineConfig, stage: int, run_dir: Path | None) -> StageEngine:
     if config.device == "cuda":
         from pipemax.stage_worker.devices.cuda.engine import CudaEngine
 
@@ -83,9 +108,14 @@ def open_engine(config: EngineConfig, stage: int, run_dir: Path | None = None) -
         from pipemax.stage_worker.modelled.engine import ModelledEngine
 
         return ModelledEngine(config, stage)
+    from pipemax.stage_worker.early_pool import EarlyPool
+
+    pool = EarlyPool(config, stage)
+    started_s = time.monotonic()
     from pipemax.stage_worker.torch_engine import TorchEngine
 
-    return TorchEngine(config, stage)
+    log.info("imports took %.2f s", time.monotonic() - started_s)
+    return TorchEngine(config, stage, pool)
 
 
 def pool_blocks(block_bytes: int, block_size: int, budget_bytes: int, stage: int) -> int:

@@ -1,16 +1,18 @@
 """The stage that really computes: a model's layers on a device of this machine."""
 
+import logging
 import time
 from pathlib import Path
 
 import torch
 
 from pipemax.proto.config import EngineConfig
+from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import SweepSample
 from pipemax.stage_worker.channels.ring import RingMemory
-from pipemax.stage_worker.devices.base import Device
 from pipemax.stage_worker.devices.cpu import CpuDevice
-from pipemax.stage_worker.engine import WorkLoop, pool_blocks
+from pipemax.stage_worker.early_pool import EarlyPool
+from pipemax.stage_worker.engine import WorkLoop
 from pipemax.stage_worker.executor import Executor, Links
 from pipemax.stage_worker.kv_end import MappedPool
 from pipemax.stage_worker.model.load import load_stage_model
@@ -21,13 +23,34 @@ from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
 from pipemax.stage_worker.sweep import SweepLimits, sweep
 
+log = logging.getLogger(__name__)
+
+
+class _Laps:
+    """What the parts of loading took, for the log."""
+
+    def __init__(self) -> None:
+        self._since_s = time.monotonic()
+        self._parts: list[str] = []
+
+    def end(self, what: str) -> None:
+        now_s = time.monotonic()
+        self._parts.append(f"{what} {now_s - self._since_s:.2f} s")
+        self._since_s = now_s
+
+    def __str__(self) -> str:
+        return ", ".join(self._parts)
+
 
 class TorchEngine(ModelEngine):
     """StageEngine for stage `stage`. Loads weights, KV pool and compiled kernels."""
 
-    def __init__(self, config: EngineConfig, stage: int) -> None:
+    def __init__(self, config: EngineConfig, stage: int, early: EarlyPool | None = None) -> None:
+        """`early`: this stage's pool, where somebody began with it before this module was there."""
+        early = EarlyPool(config, stage) if early is None else early
+        laps = _Laps()
         self._config = config
-        self._device: Device = CpuDevice()
+        self._device = CpuDevice()
         self._device.set_threads(config.threads_per_stage)
         self._model = load_stage_model(
             Path(config.model),
@@ -37,14 +60,17 @@ class TorchEngine(ModelEngine):
             block_size=config.block_size,
             load_format=config.load_format,
         )
-        geometry = self._model.geometry
-        self.num_blocks = pool_blocks(
-            geometry.block_bytes, geometry.block_size, config.pool_bytes, stage
-        )
-        self._pool = self._device.allocate_pool(geometry, self.num_blocks)
+        laps.end("weights")
+        if self._model.geometry != early.geometry:
+            raise InvariantError(f"a pool for {early.geometry} and {self._model.geometry} to run")
+        self.num_blocks = early.num_blocks
+        self._pool = self._device.view_pool(early.take(), early.geometry, self.num_blocks)
         self._model.bind_pool(self._pool.tensor)
         self._kv = MappedPool(self._pool.handle)
+        laps.end("rest of the pool")
         self._model.warm_up()
+        laps.end("kernels and a first step")
+        log.info("loading took %s", laps)
         self._logits_exit: LogitsExit | None = None
         if self._logits_shape is not None:
             self._logits_exit = LogitsExit(self._logits_shape, config.sampler_workers)

@@ -40,9 +40,11 @@ class Device(HostMemoryTransport, ABC):
         """CPU threads that the kernels of this process may use."""
 
     @abstractmethod
-    def allocate_pool(self, geometry: BlockGeometry, num_blocks: int) -> SharedTensor:
-        """The device KV pool, `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, zeroed
-        and resident."""
+    def view_pool(
+        self, memory: SharedMemory, geometry: BlockGeometry, num_blocks: int
+    ) -> SharedTensor:
+        """The device KV pool in `memory`, which it owns from now on: `[num_blocks, layers, 2,
+        block_size, kv_heads, head_dim]`."""
 
     @abstractmethod
     def allocate_ring(self, shape: RingShape) -> Ring:

@@ -19,9 +19,10 @@ class CpuDevice(Device):
     def set_threads(self, count: int) -> None:
         torch.set_num_threads(count)
 
-    def allocate_pool(self, geometry: BlockGeometry, num_blocks: int) -> SharedTensor:
-        shape = (num_blocks, *geometry.block_shape)
-        return _create("pipemax-kv-pool", shape, torch_dtype(geometry.dtype))
+    def view_pool(
+        self, memory: SharedMemory, geometry: BlockGeometry, num_blocks: int
+    ) -> SharedTensor:
+        return _view(memory, (num_blocks, *geometry.block_shape), torch_dtype(geometry.dtype))
 
     def allocate_ring(self, shape: RingShape) -> "CpuRing":
         return CpuRing(_create("pipemax-activations", shape.shape, torch_dtype(shape.dtype)))
