@@ -121,6 +121,32 @@ def test_named_shared_memory() -> None:
     assert found == [str(path)]
 
 
+_MAPS = """
+import mmap, sys, time
+with open(sys.argv[1], "wb+") as file:
+    file.truncate(4096)
+    mapped = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_of_other_programs_is_no_leak() -> None:
+    path = Path("/dev/shm") / f"pipemax-test-{os.getpid()}"
+    # No descendant of ours, and nothing in its environment says where it comes from.
+    script = 'env -i "$0" -c "$1" "$2" & echo $!'
+    words = ["/bin/sh", "-c", script, sys.executable, _MAPS, str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        try:
+            assert shell.stdout.readline() == "mapped\n"
+            assert path.name not in leaks.our_shm_files()
+        finally:
+            os.kill(pid, 9)
+            path.unlink()
+
+
 def test_locked_run_directories() -> None:
     lock, found = _leak_of(lambda: RunLock(create_run_dir("left")))
     lock.release()  # type: ignore[attr-defined]

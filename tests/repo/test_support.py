@@ -52,9 +52,10 @@ def test_it_is_stopped_at_the_end_of_the_block() -> None:
 _DYING_TEST = """
 import os, sys, time
 from pathlib import Path
-from support.forkserver import start_process
+from support.forkserver import CONTEXT, start_process
 
 if __name__ == "__main__":
+    CONTEXT.set_forkserver_preload([])  # of the server nothing is to be seen but that it ends
     run_dir = Path(sys.argv[1])
     process = start_process("stage-0", "support.bodies:wait", run_dir)
     while not (run_dir / "pid").exists():

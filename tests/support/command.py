@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 
@@ -80,7 +79,3 @@ def eventually(condition: Callable[[], bool], timeout_s: float) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-def shared_memory_files() -> set[Path]:
-    return set(Path("/dev/shm").iterdir())

@@ -24,6 +24,11 @@ _MULTIPROCESSING_HELPERS = ("multiprocessing.forkserver", "multiprocessing.resou
 _KEPT_OPEN = re.compile(r"/dev/(null|u?random|nvidia.*)|/proc/.*|/sys/.*")
 """Targets that libraries open on first use and keep."""
 _MEMFD = re.compile(r"(/memfd:\S+)")
+_SHM = "/dev/shm"
+_OPENMP = "__KMP_REGISTERED_LIB_"
+"""LLVM's OpenMP marks with it that it was loaded; of a process that is killed the mark stays."""
+_theirs: set[str] = set()
+"""Of its files: once somebody else's, always."""
 _LIBFFI_MEMFD = "/memfd:libffi"
 """Where ctypes' callbacks live."""
 
@@ -42,7 +47,7 @@ class Snapshot:
     mappings: frozenset[str]
     """Address ranges of mapped memfds."""
     shm_files: frozenset[str]
-    """/dev/shm"""
+    """/dev/shm, but for what other processes than ours have mapped"""
     locks: frozenset[str]
     """Run directories below `$PIPEMAX_RUNTIME_DIR` whose lock is held."""
 
@@ -59,7 +64,7 @@ def snapshot(*, fresh: bool = False) -> Snapshot:
         ),
         fds=frozenset(_fds()),
         mappings=frozenset(_memfd_mappings()),
-        shm_files=frozenset(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else frozenset(),
+        shm_files=frozenset(our_shm_files()),
         locks=frozenset(_held_locks()),
     )
 
@@ -93,6 +98,22 @@ def kill_leaked_processes(before: Snapshot) -> None:
     for pid, _ in snapshot().processes - before.processes:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).kill()
+
+
+def our_shm_files() -> set[str]:
+    """Names in /dev/shm. Tests run beside other programs, and beside each other: a file that a
+    process has mapped which is none of our descendants is not ours."""
+    names = os.listdir(_SHM) if os.path.isdir(_SHM) else ()
+    found = {name for name in names if not name.startswith(_OPENMP)}
+    _theirs.intersection_update(found)
+    if unknown := found - _theirs:
+        ours = {os.getpid(), *_descendants(), *_orphans()}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) not in ours:
+                with suppress(OSError):  # the process has ended
+                    mapped = (entry / "maps").read_text()
+                    _theirs.update(name for name in unknown if f"{_SHM}/{name}\n" in mapped)
+    return found - _theirs
 
 
 def _processes(fresh: bool = False) -> Iterator[tuple[int, str]]:

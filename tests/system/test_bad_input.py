@@ -9,7 +9,8 @@ import pytest
 
 from pipemax.proto.rundir import runtime_root
 from pipemax.services.tiny_model import make_demo_model
-from support.command import run_pipemax, shared_memory_files
+from support.command import run_pipemax
+from support.leaks import our_shm_files
 
 Change = Callable[[Path], None]
 
@@ -107,7 +108,7 @@ def write_lines(path: Path, lines: list[str]) -> Path:
 
 
 def test_bad_lines_get_error_lines_and_the_others_run(good_model: Path, tmp_path: Path) -> None:
-    before = shared_memory_files()
+    before = our_shm_files()
     bad = {
         "not JSON": '{"custom_id": "broken", ',
         "unknown field": line("unknown", best_off=3),
@@ -137,4 +138,4 @@ def test_bad_lines_get_error_lines_and_the_others_run(good_model: Path, tmp_path
     assert "other" in texts["model"]
     assert "JSON" in texts[None]  # type: ignore[index]
     assert "good-1" in texts
-    assert shared_memory_files() == before
+    assert our_shm_files() == before

@@ -15,7 +15,8 @@ from pipemax.client import Client, Submit
 from pipemax.proto.rundir import run_dir_of, socket_endpoint
 from pipemax.services.tiny_model import make_demo_model
 from support.background import Background
-from support.command import Up, eventually, run_pipemax, shared_memory_files
+from support.command import Up, eventually, run_pipemax
+from support.leaks import our_shm_files
 from support.local_system import greedy, tokens_of
 from support.model_zoo import reference_tokens
 from support.promtool import check_metrics
@@ -35,13 +36,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_running_system_one_whose_launcher_is_killed_and_the_next_that_drains(
     model_dir: Path,
 ) -> None:
-    before = shared_memory_files()
+    before = our_shm_files()
     with Up("--model", model_dir, "--served-model-name", "demo", *SMALL) as up:
         check_what_users_see(model_dir, up)
         assert len(up.family) == 4
         up.process.kill()
         assert eventually(lambda: not up.family, GONE_WITHIN_S)
-    assert shared_memory_files() == before
+    assert our_shm_files() == before
     with Up("--model", model_dir, *SMALL) as again:
         check_drain(again)
 
