@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes that tests run in. Much of a test is waiting: two keep two cores busy.
+WORKERS ?= 2
 GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ export HF_HUB_OFFLINE ?= 1
 
 help:
 	@echo "make demo    run a small model through two stages, with KV offloading; it stays in demo-output"
-	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it)"
+	@echo "make test    run the test suite (PYTEST_ARGS='tests/proto -x' for a part of it, WORKERS=0 for one process)"
 	@echo "make lint    ruff and mypy"
 	@echo "make test-full  the whole of matrices that the suite runs a part of"
 	@echo "make gpu-check  right and fast on this machine's GPU? PYTHON=python3 where .venv is not used;"
@@ -45,10 +47,10 @@ demo: $(STAMP)
 	@$(BIN)/pipemax demo --keep demo-output
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-full: $(STAMP)
-	@$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "full or not full" $(PYTEST_ARGS)
 
 gpu-check:
 	@$(GPU_PYTHON) ops/gpu_check $(GPU_CHECK_ARGS)

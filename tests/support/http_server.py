@@ -12,6 +12,9 @@ from pipemax.coordinator.journal_file import state_root
 from pipemax.services.serve.app import System, make_app
 from pipemax.services.serve.settings import ServeSettings
 
+_PATIENCE_S = 150.0
+"""Until the system behind it is ready, on a busy machine."""
+
 
 class HttpServer:
     """Context manager. Serves the system at `endpoint`, or of that `name`."""
@@ -44,7 +47,7 @@ class HttpServer:
         )
         self._thread = threading.Thread(target=self._run, name="http-server")
         self._thread.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + _PATIENCE_S
         while not (self._server.started and (self._ready() or not self._wait)):
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 self.__exit__()

@@ -80,7 +80,7 @@ def leaks(before: Snapshot, after: Snapshot) -> list[str]:
     return found
 
 
-def settled_leaks(before: Snapshot, settle_s: float = 5.0) -> list[str]:
+def settled_leaks(before: Snapshot, settle_s: float = 20.0) -> list[str]:
     """Leaks since `before` that are still there after garbage collection and `settle_s`: a process
     that was told to end gets the time to do so."""
     found = leaks(before, snapshot())

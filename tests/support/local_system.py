@@ -145,9 +145,10 @@ class LocalSystem:
         return ended
 
     def client(self) -> Client:
-        return Client(self.config.name)
+        return Client(self.config.name, timeout_s=90.0)
 
-    def wait_ready(self, client: Client, timeout_s: float = 60.0) -> Status:
+    def wait_ready(self, client: Client, timeout_s: float = 150.0) -> Status:
+        """The first system of a run waits until the forkserver has imported torch and models."""
         deadline = time.monotonic() + timeout_s
         while (status := client.status()).phase != "ready":
             if time.monotonic() > deadline:
