@@ -21,6 +21,7 @@ _FLAG_OF_FIELD = {
 }
 MAX_TIMEOUT_S = 1e8
 """That the message Submit takes."""
+ESTIMATED = "estimated"
 SPARE_BLOCKS = 1
 """Device blocks that the coordinator wants beyond those of the longest request; it checks again
 with what the stages report."""
@@ -29,8 +30,8 @@ with what the stages report."""
 def layer_split(
     options: EngineOptions, layers: int, default: str = "even"
 ) -> tuple[int, ...] | None:
-    """As asked; None when it is to be measured and there is a choice. Raises ConfigError when it
-    does not fit the model."""
+    """As asked; None when it is to be measured or estimated and there is a choice. Raises
+    ConfigError when it does not fit the model."""
     stages = options.pipeline_parallel_size
     if stages > layers:
         raise ConfigError(
@@ -38,13 +39,18 @@ def layer_split(
             f"so at most {layers} stages"
         )
     text = options.layer_split or default
-    if text == "auto":
+    if text == ESTIMATED and options.device != "cpu":
+        raise ConfigError(
+            f"--layer-split {text} knows CPUs only; write auto, even or the layers of each stage"
+        )
+    if text in ("auto", ESTIMATED):
         return None if 1 < stages < layers else split_layers(layers, stages)
     if text == "even":
         return split_layers(layers, stages)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise ConfigError(
-            f"--layer-split {text}: write auto, even or the layers of each stage, as in 10,12,10"
+            f"--layer-split {text}: write auto, estimated, even or the layers of each stage, as in "
+            "10,12,10"
         )
     split = tuple(int(part) for part in text.split(","))
     if len(split) != stages:

@@ -9,10 +9,12 @@ import msgspec
 
 from pipemax.coordinator.policy import make_policy
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.errors import ConfigError
+from pipemax.proto.errors import ConfigError, ModelError
+from pipemax.proto.geometry import split_layers
 from pipemax.proto.sizes import format_size
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.config_limits import (
+    ESTIMATED,
     block_bytes,
     layer_split,
     max_model_len,
@@ -20,6 +22,7 @@ from pipemax.services.config_limits import (
     size_of,
 )
 from pipemax.services.cuda_config import CUDA, cuda_config, refuse_cuda_flags
+from pipemax.services.estimated_split import estimated_split
 from pipemax.services.layer_split import StageRoom
 from pipemax.services.machine import memory_bytes, usable_cores
 from pipemax.services.measured_split import StageDevice, measured_split
@@ -66,24 +69,36 @@ def check_options(options: EngineOptions, name: str) -> EngineConfig:
 def _cpu_config(
     options: EngineOptions, config: EngineConfig, info: ModelInfo, notice: Callable[[str], None]
 ) -> EngineConfig:
-    """Layers are split evenly unless asked otherwise: measuring them takes longer than a small
-    model's work, and large ones are not run on CPUs."""
     _check_memory(config, info)
     stages = config.pipeline_parallel_size
     cores = usable_cores() - config.sampler_workers
     threads = options.threads_per_stage or max(1, cores // stages)
     config = msgspec.structs.replace(config, threads_per_stage=threads)
-    split = layer_split(options, info.num_layers)
-    if split is None:
-        device = StageDevice("cpu", None, 1, StageRoom(None, config.pool_bytes))
-        found, _ = measured_split(config, info, [device] * stages, options.max_model_len, notice)
-        split = found.layers
+    split = _cpu_split(options, config, info, notice)
     limit, largest = info.max_position_embeddings, block_bytes(config, max(split), info)
     return msgspec.structs.replace(
         config,
         layer_split=split,
         max_model_len=max_model_len(options.max_model_len, limit, config, largest),
     )
+
+
+def _cpu_split(
+    options: EngineOptions, config: EngineConfig, info: ModelInfo, notice: Callable[[str], None]
+) -> tuple[int, ...]:
+    given = layer_split(options, info.num_layers, default=ESTIMATED)
+    if given is not None:
+        return given
+    stages, asked_len = config.pipeline_parallel_size, options.max_model_len
+    if options.layer_split == "auto":
+        device = StageDevice("cpu", None, 1, StageRoom(None, config.pool_bytes))
+        return measured_split(config, info, [device] * stages, asked_len, notice)[0].layers
+    try:
+        return estimated_split(config, info, asked_len, notice)
+    except ModelError:  # a config.json that leaves its shape to its family's defaults
+        if options.layer_split == ESTIMATED:
+            raise
+        return split_layers(info.num_layers, stages)
 
 
 def _refuse_modelled_flags(options: EngineOptions) -> None:

@@ -57,19 +57,24 @@ def measured_split(
     costs = tuple(measured[device.kind].scaled(device.stages_on_it) for device in devices)
     rooms = [device.room for device in devices]
     layer = BlockGeometry(1, 1, info.num_kv_heads, info.head_dim, dtype_of(config, info))
+    load = load_of(config, info, asked_len)
+    found = choose_split(costs, rooms, layer.token_bytes, load)
+    even = split_layers(info.num_layers, len(devices))
+    notice(_why(found, even, describe(even, costs, rooms, layer.token_bytes, load)))
+    return found, costs
+
+
+def load_of(config: EngineConfig, info: ModelInfo, asked_len: int | None) -> Load:
+    """What a split is made for, as long as nothing is known of the requests that will come."""
     longest = config.block_size if asked_len is None else asked_len
     most = info.max_position_embeddings if asked_len is None else asked_len
     shorter = min(1.0, most / (_PROMPT_TOKENS + _OUTPUT_TOKENS))
-    load = Load(
+    return Load(
         max_num_seqs=min(config.max_num_seqs, config.max_num_batched_tokens),
         prompt_tokens=shorter * _PROMPT_TOKENS,
         output_tokens=shorter * _OUTPUT_TOKENS,
         least_pool_tokens=longest + SPARE_BLOCKS * config.block_size,
     )
-    found = choose_split(costs, rooms, layer.token_bytes, load)
-    even = split_layers(info.num_layers, len(devices))
-    notice(_why(found, even, describe(even, costs, rooms, layer.token_bytes, load)))
-    return found, costs
 
 
 def _why(found: Split, even_layers: tuple[int, ...], even: Split | None) -> str:

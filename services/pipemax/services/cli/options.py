@@ -110,10 +110,11 @@ class EngineOptions:
     layer_split: Annotated[
         str | None,
         typer.Option(
-            metavar="auto|even|N,N,...",
-            help="Layers per stage. auto measures layers, embedding and head on each kind of GPU "
-            "and makes the slowest stage as fast as memory allows.",
-            show_default="auto on cuda, else even",
+            metavar="auto|estimated|even|N,N,...",
+            help="Layers per stage. auto measures layers, embedding and head on each kind of "
+            "device and makes the slowest stage as fast as memory allows; estimated, on CPUs, goes "
+            "by the size of layers and head.",
+            show_default="auto on cuda, estimated on cpu, else even",
             rich_help_panel=_PIPELINE,
         ),
     ] = None
