@@ -24,7 +24,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     prompts = [[draw.randrange(3, 512) for _ in range(draw.randrange(1, 200))] for _ in range(20)]
     for prompt in prompts[::3]:  # these share blocks
         prompt[:90] = prompts[1][: min(90, len(prompt))]
-    counts = [draw.randrange(20, 120) for _ in prompts]
+    counts = [draw.randrange(15, 65) for _ in prompts]
     return model_dir, prompts, counts, reference_tokens(model_dir, prompts, counts)
 
 
