@@ -101,6 +101,10 @@ def cuda_config(
 
 def _check_flags(options: EngineOptions, info: ModelInfo) -> None:
     """Those that need no look at a GPU, which takes seconds."""
+    if options.fused_layers:
+        raise ConfigError(
+            "--fused-layers: GPUs run transformers' own modules, as CUDA graphs; leave it out"
+        )
     if options.emulate_link_bandwidth is not None:
         raise ConfigError("--emulate-link-bandwidth: a GPU's link is real; leave it out")
     if options.kv_cache_memory_bytes is not None and options.gpu_memory_utilization is not None:

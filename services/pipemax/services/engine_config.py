@@ -134,6 +134,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         **({} if options.sampler_workers is None else {"sampler_workers": options.sampler_workers}),
         "policy": options.policy,
         "prefill": options.prefill,
+        **({} if options.fused_layers is None else {"fused_layers": options.fused_layers}),
         "enable_prefix_caching": options.enable_prefix_caching,
         "seed": options.seed,
         "activation_transport": "auto" if ipc else options.activation_transport,

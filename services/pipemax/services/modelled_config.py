@@ -90,6 +90,8 @@ def _check_flags(options: EngineOptions) -> None:
         )
     if options.threads_per_stage is not None:
         raise ConfigError("--threads-per-stage: modelled stages compute nothing; leave it out")
+    if options.fused_layers is not None:
+        raise ConfigError("--fused-layers: modelled stages compute nothing; leave it out")
 
 
 def _device_bytes(

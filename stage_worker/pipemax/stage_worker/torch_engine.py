@@ -59,6 +59,7 @@ class TorchEngine(ModelEngine):
             dtype=config.dtype,
             block_size=config.block_size,
             load_format=config.load_format,
+            fused_layers=config.fused_layers,
         )
         laps.end("weights")
         if self._model.geometry != early.geometry:

@@ -302,6 +302,17 @@ class EngineOptions:
         ),
     ] = _CONFIG.enable_prefix_caching
 
+    fused_layers: Annotated[
+        bool | None,
+        typer.Option(
+            "--fused-layers/--no-fused-layers",
+            help="Llama-like layers on the CPU as few large operations, or as transformers' own "
+            "modules, which are slower.",
+            show_default="fused",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
+
     metrics_host: Annotated[
         str,
         typer.Option(

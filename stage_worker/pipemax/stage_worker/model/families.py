@@ -52,6 +52,8 @@ class Family:
     """Attribute by which the base model scales its input: once, on the first stage."""
     norm_identity: float = 1.0
     """Weight at which a norm scales by one. Gemma's norms add one to theirs."""
+    fused: bool = False
+    """Its layers are Llama's, which `fused.FusedLayers` computes."""
 
 
 def _defaults(
@@ -86,10 +88,34 @@ _MIXTRAL_EXPERTS = ExpertNames(
 )
 
 FAMILIES: Final[tuple[Family, ...]] = (
-    Family("llama", "LlamaForCausalLM", "llama", _defaults(2048, 32000, 4096, 32, 32)),
-    Family("mistral", "MistralForCausalLM", "mistral", _defaults(131072, 32000, 4096, 32, 32, 8)),
-    Family("qwen2", "Qwen2ForCausalLM", "qwen2", _defaults(32768, 151936, 4096, 32, 32, 32)),
-    Family("qwen3", "Qwen3ForCausalLM", "qwen3", _defaults(32768, 151936, 4096, 32, 32, 32, 128)),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        "llama",
+        _defaults(2048, 32000, 4096, 32, 32),
+        fused=True,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        "mistral",
+        _defaults(131072, 32000, 4096, 32, 32, 8),
+        fused=True,
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        _defaults(32768, 151936, 4096, 32, 32, 32),
+        fused=True,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _defaults(32768, 151936, 4096, 32, 32, 32, 128),
+        fused=True,
+    ),
     Family(
         "gemma2",
         "Gemma2ForCausalLM",

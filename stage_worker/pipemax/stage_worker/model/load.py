@@ -6,6 +6,7 @@ type by its index. Embedding, final norm and head stay where they are used.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeAlias
@@ -23,7 +24,9 @@ from pipemax.stage_worker.dtypes import torch_dtype
 from pipemax.stage_worker.model.checkpoint import Checkpoint
 from pipemax.stage_worker.model.dummy import HEAD, DummyWeights
 from pipemax.stage_worker.model.families import Family, supported_family
+from pipemax.stage_worker.model.fused import FusedLayers, can_fuse
 from pipemax.stage_worker.model.inspect import inspect_model, read_config
+from pipemax.stage_worker.model.packed import can_pack, pack_modules
 from pipemax.stage_worker.model.stage_model import StageModel
 
 __all__ = ["StageModel", "load_stage_model"]
@@ -61,10 +64,13 @@ def load_stage_model(
     device: torch.device = CPU,
     open_attention: AttentionFactory | None = None,
     load_format: Literal["auto", "dummy"] = "auto",
+    fused_layers: bool = True,
 ) -> StageModel:
     """Stage `stage` of a model whose layers are split as `layer_split`, on `device`. Without
     `open_attention` steps are prepared in host memory, for CPU kernels (`backend`). With
     `load_format` `dummy` the folder needs no more than config.json, and weights are random.
+    `fused_layers`: on the CPU, layers of a family that FusedLayers knows are computed by it, and
+    other families' matrices are packed.
 
     Raises ModelError for a folder that cannot be used and UnsupportedModelError for a model PipeMax
     does not run.
@@ -111,7 +117,13 @@ def load_stage_model(
             f"{family.architecture}: this transformers builds it in a way PipeMax does not know "
             f"({error}); install the version in ops/constraints-cpu.txt"
         ) from error
-    return StageModel(model, attention, info, layers, tuple(source.names_read))
+    rebuild: Callable[[], FusedLayers | None] | None = None
+    if fused_layers and device == CPU and isinstance(attention, paged.PagedAttention):
+        if can_fuse(model, family):
+            rebuild = functools.partial(FusedLayers, model, family, layers, attention)
+        elif can_pack(attention.dtype):
+            rebuild = functools.partial(pack_modules, model)
+    return StageModel(model, attention, info, layers, tuple(source.names_read), rebuild)
 
 
 def build_on_meta(model_dir: Path, family: Family) -> Any:

@@ -1,6 +1,6 @@
 """One stage's part of a model, ready to run steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.stage_worker.attention.interface import StageAttention, Step
 from pipemax.stage_worker.attention.probe import probe_plan
+from pipemax.stage_worker.model import row_kernels
+from pipemax.stage_worker.model.fused import FusedLayers
 from pipemax.stage_worker.model.inspect import ModelInfo
 
 
@@ -25,7 +27,10 @@ class StageModel:
         info: ModelInfo,
         layers: tuple[int, int],
         tensors_read: tuple[str, ...],
+        rebuild: Callable[[], FusedLayers | None] | None = None,
     ) -> None:
+        """`rebuild`: makes `model` faster, or takes over from its layers and head, once its
+        weights are counted."""
         self._model = model
         self._base = model.base_model
         self._attention = attention
@@ -41,6 +46,17 @@ class StageModel:
             {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()
         )
         """Memory of this stage's weights; a tied tensor counts once."""
+        self._fused = None if rebuild is None else rebuild()
+
+    @property
+    def fused(self) -> FusedLayers | None:
+        """What computes the layers and the head; None: the modules themselves."""
+        return self._fused
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights as they are now: packed ones have gone from here."""
+        parameters: Iterator[tuple[str, torch.Tensor]] = self._model.named_parameters()
+        return parameters
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -71,6 +87,8 @@ class StageModel:
         compiles nothing. Call it after `bind_pool`, before the pool holds
         anything."""
         self._attention.warm_up()
+        if self._fused is not None:
+            row_kernels.warm_up(self.dtype)
         step = self._attention.prepare(probe_plan())
         shape = (step.num_tokens, self.hidden_size)
         hidden = None
@@ -93,6 +111,8 @@ class StageModel:
         """
         inputs = self._inputs(batch, hidden)
         self._attention.begin(batch)
+        if self._fused is not None:
+            return self._run_fused(self._fused, batch, inputs)
         arguments = {**inputs, "position_ids": batch.position_ids, "use_cache": False}
         if not self.is_last or batch.sample_rows.shape[0] == 0:
             out: torch.Tensor = self._base(**arguments).last_hidden_state[0]
@@ -100,6 +120,17 @@ class StageModel:
         # The model's own head: it knows about logit scaling and soft-capping.
         logits: torch.Tensor = self._model(**arguments, logits_to_keep=batch.sample_rows).logits
         return logits[0].float()
+
+    def _run_fused(
+        self, fused: FusedLayers, batch: Step, inputs: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        if self.is_first:
+            hidden: torch.Tensor = self._base.get_input_embeddings()(inputs["input_ids"])[0]
+        else:
+            hidden = inputs["inputs_embeds"][0]
+        if not self.is_last:
+            return fused.run(hidden, batch.position_ids)
+        return fused.logits(fused.run(hidden, batch.position_ids, batch.sample_rows)).float()
 
     def _inputs(self, batch: Step, hidden: torch.Tensor | None) -> dict[str, torch.Tensor]:
         if self.is_first:

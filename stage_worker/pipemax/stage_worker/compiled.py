@@ -1,0 +1,50 @@
+"""Functions that numba compiles: cached on disk, and by one process at a time.
+
+numba's cache notices a change of the file that a function stands in, and of no other: what is
+compiled stands in one file with all that it calls. The cache is the `__pycache__` next to that
+file, or the user's own cache folder: never a shared one.
+"""
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(**options: Any) -> Callable[[_Function], _Function]:
+    """`njit`, cached on disk where a private folder can be written."""
+
+    def compile_lazily(function: _Function) -> _Function:
+        try:
+            found = njit(nogil=True, cache=True, **options)(function)
+        except RuntimeError:  # no such folder: compile at every start
+            found = njit(nogil=True, **options)(function)
+        return cast(_Function, found)
+
+    return compile_lazily
+
+
+def cache_folder(function: Callable[..., Any]) -> Path | None:
+    """Where a compiled function is kept on disk; None when no private folder can be written."""
+    path = getattr(getattr(function, "stats", None), "cache_path", None)
+    return Path(path) if path else None
+
+
+@contextmanager
+def one_compiler_at_a_time(function: Callable[..., Any]) -> Iterator[None]:
+    """Stages start together: one compiles `function` and its neighbours, the others then find its
+    work in the cache. numba does not lock its cache, and two processes that add different types to
+    it at once can damage it."""
+    folder = cache_folder(function)
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "pipemax-kernels.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+        yield
