@@ -80,6 +80,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     emulate_link_bandwidth_bytes_s: Positive | None = None
     """Bytes per second each stage's link carries in each direction. None: as fast as memory copies
     go. The modelled device has one always."""
+    fused_layers: bool = True
+    """On the CPU, layers like Llama's run as few large operations over packed weights; off: as
+    transformers' own modules. The same numbers but for rounding. Other families run transformers'
+    modules, over packed weights if on; GPUs always do, over plain ones."""
     max_num_seqs: Positive = 256
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
@@ -110,10 +114,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     hung_after_s: Annotated[float, Meta(ge=2, le=86400)] = 60.0
     """A process that says nothing for so long hangs: it is killed and started again. More than the
     longest step takes: a stage says nothing while it computes on a CPU."""
-    fused_layers: bool = True
-    """On the CPU, layers like Llama's run as few large operations over packed weights; off: as
-    transformers' own modules. The same numbers but for rounding. Other families run transformers'
-    modules, over packed weights if on; GPUs always do, over plain ones."""
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
     metrics_host: str = "127.0.0.1"
