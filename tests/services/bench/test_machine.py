@@ -40,7 +40,7 @@ for line in sys.stdin:
     task = json.loads(line)
     count += 1
     # Slower at every attempt but the second; core 1 has ten times the rate of core 0.
-    print(10 ** core * (2 if count % 3 == 2 else 1), flush=True)
+    print(10 ** core * (2 if count % 5 == 2 else 1), flush=True)
 """
 
 

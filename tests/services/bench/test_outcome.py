@@ -1,5 +1,6 @@
 """The report of `pipemax bench throughput`, and who runs when."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,10 @@ class FakeEngine:
         self.log.append((self.name, work))
         return float(len(self.log))
 
+    def cpu_seconds(self) -> float:
+        """As if it used a quarter of a core while the first one runs."""
+        return sum(index / 4 for index, (name, _) in enumerate(self.log, 1) if name == "a")
+
 
 def test_engines_warm_up_and_then_alternate_on_the_same_requests() -> None:
     log: list[tuple[str, Work]] = []
@@ -94,6 +99,14 @@ def test_engines_warm_up_and_then_alternate_on_the_same_requests() -> None:
     assert ours.seconds == (3.0, 6.0, 7.0)
     assert peer.seconds == (4.0, 5.0, 8.0)
     assert (ours.name, peer.about) == ("a", {"of": "b"})
+    assert (ours.idle_cores, peer.idle_cores) == (0.0, 0.25)
+
+
+def test_an_engine_that_works_while_another_is_timed_is_named() -> None:
+    busy = replace(PEER, idle_cores=0.5)
+    lines = report_lines(Throughput.of(WORK), OURS, busy)
+    assert lines[-1] == "vLLM 2 used 0.50 cores while the other was timed, which is not fair"
+    assert report_data(Throughput.of(WORK), OURS, busy)["peer"]["idle_cores"] == 0.5
 
 
 def test_warm_up_is_short_and_its_prompts_are_in_no_round() -> None:

@@ -3,6 +3,7 @@ the program that runs them is not."""
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.services.bench import peers
 from pipemax.services.bench.command import run_throughput
-from pipemax.services.bench.peers import PeerFlags, Setting, find_peer, peer_engine
+from pipemax.services.bench.peers import Peer, PeerFlags, Setting, find_peer, peer_engine
 from pipemax.services.bench.work import BenchRequest
 from pipemax.services.cli.bench_flags import ThroughputFlags
 from pipemax.services.tiny_model import ModelShape, make_demo_model
@@ -22,6 +23,7 @@ SETTING = Setting(
     dtype="bfloat16",
     load_format="auto",
     longest_tokens=77,
+    kv_bytes=4000,
     enable_prefix_caching=False,
     cores=(0, 3),
 )
@@ -98,6 +100,7 @@ def test_vllm_runs_from_the_environment_given(environment: Path, tmp_path: Path)
         "load_format": "auto",
         "max_model_len": 77,
         "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 5000,
         "max_num_seqs": 256,
         "quantization": "fp8",
         "enforce_eager": True,
@@ -135,6 +138,79 @@ def test_an_engine_that_fails_says_why(environment: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"environment": ("VLLM_CPU_KVCACHE_SPACE=4",)}, {}),
+        ({"arguments": ("kv_cache_memory_bytes=7",)}, {"kv_cache_memory_bytes": 7}),
+        ({}, {"kv_cache_memory_bytes": 400}),
+    ],
+)
+def test_vllm_gets_room_for_the_requests_where_memory_allows(
+    environment: Path, monkeypatch: pytest.MonkeyPatch, given: Any, expected: dict[str, int]
+) -> None:
+    monkeypatch.setattr(peers, "available_memory_bytes", lambda: 1000)
+    found = find_peer(flags("vllm", place=environment, **given), SETTING)
+    assert found.settings["arguments"] == expected
+
+
+FAILING = """
+import sys
+sys.stdin.readline()
+sys.exit('''(EngineCore pid=7) ERROR 11-21 [core.py:9] ValueError: not enough memory
+(EngineCore pid=7) ValueError: not enough memory
+Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above.
+a hint in the end''')
+"""
+
+
+def test_of_several_processes_that_fail_the_first_is_named_and_the_log_kept() -> None:
+    peer = Peer("vllm", (sys.executable, "-c", FAILING), {}, {})
+    with (
+        pytest.raises(PipemaxSystemError, match="vllm: ") as failed,
+        peer_engine(peer, lambda line: None),
+    ):
+        pass
+    said, _, log = str(failed.value).removesuffix(")").partition(" (its log: ")
+    assert said == (
+        "vllm: ValueError: not enough memory; RuntimeError: Engine core initialization failed. "
+        "See root cause above."
+    )
+    kept = Path(log)
+    assert "a hint in the end" in kept.read_text()
+    kept.unlink()
+
+
+SPINNING = """
+import json, multiprocessing, sys
+
+def spin():
+    while True:
+        pass
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")
+    sys.stdin.readline()
+    process = multiprocessing.Process(target=spin, daemon=True)
+    process.start()
+    print(json.dumps({"version": "1"}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"seconds": 1.0, "output_tokens": [4, 2]}), flush=True)
+"""
+
+
+def test_a_peer_is_stopped_between_rounds(tmp_path: Path) -> None:
+    script = tmp_path / "peer.py"
+    script.write_text(SPINNING)
+    with peer_engine(Peer("x", (sys.executable, str(script)), {}, {}), lambda line: None) as engine:
+        assert engine.run(WORK) == 1.0
+        used = engine.cpu_seconds()
+        time.sleep(0.2)  # in which a process that spins would have used some
+        assert engine.cpu_seconds() == used
+        assert engine.run(WORK) == 1.0
+
+
 def test_tcmalloc_is_preloaded_where_it_is(
     environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +223,11 @@ def test_tcmalloc_is_preloaded_where_it_is(
     library.touch()
     found = find_peer(flags("vllm", place=environment), SETTING)
     assert (found.environment["LD_PRELOAD"], found.notes) == (str(library), ())
+    openmp = environment / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    both = find_peer(flags("vllm", place=environment), SETTING)
+    assert both.environment["LD_PRELOAD"] == f"{library}:{openmp}"
     own = find_peer(flags("vllm", place=environment, environment=("LD_PRELOAD=x",)), SETTING)
     assert own.environment["LD_PRELOAD"] == "x"
 

@@ -15,7 +15,7 @@ from pipemax.services.bench.limit import Limit, limit_of
 from pipemax.services.bench.limit_command import limit_data, share_of_limit
 from pipemax.services.bench.machine import measure_machine, used_cores
 from pipemax.services.bench.model import model_folder
-from pipemax.services.bench.model_cost import cost_of, dtype_of
+from pipemax.services.bench.model_cost import cost_of, dtype_of, kv_token_bytes
 from pipemax.services.bench.outcome import Side, Throughput, report_data, report_lines
 from pipemax.services.bench.output import show, surroundings, tell
 from pipemax.services.bench.peers import Peer, PeerFlags, Setting, find_peer, peer_engine
@@ -45,7 +45,7 @@ def run_throughput(flags: ThroughputFlags, *, as_json: bool, output_json: Path |
         data = load_data(flags, folder, _vocab_size(flags, folder), flags.seed)
         rounds = [data.round(number) for number in range(_num_rounds(flags, data))]
         longest = max(request.total_tokens for request in rounds[0])
-        peer = _peer(flags, folder, longest)
+        peer = _peer(flags, folder, longest, sum(request.total_tokens for request in rounds[0]))
         found = _limit(flags, folder, rounds[0]) if flags.limit else None
         with contextlib.ExitStack() as stack:
             name = f"PipeMax {version('pipemax')}"
@@ -81,7 +81,9 @@ def _report(
     show(lines, data, as_json=as_json, output_json=output_json)
 
 
-def _peer(flags: ThroughputFlags, folder: Path, longest_tokens: int) -> Peer | None:
+def _peer(
+    flags: ThroughputFlags, folder: Path, longest_tokens: int, all_tokens: int
+) -> Peer | None:
     """Raises ConfigError for flags that do not go together, and what is not there."""
     if flags.against is None:
         for flag in ("peer", "peer_model", "peer_arg", "peer_env"):
@@ -105,6 +107,7 @@ def _peer(flags: ThroughputFlags, folder: Path, longest_tokens: int) -> Peer | N
         dtype=flags.dtype,
         load_format=flags.load_format,
         longest_tokens=longest_tokens,
+        kv_bytes=all_tokens * kv_token_bytes(folder, flags.dtype),
         enable_prefix_caching=flags.enable_prefix_caching,
         cores=used_cores(usable_cores()),
     )
@@ -120,7 +123,8 @@ def _limit(flags: ThroughputFlags, folder: Path, work: Work) -> Limit:
     info = inspect_model(folder, "dummy")
     dtype = dtype_of(flags.dtype, info)
     cost, matrices = cost_of(folder, info, dtype, work)
-    machine = measure_machine(used_cores(usable_cores()), [dtype], matrices, tell)
+    cores = used_cores(usable_cores())
+    machine = measure_machine(cores, [dtype], matrices, tell, num_layers=info.num_layers)
     return limit_of(work, cost, machine.rates(dtype))
 
 

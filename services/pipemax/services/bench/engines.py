@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import typer
@@ -12,10 +13,12 @@ from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError, PipemaxSystemError
 from pipemax.proto.sizes import format_size
 from pipemax.services.bench.outcome import Side
+from pipemax.services.bench.processes import cpu_seconds
 from pipemax.services.bench.work import BenchRequest, Work
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.launcher.rundir_files import own_name
+from pipemax.services.launcher.system import System
 from pipemax.services.own_system import own_system
 
 PURPOSE = "bench"
@@ -45,16 +48,33 @@ class Engine(Protocol):
         PipemaxSystemError when a request failed or has not the length asked for."""
         ...
 
+    def cpu_seconds(self) -> float:
+        """CPU time that its processes have used."""
+        ...
+
 
 class OurEngine:
     """A running system, as its clients see it: coordinator, KV daemon, sampling and detokenisation
     are all in the time of a round."""
 
-    def __init__(self, client: Client, config: EngineConfig, name: str, start_up_s: float) -> None:
+    def __init__(self, system: System, client: Client, name: str, start_up_s: float) -> None:
         self.name = name
         self.start_up_s = start_up_s
+        self._system = system
         self._client = client
-        self._config = config
+        self._config = system.config
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._config
+
+    @property
+    def client(self) -> Client:
+        return self._client
+
+    def pids(self) -> dict[str, int]:
+        """Of its processes, by name."""
+        return self._system.pids()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -91,6 +111,9 @@ class OurEngine:
         check_lengths(self.name, [len(completion.token_ids) for completion in done], work)
         return seconds
 
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(*self.pids().values())
+
 
 @contextlib.contextmanager
 def our_engine(options: EngineOptions, longest_tokens: int, name: str) -> Iterator[OurEngine]:
@@ -107,10 +130,10 @@ def our_engine(options: EngineOptions, longest_tokens: int, name: str) -> Iterat
         )
     started = time.perf_counter()
     with (
-        own_system(config, ready_timeout_s=options.ready_timeout, temporary=True),
+        own_system(config, ready_timeout_s=options.ready_timeout, temporary=True) as system,
         Client(config.name, label="bench") as client,
     ):
-        yield OurEngine(client, config, name, time.perf_counter() - started)
+        yield OurEngine(system, client, name, time.perf_counter() - started)
 
 
 def check_lengths(name: str, found: Sequence[int], work: Work) -> None:
@@ -134,13 +157,31 @@ def warm_up_work(work: Work) -> Work:
 def take_turns(engines: Sequence[Engine], rounds: Sequence[Work]) -> tuple[Side, ...]:
     """Each engine runs the same requests in each round; who begins changes every round."""
     seconds: list[list[float]] = [[] for _ in engines]
+    idle = [Idle() for _ in engines]
     for engine in engines:
         engine.run(warm_up_work(rounds[0]))
     for number, work in enumerate(rounds):
         order = range(len(engines))
         for index in reversed(order) if number % 2 else order:
+            others = [other for other in order if other != index]
+            before = [engines[other].cpu_seconds() for other in others]
             seconds[index].append(engines[index].run(work))
+            for other, used in zip(others, before, strict=True):
+                idle[other].cpu_s += engines[other].cpu_seconds() - used
+                idle[other].seconds += seconds[index][-1]
     return tuple(
-        Side(engine.name, engine.start_up_s, tuple(taken), engine.about)
-        for engine, taken in zip(engines, seconds, strict=True)
+        Side(engine.name, engine.start_up_s, tuple(taken), engine.about, spent.cores)
+        for engine, taken, spent in zip(engines, seconds, idle, strict=True)
     )
+
+
+@dataclass(slots=True)
+class Idle:
+    """What an engine used of the cores while others had their rounds."""
+
+    cpu_s: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def cores(self) -> float:
+        return self.cpu_s / self.seconds if self.seconds else 0.0

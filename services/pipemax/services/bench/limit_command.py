@@ -33,7 +33,7 @@ def run_limit(flags: LimitFlags, *, as_json: bool, output_json: Path | None) -> 
         dtype = dtype_of(flags.dtype, info)
         cost, matrices = cost_of(folder, info, dtype, work)
     dtypes: list[Dtype] = [dtype, *(one for one in _ALWAYS if one != dtype)]
-    machine = measure_machine(cores, dtypes, matrices, tell)
+    machine = measure_machine(cores, dtypes, matrices, tell, num_layers=info.num_layers)
     found = limit_of(work, cost, machine.rates(dtype), flags.max_num_seqs)
     size = Throughput.of(work)
     data = {

@@ -20,7 +20,7 @@ ROWS = (1, 8, 32, 128, 512, 2048)
 READ_BYTES = 256 * 2**20
 """Of each core: more than any cache holds."""
 _CHILD = "pipemax.services.bench.cores_child"
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 _SECONDS = 0.2
 """Of each attempt."""
 
@@ -68,15 +68,23 @@ def measure_machine(
     rows: Sequence[int] = ROWS,
     read_bytes: int = READ_BYTES,
     seconds: float = _SECONDS,
+    num_layers: int = 1,
 ) -> Machine:
-    """`notice` is told what comes next. Raises PipemaxSystemError when a process fails."""
+    """`matrices`: of each of the model's `num_layers`, of which as many are measured as no cache
+    holds. `notice` is told what comes next. Raises PipemaxSystemError when a process fails."""
     with children(*(_start(core) for core in cores)) as workers:
         notice(f"measuring how fast {len(cores)} cores read memory")
         read = _rate(workers, {"kind": "read", "num_bytes": read_bytes, "seconds": seconds})
         products: dict[str, dict[int, Rate]] = {}
         for dtype in dtypes:
             notice(f"measuring matrix products in {dtype}")
-            task = {"kind": "products", "dtype": dtype, "matrices": matrices, "seconds": seconds}
+            task = {
+                "kind": "products",
+                "dtype": dtype,
+                "matrices": matrices,
+                "layers": num_layers,
+                "seconds": seconds,
+            }
             products[dtype] = {count: _rate(workers, {**task, "rows": count}) for count in rows}
         return Machine(tuple(cores), products, read)
 

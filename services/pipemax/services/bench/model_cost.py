@@ -8,7 +8,7 @@ from pipemax.proto.geometry import DTYPE_BYTES, Dtype
 from pipemax.services.bench.limit import DecoderCost
 from pipemax.services.bench.machine import Matrices
 from pipemax.services.bench.work import Work
-from pipemax.stage_worker.model.inspect import ModelInfo, read_config
+from pipemax.stage_worker.model.inspect import ModelInfo, inspect_model, read_config
 from pipemax.stage_worker.modelled.catalogue import model_from_config
 
 _TWO_MATRICES = ("GPTNeoXForCausalLM",)
@@ -22,11 +22,18 @@ def dtype_of(asked: str, info: ModelInfo) -> Dtype:
     return info.dtype if asked == "auto" else typing.cast(Dtype, asked)
 
 
+def kv_token_bytes(folder: Path, dtype: str) -> int:
+    """Of a token's keys and values in all layers. `dtype`: as asked for, auto is the model's."""
+    info = inspect_model(folder, "dummy")
+    element = DTYPE_BYTES[dtype_of(dtype, info)]
+    return 2 * info.num_layers * info.num_kv_heads * info.head_dim * element
+
+
 def cost_of(
     folder: Path, info: ModelInfo, dtype: Dtype, work: Work
 ) -> tuple[DecoderCost, Matrices]:
-    """What a token costs, and a layer's matrices. Raises ConfigError for a model to which the
-    formula does not apply."""
+    """What a token costs, and a layer's matrices, of which those with the same input are one, as
+    engines have them. Raises ConfigError for a model to which the formula does not apply."""
     config = read_config(folder)
     shape = model_from_config(folder / "config.json")
     if shape.num_experts > 1:
@@ -53,5 +60,5 @@ def cost_of(
     )
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     width = int(config["intermediate_size"])
-    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    return cost, [*attention, (width, hidden), (width, hidden), (hidden, width)]
+    attention = [(queries + 2 * keys, hidden), (hidden, queries)]
+    return cost, [*attention, (2 * width, hidden), (hidden, width)]

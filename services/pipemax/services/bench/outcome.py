@@ -7,6 +7,8 @@ from typing import Any
 
 from pipemax.services.bench.work import BenchRequest, output_tokens, prompt_tokens
 
+UNFAIR_CORES = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -20,6 +22,8 @@ class Side:
     """Of each round, from the first request's submission to the last one's end."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """What else is recorded of it."""
+    idle_cores: float = 0.0
+    """CPU time over time, while other engines had their rounds: the less, the fairer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Throughput:
             "engine": side.name,
             "start_up_seconds": side.start_up_s,
             "elapsed_times": list(side.seconds),
+            "idle_cores": side.idle_cores,
             **side.about,
         }
 
@@ -106,6 +111,12 @@ def report_lines(size: Throughput, ours: Side, peer: Side | None) -> list[str]:
             f"{peer.name}, the same requests in turns: {size.line(peer)}",
             f"Rounds: {_each(peer.seconds)} s; start-up, not counted: {peer.start_up_s:.1f} s",
             f"PipeMax over {peer.name}: {ratio(ours, peer)}",
+        ]
+        lines += [
+            f"{side.name} used {side.idle_cores:.2f} cores while the other was timed, which is not "
+            "fair"
+            for side in (ours, peer)
+            if side.idle_cores > UNFAIR_CORES
         ]
     return lines
 

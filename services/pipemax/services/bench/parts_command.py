@@ -86,6 +86,7 @@ def kernels(
             "dtype": dtype,
             "rows": _LARGE_ROWS,
             "matrices": [(1024, 1024)],
+            "layers": 1,
         },
     }
     best = _in_turns(tasks, _rate)

@@ -14,7 +14,9 @@ from typing import Any
 from pipemax.proto.errors import ConfigError
 from pipemax.services.bench.children import Child, children
 from pipemax.services.bench.engines import check_lengths
+from pipemax.services.bench.processes import cpu_seconds
 from pipemax.services.bench.work import Work
+from pipemax.services.machine import available_memory_bytes
 
 PEERS = ("transformers", "vllm", "llama.cpp")
 _RUNNER = Path(__file__).with_name("peer_runner.py")
@@ -23,7 +25,14 @@ _LOOK_S = 120.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 _TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 _LIBRARIES = Path("/usr/lib")
+_OPENMP = Path("lib", "libiomp5.so")
+"""In an environment, where vLLM's requirements put it."""
 _DEFAULT_PARALLEL = 32
+_KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+_MOST_OF_MEMORY = 0.4
+"""Of what is available, for the KV of a peer: both engines are loaded at once."""
+_SPARE_KV = 1.25
+"""For blocks that are not full at a request's end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +59,8 @@ class Setting:
     dtype: str
     load_format: str
     longest_tokens: int
+    kv_bytes: int
+    """That the KV of all requests of a round takes."""
     enable_prefix_caching: bool
     cores: Sequence[int]
 
@@ -83,16 +94,19 @@ def find_peer(flags: PeerFlags, setting: Setting) -> Peer:
     python = _python_of(flags)
     threads = {"OMP_NUM_THREADS": str(len(setting.cores))}
     notes: tuple[str, ...] = ()
+    own: dict[str, Any] = {}
     if flags.against == "vllm":
         threads["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, setting.cores))
-        library = _tcmalloc()
-        if library is not None:
-            threads["LD_PRELOAD"] = str(library)
-        elif "LD_PRELOAD" not in environment:
+        libraries = _preloaded(flags)
+        if libraries:
+            threads["LD_PRELOAD"] = ":".join(map(str, libraries))
+        if _tcmalloc() is None and "LD_PRELOAD" not in environment:
             notes = (
                 "vLLM runs without tcmalloc, which makes its CPU build faster: install "
                 "libtcmalloc-minimal4, or give --peer-env LD_PRELOAD=FILE",
             )
+        if _KV_SPACE not in environment:
+            own["kv_cache_memory_bytes"] = _kv_memory_bytes(setting)
     settings = {
         "model": str(setting.model),
         "dtype": setting.dtype,
@@ -100,20 +114,22 @@ def find_peer(flags: PeerFlags, setting: Setting) -> Peer:
         "max_model_len": setting.longest_tokens,
         "enable_prefix_caching": setting.enable_prefix_caching,
         "threads": len(setting.cores),
-        "arguments": {key: _value(text) for key, text in arguments.items()},
+        "arguments": own | {key: _value(text) for key, text in arguments.items()},
     }
     argv = (str(python), "-I", str(_RUNNER), flags.against)
     return Peer(flags.against, argv, threads | environment, settings, notes)
 
 
 class PeerEngine:
-    """A peer that runs; see `engines.Engine`."""
+    """A peer that runs; see `engines.Engine`. Between rounds its processes are stopped: vLLM's wait
+    for work by spinning, at first, which would slow down whoever has the next round."""
 
     def __init__(self, peer: Peer, child: Child, version: str, start_up_s: float) -> None:
         self.name = f"{peer.name} {version}"
         self.start_up_s = start_up_s
         self._child = child
         self._peer = peer
+        child.pause()
 
     @property
     def about(self) -> dict[str, Any]:
@@ -125,14 +141,19 @@ class PeerEngine:
 
     def run(self, work: Work) -> float:
         asked = [[request.prompt_token_ids, request.output_tokens] for request in work]
+        self._child.resume()
         answer = self._child.ask({"requests": asked})
+        self._child.pause()
         check_lengths(self.name, answer["output_tokens"], work)
         return float(answer["seconds"])
+
+    def cpu_seconds(self) -> float:
+        return cpu_seconds(self._child.session)
 
 
 @contextlib.contextmanager
 def peer_engine(peer: Peer, notice: Callable[[str], None]) -> Iterator[PeerEngine]:
-    """Started for the block. Raises PipemaxSystemError with its last line when it fails."""
+    """Started for the block. Raises PipemaxSystemError with its last exceptions when it fails."""
     for note in peer.notes:
         notice(note)
     notice(f"starting {peer.name}")
@@ -192,6 +213,19 @@ def _python_of(flags: PeerFlags) -> Path:
     if looked.returncode:
         raise ConfigError(f"--peer {flags.place}: {module} is not installed there")
     return python
+
+
+def _preloaded(flags: PeerFlags) -> list[Path]:
+    """What vLLM says makes it fastest, where it is: tcmalloc, and Intel's OpenMP."""
+    openmp = None if flags.place is None else (flags.place / _OPENMP).absolute()
+    return [path for path in (_tcmalloc(), openmp) if path is not None and path.exists()]
+
+
+def _kv_memory_bytes(setting: Setting) -> int:
+    """For all requests at once, where memory allows. Left to itself, vLLM takes a share of the
+    whole machine, and fails when anything else is on it."""
+    most = int(available_memory_bytes() * _MOST_OF_MEMORY)
+    return min(int(setting.kv_bytes * _SPARE_KV), most)
 
 
 def _tcmalloc() -> Path | None:
