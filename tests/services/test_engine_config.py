@@ -215,6 +215,29 @@ def test_dummy_weights_need_a_shape_only(model: Path) -> None:
         build(model, load_format="dummy")
 
 
+def test_stages_stay_awake_only_where_others_have_cores(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_config, "usable_cores", lambda: 4)
+    two = {"pipeline_parallel_size": 2, "threads_per_stage": 1}
+    assert build(model, **two).spin_wait_s > 0
+    assert build(model, **(two | {"threads_per_stage": 2})).spin_wait_s == 0
+    assert build(model, **two, spin_wait_s=0.0).spin_wait_s == 0
+    assert build(model, **(two | {"threads_per_stage": 2}), spin_wait_s=5e-4).spin_wait_s == 5e-4
+    with pytest.raises(ConfigError, match=r"--spin-wait-s 1\.0"):
+        build(model, **two, spin_wait_s=1.0)
+
+
+def test_pinning_needs_a_core_for_each_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_config, "usable_cores", lambda: 3)
+    assert build(model, pipeline_parallel_size=3, pin_cores=True).pin_cores
+    assert not build(model, pipeline_parallel_size=3).pin_cores
+    with pytest.raises(ConfigError, match="--pin-cores: 4 stages of 1 threads need 4 cores"):
+        build(model, pipeline_parallel_size=4, pin_cores=True)
+    with pytest.raises(ConfigError, match="--pin-cores goes with --device cpu"):
+        build(model, device="modelled:rtx-3090", pin_cores=True)
+
+
 def test_an_even_split_can_be_asked_for(model: Path) -> None:
     assert build(model, pipeline_parallel_size=2, layer_split="even").layer_split == (3, 2)
 

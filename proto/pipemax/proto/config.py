@@ -116,6 +116,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     longest step takes: a stage says nothing while it computes on a CPU."""
     threads_per_stage: Positive = 1
     """CPU threads of each stage's kernels. More than the cores there are slows everything down."""
+    pin_cores: bool = False
+    """Each stage keeps to its share of the cores it may use, on device `cpu`. Systems that know
+    nothing of each other would choose the same ones."""
+    spin_wait_s: Annotated[float, Meta(ge=0, le=0.01)] = 0.0
+    """How long a stage that waits for a message stays awake before it sleeps. Saves the time to
+    wake up, at every step; costs the core meanwhile."""
     metrics_host: str = "127.0.0.1"
     """Address /metrics listens on. It has no password: anything but loopback is seen by others."""
     metrics_port: PortNumber = 0

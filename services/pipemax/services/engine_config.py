@@ -31,6 +31,11 @@ from pipemax.stage_worker.model.inspect import ModelInfo, inspect_model
 
 log = logging.getLogger(__name__)
 
+SPIN_WAIT_S = 1e-4
+"""A few times what waking up takes."""
+OTHER_CORES = 2
+"""For coordinator and KV daemon: what a stage waits for comes from them as well."""
+
 
 def build_config(
     options: EngineOptions, name: str, notice: Callable[[str], None] = log.info
@@ -63,6 +68,8 @@ def check_options(options: EngineOptions, name: str) -> EngineConfig:
     config = _checked_fields(options, options.model, name)
     if options.device != CUDA:
         refuse_cuda_flags(options)
+    if options.pin_cores and options.device != "cpu":
+        raise ConfigError("--pin-cores goes with --device cpu")
     return config
 
 
@@ -73,7 +80,15 @@ def _cpu_config(
     stages = config.pipeline_parallel_size
     cores = usable_cores() - config.sampler_workers
     threads = options.threads_per_stage or max(1, cores // stages)
-    config = msgspec.structs.replace(config, threads_per_stage=threads)
+    spin_wait_s = options.spin_wait_s
+    if spin_wait_s is None:
+        spin_wait_s = SPIN_WAIT_S if stages * threads + OTHER_CORES <= cores else 0.0
+    config = msgspec.structs.replace(config, threads_per_stage=threads, spin_wait_s=spin_wait_s)
+    if config.pin_cores and stages * threads > cores:
+        raise ConfigError(
+            f"--pin-cores: {stages} stages of {threads} threads need {stages * threads} cores, and "
+            f"{cores} can be used; lower --threads-per-stage, or leave it out"
+        )
     split = _cpu_split(options, config, info, notice)
     limit, largest = info.max_position_embeddings, block_bytes(config, max(split), info)
     return msgspec.structs.replace(
@@ -139,6 +154,8 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         "seed": options.seed,
         "activation_transport": "auto" if ipc else options.activation_transport,
         "warm_up_s": options.warm_up_s,
+        "pin_cores": options.pin_cores,
+        **({} if options.spin_wait_s is None else {"spin_wait_s": options.spin_wait_s}),
         "hung_after_s": options.hung_after,
         "threads_per_stage": (
             1 if options.threads_per_stage is None else options.threads_per_stage

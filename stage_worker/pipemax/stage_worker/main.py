@@ -20,6 +20,7 @@ from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
 from pipemax.proto.sockets import identity_of
 from pipemax.stage_worker.channels.connect import Neighbours, open_neighbours
+from pipemax.stage_worker.cores import pin_to_share
 from pipemax.stage_worker.engine import StageEngine, WrongKvError, open_engine
 from pipemax.stage_worker.peer import Context, Peer, last_words
 from pipemax.stage_worker.shell import StageShell
@@ -51,6 +52,8 @@ def body(run_dir: Path, index: int) -> None:
         stack.enter_context(last_words(control, WrongKvError))
         hello = _hello(index)
         control.send(hello)
+        if config.pin_cores:  # what moves messages has begun by now, and may run anywhere
+            pin_to_share(index, config.pipeline_parallel_size, config.threads_per_stage)
         stage = _load(stack, context, config, run_dir, index)
         queue = StepQueue(takes_activations=stage.neighbours.previous is not None)
         samples = _sweep(config, stage.engine)
@@ -64,6 +67,7 @@ def body(run_dir: Path, index: int) -> None:
             neighbours=stage.neighbours,
             queue=queue,
             clock=clock,
+            spin_wait_s=config.spin_wait_s,
         )
         on_stop_signals(shell.stop)
         gc.freeze()  # what was loaded stays; collections look at steps only

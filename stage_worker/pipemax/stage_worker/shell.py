@@ -1,7 +1,6 @@
 """The stage's sockets: messages in, messages out, and the agreements a reset asks for."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from pipemax.stage_worker.peer import Peer
 from pipemax.stage_worker.span_report import SpanReport
 from pipemax.stage_worker.state_clock import StateClock
 from pipemax.stage_worker.step_queue import StepQueue
+from pipemax.stage_worker.waiting import SpinThenBlock
 
 TICK_S = 0.5
 """Between beats; also the longest wait before what was not answered is said again, or before a
@@ -56,7 +56,9 @@ class StageShell:
         neighbours: Neighbours,
         queue: StepQueue,
         clock: StateClock,
+        spin_wait_s: float = 0.0,
     ) -> None:
+        """spin_wait_s: see EngineConfig."""
         self._control = control
         self._kv = kv
         self._hello = hello
@@ -71,6 +73,7 @@ class StageShell:
         self._stopping = False
         self._next_tick_s = time.monotonic() + TICK_S
         self._poller = zmq.Poller()
+        self._wait = SpinThenBlock(self._poller, spin_wait_s)
         self._handlers: dict[object, Callable[[], None]] = {}
         self._listen()
 
@@ -102,7 +105,7 @@ class StageShell:
 
     def pump(self, *, wait: bool) -> None:
         timeout_s = max(0.0, self._next_tick_s - time.monotonic()) if wait else 0.0
-        for source, _ in self._poller.poll(math.ceil(timeout_s * 1e3)):
+        for source, _ in self._wait.poll(timeout_s):
             self._handlers[source]()
         self._finish_reset()
         if time.monotonic() >= self._next_tick_s:

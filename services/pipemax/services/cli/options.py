@@ -161,6 +161,25 @@ class EngineOptions:
             rich_help_panel=_PIPELINE,
         ),
     ] = None
+    pin_cores: Annotated[
+        bool,
+        typer.Option(
+            "--pin-cores/--no-pin-cores",
+            help="Each CPU stage keeps to cores of its own. For a system that has its machine to "
+            "itself: two of them would choose the same cores.",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = _CONFIG.pin_cores
+    spin_wait_s: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a stage that waits for a message stays awake before it sleeps; at most "
+            "0.01.",
+            show_default="0.0001 where CPU stages leave two cores to others, else 0",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
     activation_transport: Annotated[
         str,
         typer.Option(
