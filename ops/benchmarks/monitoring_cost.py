@@ -8,8 +8,9 @@ window, as is done all day: it scrapes /metrics as Prometheus would (every 5 s),
 status as `status --watch` does (every second) and for /live.json as the built-in page does (twice
 a second), for which the stages record every span; with `trace` in `--watch` it records spans and
 copies as `pipemax trace` does, too. Windows come as off on, on off, off on: what drifts slowly
-falls out. Where spans are recorded, the stages go on doing so for some seconds after the last
-look; that time is in no window.
+falls out. Each time it is switched on it looks at once, so it looks rather more often than said.
+Where spans are recorded, the stages go on doing so for some seconds after the last look; that time
+is in no window.
 
 Two answers, each a ratio watched over unwatched of neighbouring windows, as geometric mean with the
 95 % interval of a bootstrap over pairs:
@@ -347,6 +348,13 @@ def report(found: dict[str, Any]) -> None:
             f"  {name:8} {cost['coordinator_ms']:7.3f} {cost['all_ms']:7.3f} {rate:6.2f} "
             f"{rate * cost['all_ms'] / 1e3:8.3%}"
         )
+    together = sum(
+        found["looks_per_second"][name] * cost["all_ms"] / 1e3
+        for name, cost in found["cost_of_a_look"].items()
+    )
+    print(
+        f"together {together:.3%} of a core: {together / (os.cpu_count() or 1):.3%} of this machine"
+    )
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ from pipemax.services.where import Where
 EVERY_S = {"scrape": 5.0, "status": 1.0, "page": 0.5}
 RECORDING = ("page", "trace")
 """For these the stages record spans."""
-FIRST_S = 0.1
-"""From being switched on to the first look of each kind, so that every window has some."""
+FIRST_S = 0.5
+"""From being switched on to the first look of each kind: with windows of seconds, looks are more
+frequent than `EVERY_S` says."""
 _TRACE_S = 2.0
 
 
