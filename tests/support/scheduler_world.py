@@ -380,16 +380,16 @@ class World:
     def _returned(self, event: StepReturned) -> None:
         """As the coordinator's shell: who scores only is told nothing."""
         rows = self.scheduler.rows_of(event.step)
-        if not rows:
+        if not rows.keys:
             self.tell(event)
             return
-        assert len(rows) <= self.scheduler.state.limits.max_num_seqs
+        assert len(rows.keys) <= self.scheduler.state.limits.max_num_seqs
         tokens = []
-        for row, token in zip(rows, event.tokens, strict=True):
-            if row.samples:
-                tokens.append(token)
+        for index, (key, token) in enumerate(zip(rows.keys, event.tokens, strict=True)):
+            if index in rows.scored:
+                self.scored.setdefault(key, []).append(token)
             else:
-                self.scored.setdefault(row.key, []).append(token)
+                tokens.append(token)
         self.tell(StepReturned(event.step, tokens))
 
     def _measure(self, stage: int, step: int, compute_s: float, link_blocks: float) -> None:

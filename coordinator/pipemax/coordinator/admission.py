@@ -106,8 +106,8 @@ class Admission:
         return room >= 0 and room >= self._longest_wait_blocks()
 
     def _longest_wait_blocks(self) -> int:
-        waiting = self._state.rosters.on_host.values()
-        return min(waiting, key=lambda c: (c.last_turn, c.key)).load_blocks if waiting else 0
+        waiting = self._state.rosters.on_host.columns()
+        return int(waiting.load_blocks[waiting.by_wait()[0]]) if len(waiting) else 0
 
     def _outlook(self) -> OffloadOutlook:
         state = self._state

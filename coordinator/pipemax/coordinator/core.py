@@ -3,7 +3,9 @@
 No sockets, no clock, no threads: the coordinator process and the simulator run the same core.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import attrgetter
 from typing import NamedTuple
 
 import msgspec
@@ -29,17 +31,20 @@ from pipemax.coordinator.planner import Planner
 from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
 from pipemax.coordinator.recovery import restart_from
 from pipemax.coordinator.request import Request
-from pipemax.coordinator.state import Item, SchedulerLimits, SchedulerState
+from pipemax.coordinator.state import Decodes, Item, SchedulerLimits, SchedulerState
 from pipemax.proto.messages.control import NO_TOKEN
 from pipemax.proto.messages.ingest import FinishReason
 
+_KEY = attrgetter("key")
 
-class PlannedRow(NamedTuple):
-    """Whom a sample row belongs to."""
 
-    key: int
-    samples: bool
-    """It gives the request's next token; else logprobs of the next prompt token."""
+class PlannedRows(NamedTuple):
+    """Whom the sample rows of a step belong to."""
+
+    keys: Sequence[int]
+    scored: frozenset[int] = frozenset()
+    """Rows that give logprobs of the request's next prompt token; the others give its next
+    token."""
 
 
 class Scheduler:
@@ -66,15 +71,18 @@ class Scheduler:
         """Raises InvariantError when blocks or requests are lost or counted twice."""
         invariants.check(self.state)
 
-    def rows_of(self, step: int) -> list[PlannedRow]:
+    def rows_of(self, step: int) -> PlannedRows:
         """The sample rows of a step's plan. Empty for a step that is not in flight."""
         flight = self.state.in_flight.get(step)
-        rows: list[PlannedRow] = []
-        for item in flight.items if flight else ():
-            rows += [PlannedRow(item.request.key, samples=False)] * item.scored
-            if item.samples:
-                rows.append(PlannedRow(item.request.key, samples=True))
-        return rows
+        keys: list[int] = []
+        scored: list[int] = []
+        for part in flight.parts if flight else ():
+            if isinstance(part, Decodes):
+                keys += map(_KEY, part.requests)
+                continue
+            scored += range(len(keys), len(keys) + part.scored)
+            keys += [part.request.key] * (part.scored + part.samples)
+        return PlannedRows(keys, frozenset(scored))
 
     def _apply(self, event: Event, now: float) -> list[Command]:
         match event:
@@ -102,12 +110,13 @@ class Scheduler:
         return []
 
     def _submit(self, event: Submitted, now: float) -> None:
-        prompt, sampling = event.prompt_token_ids, event.sampling
+        prompt, sampling, limits = event.prompt_token_ids, event.sampling, self.state.limits
         for index in range(event.sampling.n):
             key, seed = event.key + index, (event.seed + index) % 2**64
             request = Request(
                 key, prompt, sampling, seed, now, event.job, event.bad_words, event.grammar
             )
+            request.limit_to(limits.max_model_len, limits.eos_token_ids)
             self.state.waiting[key] = request
             if index == 0 and sampling.prompt_logprobs is not None:  # one choice brings them
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
@@ -121,6 +130,7 @@ class Scheduler:
         if running is None:
             return []
         running.cancelled = True
+        running.quiet_until = 0  # its next token is looked at
         return [] if running.in_flight else self._finish(running, "abort", None)
 
     def _finish_cancelled(self) -> list[Command]:
@@ -142,9 +152,53 @@ class Scheduler:
         state.blocks.settle(event.step)
         tokens = iter(event.tokens)
         commands: list[Command] = []
-        for item in flight.items:
-            commands += self._item_returned(item, tokens, event, now)
+        for part in flight.parts:
+            if isinstance(part, Decodes):
+                commands += self._decodes_returned(part, tokens, event, now)
+            else:
+                commands += self._item_returned(part, tokens, event, now)
         return commands
+
+    def _decodes_returned(
+        self, part: Decodes, tokens: Iterator[int], event: StepReturned, now: float
+    ) -> list[Command]:
+        """As `_item_returned` of each, which is what happens where there is more to it than one
+        token: all of them together cost about what a few of those do."""
+        state, rosters = self.state, self.state.rosters
+        requests = part.requests
+        given = list(islice(tokens, len(requests)))
+        if NO_TOKEN in given:
+            each = iter(given)
+            return [c for i in part.items for c in self._item_returned(i, each, event, now)]
+        state.forecast.all_grown(requests)
+        state.counters.generation_tokens += len(requests)
+        commands: list[Command] = []
+        stopped = event.stopped
+        for request, token in zip(requests, given, strict=True):
+            request.in_flight = 0
+            request.computed = request.planned
+            known = request.tokens
+            known.append(token)
+            eventful = (
+                len(known) >= request.quiet_until
+                or token in request.end_tokens
+                or (stopped and request.key in stopped)
+            )
+            if eventful and (ended := self._look_at(request, token, event)):
+                commands += ended
+            elif request.num_missing:
+                rosters.place(request)
+            else:
+                rosters.come_back(request)
+        return commands
+
+    def _look_at(self, request: Request, token: int, event: StepReturned) -> list[Command]:
+        """The request has got `token` and may have ended with it. Nothing if it has not."""
+        self.state.forecast.aged(request)
+        reason, stop_reason = self._why_finished(request, token, event)
+        if request.cancelled:
+            reason = reason or "abort"
+        return self._finish(request, reason, stop_reason) if reason else []
 
     def _item_returned(
         self, item: Item, tokens: Iterator[int], event: StepReturned, now: float
@@ -180,15 +234,12 @@ class Scheduler:
         sampling, limits = request.sampling, self.state.limits
         num_outputs = request.num_outputs
         if num_outputs >= sampling.min_tokens:
-            if token in limits.eos_token_ids and not sampling.ignore_eos:
-                return "stop", None
-            if token in sampling.stop_token_ids:
-                return "stop", token
+            if token in request.end_tokens:
+                is_eos = token in limits.eos_token_ids and not sampling.ignore_eos
+                return "stop", None if is_eos else token
             if request.key in event.stopped:
                 return "stop", event.stopped[request.key]
-        if num_outputs >= request.max_tokens or len(request.tokens) >= limits.max_model_len:
-            return "length", None
-        return None, None
+        return ("length" if len(request.tokens) >= request.ends_at else None), None
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None

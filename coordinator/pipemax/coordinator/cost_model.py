@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipemax.coordinator.tile_table import TileTable
 from pipemax.proto.messages.control import SweepSample
 
@@ -38,6 +41,8 @@ _SOLVE_EVERY = 4
 _SCALES = (1.0, 64.0, 256.0, 2.0**14, 2.0**18)
 """Usual sizes of 1, b, P, L and A: keeps the numbers solved for alike in size."""
 _N = len(_SCALES)
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 _LEAST_SCALE = 1e-6
 
 
@@ -69,6 +74,13 @@ class LinearCost:
 
     def time_s(self, requests: float, context_tokens: float) -> float:
         return self.fixed_s + self.per_request_s * requests + self.per_token_s * context_tokens
+
+    def times_s(self, requests: Ints, context_tokens: Ints) -> Floats:
+        """The same of many: exactly what `time_s` gives of each."""
+        times_s: Floats = (
+            self.fixed_s + self.per_request_s * requests + self.per_token_s * context_tokens
+        )
+        return times_s
 
     def share_s(self, requests: float, context_tokens: float) -> float:
         """What these requests add to a step."""

@@ -1,8 +1,9 @@
 """Which KV moves between device and host, and when: stores of what a step fills, the prefetch of
 the next one, and who leaves the device to make room."""
 
-from collections.abc import Callable, Iterable
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
 
 from pipemax.coordinator import sharing
 from pipemax.coordinator.admission import Admission
@@ -10,8 +11,8 @@ from pipemax.coordinator.events import Command, ToDaemon
 from pipemax.coordinator.phases import MIXED, Prefill
 from pipemax.coordinator.policy import Outlook, SelectionPolicy, SlotTarget
 from pipemax.coordinator.preemption import Preemption
-from pipemax.coordinator.request import NO_STEP, HostState
-from pipemax.coordinator.state import Item, SchedulerState
+from pipemax.coordinator.request import NO_STEP, HostState, Request
+from pipemax.coordinator.state import Decodes, Part, SchedulerState
 from pipemax.proto.messages.control import BlockMove, Prefetch, Store
 
 STAGING_SHARE = 0.5
@@ -19,7 +20,6 @@ STAGING_SHARE = 0.5
 (one being read, one being loaded), so more than half could never be used."""
 OFFLOAD_PRESSURE = 0.9
 """Write-through starts when the expected need exceeds this share of the device pool."""
-_LOAD_BLOCKS = attrgetter("load_blocks")
 
 
 class KvMoves:
@@ -76,15 +76,15 @@ class KvMoves:
         state.next_step += 1
         return commands
 
-    def store(self, items: Iterable[Item], step: int) -> list[Command]:
+    def store(self, parts: Iterable[Part], step: int) -> list[Command]:
         """Write-through of full blocks: once each, ordered with the step that fills them."""
         state = self._state
         if not self._under_pressure():
             return []
         moves: list[BlockMove] = []
-        for item in items:
-            request = item.request
-            full = request.planned // state.limits.block_size
+        size = state.limits.block_size
+        for request in _requests_of(parts):
+            full = request.planned // size
             while request.next_store < full and state.host_used < state.num_host_blocks:
                 index = request.next_store
                 request.next_store += 1
@@ -123,13 +123,14 @@ class KvMoves:
         `urgent`: the step has nothing else, so at least one request may exceed the budget."""
         state, rosters = self._state, self._state.rosters
         commands = self.skip_orphaned_staging()
-        if state.staged_step != NO_STEP or not rosters.on_host:
+        if state.staged_step != NO_STEP or not len(rosters.on_host):
             return commands
-        candidates = list(rosters.on_host.values())
+        candidates = rosters.on_host.columns()
         part = self._prefill.part
         if part != MIXED:
-            candidates = [c for c in candidates if part.admits(state.running[c.key].remaining)]
-        largest = max(map(_LOAD_BLOCKS, candidates), default=0)
+            remaining = [state.running[key].remaining for key in candidates.keys.tolist()]
+            candidates = candidates.those(np.flatnonzero(list(map(part.admits, remaining))))
+        largest = int(candidates.load_blocks.max(initial=0))
         free = min(
             state.blocks.num_ready(latest) - state.growth_reserve,
             max(int(STAGING_SHARE * state.blocks.num_blocks), largest),
@@ -138,9 +139,10 @@ class KvMoves:
         if urgent:
             granted = max(granted, largest)
         question = (state.next_step, rosters.version, granted, free)
-        if not candidates or free <= 0 or question == self._declined:
+        if not len(candidates) or free <= 0 or question == self._declined:
             return commands
-        outlook = Outlook(self._slot_target(), list(rosters.resident.values()))
+        outlook = Outlook(self._slot_target(), rosters.residents())
+        allowed = min(granted, int(candidates.load_blocks.sum()))
         keys = self._policy.choose_prefetch(candidates, granted, free, outlook)
         self._declined = None if keys else question
         moves, after = self._load(keys, latest)
@@ -148,7 +150,6 @@ class KvMoves:
             return commands
         step = state.next_step
         state.budget.prefetch_ordered(step, len(moves))
-        allowed = min(granted, sum(c.load_blocks for c in candidates))
         state.counters.prefetch_budget_blocks += allowed
         state.counters.prefetch_blocks += len(moves)
         state.staged_step = step
@@ -174,7 +175,7 @@ class KvMoves:
             moves += state.load_into(request, blocks, state.next_step, ready_after)
         return moves, after
 
-    def make_room(self, items: Iterable[Item]) -> None:
+    def make_room(self, parts: Iterable[Part]) -> None:
         """Evict members of the step just planned, so that a later prefetch, or a waiting prompt,
         finds room once the step is computed, and no more than the link can fill. They have the
         longest way to their next turn."""
@@ -184,15 +185,16 @@ class KvMoves:
         wanted = rosters.missing_blocks if part.decodes else 0
         staging = min(int(STAGING_SHARE * state.blocks.num_blocks), int(state.budget.per_step))
         if wanted > staging:
-            wanted = min(wanted, max(staging, *map(_LOAD_BLOCKS, rosters.on_host.values())))
+            wanted = min(wanted, max(staging, int(rosters.on_host.columns().load_blocks.max())))
         wanted += self._admission.wanted_blocks() if part.prompts else 0
         if wanted:
             wanted += state.growth_reserve
-        for item in items:
+        if state.blocks.num_free >= wanted:
+            return
+        for request in _requests_of(parts, sampling_only=True):
+            state.evict(request)
             if state.blocks.num_free >= wanted:
                 return
-            if item.samples:
-                state.evict(item.request)
 
     def displace(self) -> bool:
         """In a prefill phase, who decodes makes room on the device for a prompt that is expected to
@@ -200,5 +202,14 @@ class KvMoves:
         state = self._state
         if not state.num_host_blocks or not self._admission.wanted_blocks():
             return False
-        idle = sorted(state.rosters.resident.values(), key=lambda c: (-c.last_turn, -c.key))
-        return any(state.evict(state.running[c.key]) for c in idle)
+        idle = sorted(state.rosters.resident.values(), key=lambda r: (-r.last_turn, -r.key))
+        return any(map(state.evict, idle))
+
+
+def _requests_of(parts: Iterable[Part], *, sampling_only: bool = False) -> Iterator[Request]:
+    """Of all items in order, or of those that sample."""
+    for part in parts:
+        if isinstance(part, Decodes):
+            yield from part.requests
+        elif part.samples or not sampling_only:
+            yield part.request

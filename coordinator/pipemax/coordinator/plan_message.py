@@ -1,17 +1,18 @@
 """From the items of a step to the message that goes to the stages."""
 
+import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipemax.coordinator.request import Request
-from pipemax.coordinator.state import Item
+from pipemax.coordinator.state import Decodes, Item, Part
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import RowExtras, SampleRow, SampleRules, StepPlan
-from pipemax.proto.messages.types import pack_i32
+from pipemax.proto.messages.types import I32, pack_i32
 
 
 def build_step_plan(
-    items: Sequence[Item],
+    parts: Iterable[Part],
     *,
     epoch: int,
     step: int,
@@ -24,45 +25,61 @@ def build_step_plan(
     """Columns of one step; see StepPlan for their shapes. Sample rules travel with a request's
     first row of an epoch, and what has `ended` with the next row that has rules: the last stage
     then reads both when it samples."""
-    counts = [blocks_for(item.end, block_size) for item in items]
+    num_tokens, starts, counts = array("i"), array("i"), array("i")
+    tables: list[array[int]] = []
+    token_ids = array("i")
     sample: list[SampleRow] = []
-    for index, item in enumerate(items):
-        if item.scored:
-            sample += _score_rows(index, item)
-        if item.samples:
-            sample.append(_sample_row(index, item.request, epoch, eos_token_ids))
+    for part in parts:
+        if isinstance(part, Decodes):
+            sample += _decode_rows(len(starts), part.requests, epoch, eos_token_ids)
+            num_tokens.extend(array("i", [1]) * len(part.requests))
+            starts.extend(part.starts)
+            counts.extend(map(len, part.tables))
+            tables += part.tables
+            token_ids.extend([request.tokens[-1] for request in part.requests])
+            continue
+        index, count = len(starts), blocks_for(part.end, block_size)
+        sample += _score_rows(index, part) if part.scored else ()
+        if part.samples:
+            sample.append(_sample_row(index, part.request, epoch, eos_token_ids))
+        num_tokens.append(part.num_tokens)
+        starts.append(part.start)
+        counts.append(count)
+        table = part.request.table
+        tables.append(table if len(table) == count else table[:count])
+        token_ids.extend(part.request.tokens[part.start : part.end])
     return StepPlan(
         epoch=epoch,
         step=step,
         slot=slot,
         wait_for_load=wait_for_load,
-        num_tokens=pack_i32(item.num_tokens for item in items),
-        context_lens=pack_i32(item.start for item in items),
+        num_tokens=pack_i32(num_tokens),
+        context_lens=pack_i32(starts),
         block_counts=pack_i32(counts),
-        block_tables=pack_i32(_tables(items, counts)),
-        token_ids=pack_i32(_tokens(items)),
+        block_tables=_joined(tables),
+        token_ids=pack_i32(token_ids),
         sample=tuple(sample),
         ended=tuple(ended) if ended and any(row.extras for row in sample) else (),
     )
 
 
-def _tables(items: Sequence[Item], counts: Sequence[int]) -> "array[int]":
-    tables = array("i")
-    for item, count in zip(items, counts, strict=True):
-        table = item.request.table
-        tables.extend(table if len(table) == count else table[:count])
-    return tables
+def _joined(columns: Sequence["array[int]"]) -> I32:
+    joined = b"".join(columns)
+    if sys.byteorder == "little":
+        return joined
+    return pack_i32(array("i", joined))  # pragma: no cover
 
 
-def _tokens(items: Sequence[Item]) -> "array[int]":
-    token_ids = array("i")
-    for item in items:
-        tokens, start = item.request.tokens, item.start
-        if item.num_tokens == 1:
-            token_ids.append(tokens[start])
-        else:
-            token_ids.extend(tokens[start : item.end])
-    return token_ids
+def _decode_rows(
+    first: int, requests: Sequence[Request], epoch: int, eos_token_ids: frozenset[int]
+) -> list[SampleRow]:
+    """One each, of items from `first` on."""
+    return [
+        _sample_row(index, request, epoch, eos_token_ids)
+        if request.needs_row
+        else SampleRow(index, request.seed, len(request.tokens) - request.num_prompt, *request.draw)
+        for index, request in enumerate(requests, first)
+    ]
 
 
 def _sample_row(
@@ -77,10 +94,7 @@ def _sample_row(
         index,
         request.seed,
         request.num_outputs,
-        sampling.temperature,
-        max(0, sampling.top_k),
-        sampling.top_p,
-        sampling.min_p,
+        *request.draw,
         banned,
         _extras(request, epoch, eos_token_ids),
     )

@@ -7,22 +7,34 @@ the prefetch of the next step, and evict after this step what the one after that
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from pipemax.coordinator import sharing
 from pipemax.coordinator.admission import Admission
+from pipemax.coordinator.candidates import Candidates
 from pipemax.coordinator.cost_model import StepFeatures
 from pipemax.coordinator.events import Command, ToStages
 from pipemax.coordinator.kv_moves import KvMoves
 from pipemax.coordinator.phases import Prefill, Prospect
 from pipemax.coordinator.plan_message import build_step_plan
-from pipemax.coordinator.policy import Candidate, SelectionPolicy, SlotTarget
+from pipemax.coordinator.policy import SelectionPolicy, SlotTarget
 from pipemax.coordinator.preemption import Preemption
 from pipemax.coordinator.prefill_pacing import NO_ARRIVALS, Arrivals, EvenChunk
 from pipemax.coordinator.prospect import prospect_of
 from pipemax.coordinator.request import NO_STEP, Request
-from pipemax.coordinator.rosters import candidate_of
-from pipemax.coordinator.state import Item, SchedulerState, StepInFlight, features_of
+from pipemax.coordinator.rosters import candidate_of, residents_of
+from pipemax.coordinator.state import (
+    Decodes,
+    Item,
+    Part,
+    SchedulerState,
+    StepInFlight,
+    features_of,
+    num_items,
+)
 from pipemax.proto.errors import InvariantError
+
+_FIRST_TOKEN = attrgetter("first_token_at")
 
 
 class Planner:
@@ -62,19 +74,22 @@ class Planner:
         state = self._state
         self._commands += self._kv.skip_orphaned_staging()
         self._prefill.begin(state.next_step, self._prospect)
-        items = self._find_items(now)
+        parts = self._find_parts(now)
         for _ in range(2):  # who was just admitted may already lack one token only
-            if items or not self._prefill.turn(is_idle=not state.in_flight):
+            if parts or not self._prefill.turn(is_idle=not state.in_flight):
                 break
-            items = self._find_items(now)
-        if not items:
+            parts = self._find_parts(now)
+        if not parts:
             return False
         step = state.next_step
         slot = self._free_slot()
-        for item in items:
-            self._account(item, step)
+        for part in parts:
+            if isinstance(part, Decodes):
+                self._account_decodes(part, step)
+            else:
+                self._account(part, step)
         plan = build_step_plan(
-            items,
+            parts,
             epoch=state.epoch,
             step=step,
             slot=slot,
@@ -86,35 +101,35 @@ class Planner:
         if plan.ended:
             state.ended_rules.clear()
         self._commands.append(ToStages(plan))
-        flight = state.in_flight[step] = StepInFlight(slot, items)
+        flight = state.in_flight[step] = StepInFlight(slot, parts)
         self._prefill.planned(flight.features.prefill_tokens, state.held_tokens)
         state.next_step += 1
         state.counters.steps += 1
         state.budget.step_planned(step, state.costs.predict(flight.features))
         self._kv.close_staging()
-        self._commands += self._kv.store(items, step)
+        self._commands += self._kv.store(parts, step)
         self._commands += self._kv.prefetch(latest=step - 1)
-        self._kv.make_room(items)
+        self._kv.make_room(parts)
         return True
 
-    def _find_items(self, now: float) -> list[Item]:
+    def _find_parts(self, now: float) -> list[Part]:
         """Of those who may take part now; none when none of them can."""
         state = self._state
         if self._prefill.part.prompts:
             self._admission.admit(now)
             while not self._prefill.part.decodes and self._kv.displace():
                 self._admission.admit(now)
-        items = self._compose()
-        if not items and not state.in_flight:
+        parts = self._compose()
+        if not parts and not state.in_flight:
             self._commands += self._kv.skip_orphaned_staging(forced=True)
-        if not items and state.staged_step == NO_STEP:
+        if not parts and state.staged_step == NO_STEP:
             # Nothing on the device can run: order a prefetch although this step will wait for it.
             self._commands += self._kv.prefetch(latest=state.next_step - 1, urgent=True)
-            items = self._compose()
-        return items
+            parts = self._compose()
+        return parts
 
-    def _compose(self) -> list[Item]:
-        """The items of the next step; allocates the blocks they fill."""
+    def _compose(self) -> list[Part]:
+        """The parts of the next step; allocates the blocks they fill."""
         state = self._state
         part = self._prefill.part
         staged = [r for r in state.rosters.staged.values() if part.admits(r.remaining)]
@@ -126,27 +141,62 @@ class Planner:
         tokens = 0
         limits = state.limits
         self._rows_left = limits.max_num_seqs
-        for request in [*staged, *(state.running[key] for key in keys)]:
+        for request in staged:
             if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
                 tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
-        chunk = self._prefill_chunk(items, target, limits.max_num_batched_tokens - tokens)
+        chosen = [state.running[key] for key in keys]
+        decodes = self._decodes(chosen, len(items), limits.max_num_batched_tokens - tokens)
+        parts: list[Part] = [*items]
+        if decodes is not None:
+            parts.append(decodes)
+            tokens += len(chosen)
+            items = []
+        else:
+            for request in chosen:
+                if len(items) < limits.max_num_seqs and tokens < limits.max_num_batched_tokens:
+                    tokens += self._add(items, request, limits.max_num_batched_tokens - tokens)
+            parts = [*items]
+            items = []
+        size = num_items(parts)
+        chunk = self._prefill_chunk(parts, target, limits.max_num_batched_tokens - tokens)
         for request in list(state.rosters.prefilling.values()):
-            if chunk <= 0 or len(items) >= limits.max_num_seqs:
+            if chunk <= 0 or size + len(items) >= limits.max_num_seqs:
                 break
             chunk -= self._add(items, request, chunk)
-        return items
+        return parts + items
 
-    def _residents(self) -> list[Candidate]:
+    def _decodes(self, chosen: list[Request], others: int, most_tokens: int) -> Decodes | None:
+        """All of these residents at once, beside `others`; None where they must be looked at one
+        by one, because something may run out."""
+        state, count = self._state, len(chosen)
+        room = min(self._rows_left, state.limits.max_num_seqs - others, most_tokens)
+        if not count or count > room:
+            return None
+        tables = [request.table for request in chosen]
+        starts = [request.planned for request in chosen]
+        size = state.limits.block_size
+        held = [len(table) * size for table in tables]
+        short = [i for i, start in enumerate(starts) if start >= held[i]]
+        if None in map(_FIRST_TOKEN, chosen):
+            return None  # its one token is a prompt's
+        taken = state.blocks.take_for_write(len(short))
+        if taken is None:
+            return None
+        for index, block in zip(short, reversed(taken), strict=True):
+            state.extend_table(chosen[index], [block])
+        self._rows_left -= count
+        return Decodes(chosen, starts, tables)
+
+    def _residents(self) -> Candidates:
         """Device-resident requests that can take their turn: each finds a block if it needs one."""
         state = self._state
+        residents = state.rosters.resident.values()
         if not self._prefill.part.decodes:
-            return []
-        residents = list(state.rosters.resident.values())
-        free = state.blocks.num_free
-        if free:
-            return residents
+            return residents_of(())
+        if state.blocks.num_free:
+            return residents_of(residents)
         size = state.limits.block_size
-        return [c for c in residents if not state.running[c.key].blocks_short(1, size)]
+        return residents_of([r for r in residents if not r.blocks_short(1, size)])
 
     def _add(self, items: list[Item], request: Request, most_tokens: int) -> int:
         """Adds up to `most_tokens` of the request, as far as there are blocks for them; returns
@@ -212,6 +262,19 @@ class Planner:
         if request.staged_for == NO_STEP:  # else it is placed when its step's staging is closed
             self._state.rosters.place(request)
 
+    def _account_decodes(self, part: Decodes, step: int) -> None:
+        """As `_account` of each."""
+        counters, context_tokens = self._state.counters, sum(part.starts)
+        counters.context_tokens += context_tokens
+        counters.decode_context_tokens += context_tokens
+        self._state.rosters.depart(part.requests, context_tokens)
+        for request in part.requests:
+            request.planned += 1
+            request.in_flight = 1
+            request.last_step = step
+            request.last_turn = step
+            request.evicting = False
+
     def _slot_target(self) -> SlotTarget:
         """An even share of all requests that decode this round, in flight ones included."""
         state, slots = self._state, self._state.limits.num_slots
@@ -234,15 +297,15 @@ class Planner:
             blocks_per_s=state.budget.blocks_per_s,
         )
 
-    def _prefill_chunk(self, items: Sequence[Item], target: SlotTarget, most_tokens: int) -> int:
-        """Prompt tokens for a step that already holds `items`."""
+    def _prefill_chunk(self, parts: Sequence[Part], target: SlotTarget, most_tokens: int) -> int:
+        """Prompt tokens for a step that already holds `parts`."""
         rosters = self._state.rosters
         first = next(iter(rosters.prefilling.values()), None)
         if first is None or most_tokens <= 0 or not self._prefill.part.prompts:
             return 0
         if not self._prefill.part.decodes:
             return most_tokens
-        left = sum([len(r.tokens) - r.planned for r in rosters.prefilling.values()])
+        left = rosters.prefill_left
         left += sum([r.remaining for r in rosters.staged.values() if r.remaining > 1])
         arrivals = NO_ARRIVALS
         if self._state.waiting:
@@ -255,7 +318,7 @@ class Planner:
         pairs = even * first.planned + even * (even + 1) // 2
         return self._policy.prefill_tokens(
             self._state.costs,
-            features_of(items),
+            features_of(parts),
             StepFeatures(target.requests, target.context_tokens, even, pairs),
             most_tokens,
         )

@@ -13,16 +13,19 @@ requests to prefetch; and at planning, which device-resident ones to add.
   the link can carry; even counts. What the paper compares its budget with.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from pipemax.coordinator.candidates import Candidate as Candidate
+from pipemax.coordinator.candidates import Ints, Some, columns_of
 from pipemax.coordinator.cost_model import LinearCost, PipelineCost, StepFeatures
 from pipemax.coordinator.offload_gain import OffloadOutlook as OffloadOutlook
 from pipemax.coordinator.offload_gain import worth_offloading
 from pipemax.coordinator.prefill_pacing import balanced_chunk
-from pipemax.coordinator.selector import Candidate as Candidate
-from pipemax.coordinator.selector import SelectionProblem, by_wait, select
+from pipemax.coordinator.selector import SelectionProblem, select
 from pipemax.proto.errors import ConfigError
 
 DEFAULT_POLICY = "pipemax"
@@ -61,7 +64,7 @@ class Outlook:
     """What is expected of the step that a prefetch is for."""
 
     target: SlotTarget = SlotTarget(0, 0)
-    residents: Sequence[Candidate] = ()
+    residents: Some = ()
     """Device-resident requests that could run in it, as far as known."""
 
 
@@ -71,7 +74,7 @@ NO_OUTLOOK = Outlook()
 class SelectionPolicy(Protocol):
     def choose_prefetch(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Some,
         budget_blocks: int,
         free_blocks: int,
         outlook: Outlook = NO_OUTLOOK,
@@ -81,7 +84,7 @@ class SelectionPolicy(Protocol):
         ...
 
     def choose_residents(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
+        self, candidates: Some, chosen: Sequence[Candidate], target: SlotTarget
     ) -> list[int]:
         """Keys of device-resident requests to run beside those already `chosen`."""
         ...
@@ -103,24 +106,25 @@ class _InOrder:
     """Takes requests in an order of its own: to prefetch, as long as there is room; beside those,
     an even count. Even chunks of prompts, and all host memory in use."""
 
-    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """First come those to be served first."""
+    def order(self, candidates: Some) -> Ints:
+        """Indices; first come those to be served first."""
         raise NotImplementedError
 
     def choose_prefetch(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Some,
         budget_blocks: int,
         free_blocks: int,
         outlook: Outlook = NO_OUTLOOK,
     ) -> list[int]:
-        return _while_room(self.order(candidates), min(budget_blocks, free_blocks))
+        return _while_room(candidates, self.order(candidates), min(budget_blocks, free_blocks))
 
     def choose_residents(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
+        self, candidates: Some, chosen: Sequence[Candidate], target: SlotTarget
     ) -> list[int]:
         places = max(0, target.requests - len(chosen))
-        return [candidate.key for candidate in self.order(candidates)[:places]]
+        keys: list[int] = columns_of(candidates).keys[self.order(candidates)[:places]].tolist()
+        return keys
 
     def prefill_tokens(
         self, costs: PipelineCost, decode: StepFeatures, share: StepFeatures, most_tokens: int
@@ -138,16 +142,16 @@ class OldestFirst(_InOrder):
     be smaller.
     """
 
-    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        return by_wait(candidates)
+    def order(self, candidates: Some) -> Ints:
+        return columns_of(candidates).by_wait()
 
 
 class FirstComeFirstServed(_InOrder):
     """In order of arrival, without looking at who waited. Nobody starves: the first to come is
     always served, so it finishes, and then the next one is first."""
 
-    def order(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        return sorted(candidates, key=lambda c: c.key)
+    def order(self, candidates: Some) -> Ints:
+        return np.argsort(columns_of(candidates).keys, kind="stable")
 
 
 class CountBalanced(OldestFirst):
@@ -156,14 +160,15 @@ class CountBalanced(OldestFirst):
 
     def choose_prefetch(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Some,
         budget_blocks: int,
         free_blocks: int,
         outlook: Outlook = NO_OUTLOOK,
     ) -> list[int]:
         target = outlook.target
         share = max(1, target.requests - (-len(candidates) // target.num_slots))
-        return _while_room(by_wait(candidates)[:share], min(budget_blocks, free_blocks))
+        order = self.order(candidates)[:share]
+        return _while_room(candidates, order, min(budget_blocks, free_blocks))
 
 
 class StaticPrefetch(OldestFirst):
@@ -177,16 +182,17 @@ class StaticPrefetch(OldestFirst):
 
     def choose_prefetch(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Some,
         budget_blocks: int,
         free_blocks: int,
         outlook: Outlook = NO_OUTLOOK,
     ) -> list[int]:
-        waiting = by_wait(candidates)
-        if not waiting:
+        order = self.order(candidates)
+        if not len(order):
             return []
         share = int(self._fraction * outlook.target.device_blocks)
-        return _while_room(waiting, min(free_blocks, max(share, waiting[0].load_blocks)))
+        largest = max(share, int(columns_of(candidates).load_blocks[order[0]]))
+        return _while_room(candidates, order, min(free_blocks, largest))
 
 
 class PipemaxPolicy:
@@ -198,13 +204,14 @@ class PipemaxPolicy:
 
     def choose_prefetch(
         self,
-        candidates: Sequence[Candidate],
+        candidates: Some,
         budget_blocks: int,
         free_blocks: int,
         outlook: Outlook = NO_OUTLOOK,
     ) -> list[int]:
         target = outlook.target
-        total = sum(c.load_blocks for c in candidates)
+        candidates = columns_of(candidates)
+        total = int(candidates.load_blocks.sum())
         room = min(budget_blocks, free_blocks, total)
         if target.cost is None or not target.blocks_per_s or room <= 0:
             return self._plain.choose_prefetch(candidates, budget_blocks, free_blocks)
@@ -227,13 +234,13 @@ class PipemaxPolicy:
                 overdue_after=_overdue_after(total / room),
             )
         )
-        keys = [c.key for c in selection.host]
-        if not keys and not outlook.residents:
+        keys = selection.host_keys
+        if not keys and not len(outlook.residents):
             return self._plain.choose_prefetch(candidates, budget_blocks, free_blocks)[:1]
         return keys
 
     def choose_residents(
-        self, candidates: Sequence[Candidate], chosen: Sequence[Candidate], target: SlotTarget
+        self, candidates: Some, chosen: Sequence[Candidate], target: SlotTarget
     ) -> list[int]:
         if target.cost is None:
             return self._plain.choose_residents(candidates, chosen, target)
@@ -253,7 +260,7 @@ class PipemaxPolicy:
                 overdue_after=_overdue_after(len(candidates) / max(1, target.requests)),
             )
         )
-        keys = [c.key for c in selection.device]
+        keys = selection.device_keys
         if not keys and not chosen:
             return self._plain.choose_residents(candidates, chosen, target)[:1]
         return keys
@@ -301,15 +308,12 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _while_room(ordered: Iterable[Candidate], room: int) -> list[int]:
-    """The first ones, up to the first that does not fit."""
-    chosen: list[int] = []
-    for candidate in ordered:
-        if candidate.load_blocks > room:
-            break
-        room -= candidate.load_blocks
-        chosen.append(candidate.key)
-    return chosen
+def _while_room(candidates: Some, order: Ints, room: int) -> list[int]:
+    """Keys of the first ones, up to the first that does not fit."""
+    columns = columns_of(candidates)
+    filled = np.cumsum(columns.load_blocks[order])
+    keys: list[int] = columns.keys[order[: int((filled <= room).sum())]].tolist()
+    return keys
 
 
 def _cost_and_time(

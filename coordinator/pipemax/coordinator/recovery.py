@@ -153,8 +153,7 @@ def _rebuild_books(state: SchedulerState, event: Resumed) -> None:
     for entry in state.releasing.values():
         entry.device_blocks = []
     state.rosters = Rosters()
-    for request in state.running.values():
-        state.rosters.place(request)
+    state.rosters.start_over(state.running.values())
     running, shared = state.running.values(), list(state.prefixes)
     state.total_blocks = sum(len(r.table) for r in running) - state.prefixes.num_saved
     state.num_storing = 0

@@ -15,10 +15,13 @@ from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.ingest import SamplingParams
 
 if TYPE_CHECKING:
+    from pipemax.coordinator.forecast import Age
     from pipemax.coordinator.prefixes import SharedBlock
 
 NO_BLOCK = -1
 NO_STEP = -1
+NOT_RESIDENT = -1
+"""In the place of a number of context tokens."""
 
 
 class HostState(IntEnum):
@@ -32,10 +35,14 @@ class Request:
 
     __slots__ = (
         "admitted_at",
+        "age",
         "arrived_at",
         "bad_words",
         "cancelled",
         "computed",
+        "draw",
+        "end_tokens",
+        "ends_at",
         "evicting",
         "first_token_at",
         "grammar",
@@ -50,12 +57,16 @@ class Request:
         "load_step",
         "loading",
         "max_tokens",
+        "needs_row",
         "next_store",
         "num_missing",
         "num_prompt",
         "num_scored",
+        "placed_context",
+        "placed_prefill",
         "planned",
         "prompt_counted",
+        "quiet_until",
         "rules_epoch",
         "sampling",
         "seed",
@@ -83,6 +94,17 @@ class Request:
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.max_tokens = sampling.max_tokens
+        self.draw = (
+            sampling.temperature,
+            max(0, sampling.top_k),
+            sampling.top_p,
+            sampling.min_p,
+        )
+        """As its sample rows say it."""
+        self.ends_at = self.num_prompt + self.max_tokens
+        """Length, prompt included, with which it ends at the latest."""
+        self.end_tokens: frozenset[int] = frozenset(sampling.stop_token_ids)
+        """Tokens that end it once it has its `min_tokens`."""
         self.seed = seed
         self.job = job
         self.bad_words = bad_words
@@ -92,6 +114,8 @@ class Request:
         """Prompt tokens whose logprobs are known or not wanted; the first has none."""
         self.has_rules = _has_rules(sampling)
         """Its tokens are picked by SampleRules."""
+        self.needs_row = self.has_rules or sampling.logprobs is not None or sampling.min_tokens > 0
+        """Its sample rows say more than how to draw."""
         self.rules_epoch = -1
         """Epoch in which the last stage was last told the request's SampleRules."""
         self.arrived_at = now
@@ -102,6 +126,14 @@ class Request:
         """Prompt tokens that steps have computed for it, or for another whose blocks it shares."""
         self.last_turn = NO_STEP
         """Last step that moved the request forward; orders who waited longest."""
+        self.age: Age | None = None
+        """Where the forecast counts it while it runs."""
+        self.quiet_until = 0
+        """Length, prompt included, up to which nobody need look at it when it gets a token that
+        does not end it: it neither ends nor counts as older before."""
+        self.placed_context = NOT_RESIDENT
+        self.placed_prefill = 0
+        """What the rosters have counted for it: tokens of its context, and left of its prompt."""
         self.shared: list[SharedBlock] = []
         """The first blocks of its table belong to whoever has such a prompt. What `table` and
         `host` say of them is kept up to date with them."""
@@ -152,6 +184,13 @@ class Request:
     @property
     def is_device_complete(self) -> bool:
         return self.num_missing == 0
+
+    def limit_to(self, max_model_len: int, eos_token_ids: frozenset[int]) -> None:
+        """What the model adds to the ends that the request itself has."""
+        self.ends_at = min(self.ends_at, max_model_len)
+        if not self.sampling.ignore_eos:
+            # Most requests have no others: all those share one set.
+            self.end_tokens = self.end_tokens | eos_token_ids if self.end_tokens else eos_token_ids
 
     def blocks_short(self, num_tokens: int, block_size: int) -> int:
         """Blocks to allocate before `num_tokens` more tokens can be computed."""

@@ -26,13 +26,14 @@ loaded, so that what the link and the pool gain is kept for it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipemax.coordinator.candidates import Candidate as Candidate
+from pipemax.coordinator.candidates import Candidates, Some, columns_of
 from pipemax.coordinator.cost_model import LinearCost
 
 WINDOW = 5
@@ -47,7 +48,6 @@ GOOD_ENOUGH = 0.002
 """Refinement ends when the objective is at most this share of the budget, or of what the link
 carries in T*: no link and no step is that even."""
 
-_by_turn, _by_key = attrgetter("last_turn"), attrgetter("key")
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _GROUPS = [
@@ -65,21 +65,10 @@ _MEMBERS = [
 _ZERO = np.zeros(1, np.int64)
 
 
-class Candidate(NamedTuple):
-    """Made anew whenever a request moves: a plain tuple is several times cheaper to make."""
-
-    key: int
-    last_turn: int
-    """Step that last moved the request forward, -1 for none; small is long ago."""
-    load_blocks: int
-    """Blocks to bring from the host."""
-    context_tokens: int
-
-
 @dataclass(frozen=True, slots=True)
 class SelectionProblem:
-    host: Sequence[Candidate]
-    device: Sequence[Candidate]
+    host: Some
+    device: Some
     """Their `load_blocks` are not counted."""
     budget_blocks: int
     staging_blocks: int
@@ -104,24 +93,40 @@ class SelectionProblem:
         off_s = abs(self.cost.time_s(requests, context_tokens) - self.target_s)
         return max(0, self.budget_blocks - load_blocks) + self.blocks_per_s * off_s
 
-    def is_overdue(self, candidate: Candidate) -> bool:
-        return self.turn - candidate.last_turn >= self.overdue_after
 
-
-@dataclass(frozen=True, slots=True)
 class Selection:
-    host: tuple[Candidate, ...]
-    device: tuple[Candidate, ...]
-    objective: float
-    """Blocks."""
-    greedy_objective: float
-    """Of the greedy initialisation alone."""
+    """Who was chosen, in the order in which they were taken."""
 
+    def __init__(self, slot: "_Slot", greedy_objective: float) -> None:
+        self._host, self._device = slot.host, slot.device
+        self.objective = slot.objective
+        """Blocks."""
+        self.greedy_objective = greedy_objective
+        """Of the greedy initialisation alone."""
 
-def by_wait(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Who waited longest first. Two stable sorts by one number each: much faster than one by
-    pairs."""
-    return sorted(sorted(candidates, key=_by_key), key=_by_turn)
+    @cached_property
+    def host(self) -> tuple[Candidate, ...]:
+        return tuple(map(self._host.columns.__getitem__, self._host.taken))
+
+    @cached_property
+    def device(self) -> tuple[Candidate, ...]:
+        return tuple(map(self._device.columns.__getitem__, self._device.taken))
+
+    @property
+    def host_keys(self) -> list[int]:
+        return self._host.keys
+
+    @property
+    def device_keys(self) -> list[int]:
+        return self._device.keys
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        mine = (self.host, self.device, self.objective, self.greedy_objective)
+        return mine == (other.host, other.device, other.objective, other.greedy_objective)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def select(problem: SelectionProblem, refine: bool = True) -> Selection:
@@ -131,34 +136,42 @@ def select(problem: SelectionProblem, refine: bool = True) -> Selection:
     greedy = slot.objective
     if refine:
         slot.refine()
-    return Selection(tuple(slot.host.taken), tuple(slot.device.taken), slot.objective, greedy)
+    return Selection(slot, greedy)
 
 
 class _Pool:
-    """Candidates of one kind in order of waiting: forced, taken after them, and left."""
+    """Candidates of one kind, by their indices in `columns`: forced, taken after them, and left."""
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self.taken: list[Candidate] = []
-        self.left = by_wait(candidates)
+    def __init__(self, candidates: Some) -> None:
+        self.columns: Candidates = columns_of(candidates)
+        self.order = self.columns.by_wait()
+        """Who waited longest first."""
+        self.taken: list[int] = []
+        self.left: list[int] = []
         self.num_forced = 0
 
-    def window(self, round_number: int) -> tuple[list[Candidate], list[Candidate]]:
+    @property
+    def keys(self) -> list[int]:
+        keys: list[int] = self.columns.keys[self.taken].tolist() if self.taken else []
+        return keys
+
+    def window(self, round_number: int) -> tuple[list[int], list[int]]:
         """Requests a round may drop (the last taken first) and those it may add (the longest
         waiting first); later rounds look further from the boundary, and start over."""
         movable = self.taken[self.num_forced :][::-1]
         return _turned(movable, round_number), _turned(self.left, round_number)
 
-    def swap(self, drop: Sequence[Candidate], add: Sequence[Candidate]) -> None:
-        for candidate in drop:
-            self.taken.remove(candidate)
-        for candidate in add:
-            self.left.remove(candidate)
+    def swap(self, drop: Sequence[int], add: Sequence[int]) -> None:
+        for index in drop:
+            self.taken.remove(index)
+        for index in add:
+            self.left.remove(index)
         # In front: not in order of waiting any more, but near the boundary.
         self.left[:0] = drop
         self.taken.extend(add)
 
 
-_Move = tuple[Sequence[Candidate], Sequence[Candidate]]
+_Move = tuple[Sequence[int], Sequence[int]]
 """Whom to drop and whom to add, of one kind."""
 
 
@@ -179,30 +192,41 @@ class _Slot:
 
     def fill_greedily(self) -> None:
         blocked = self._force_overdue()
-        problem, room = self.problem, self.problem.room_blocks
-        left: list[Candidate] = []
-        pending = iter(() if blocked else self.host.left)
-        for candidate in pending:
-            if self.requests >= problem.max_requests or self.load_blocks >= room:
-                left.append(candidate)
-                break
-            if self.load_blocks + candidate.load_blocks <= room:
-                self._take(self.host, candidate, candidate.load_blocks)
-            else:
-                left.append(candidate)
-        left.extend(pending)
-        self.host.left = left
-        cost, target = problem.cost, problem.target_s
-        count = 0
-        for candidate in self.device.left:
-            tokens = self.context_tokens + candidate.context_tokens
-            now = cost.time_s(self.requests, self.context_tokens)
-            then = cost.time_s(self.requests + 1, tokens)
-            if self.requests >= problem.max_requests or abs(then - target) >= abs(now - target):
-                break
-            self._take(self.device, candidate, 0)
-            count += 1
-        del self.device.left[:count]
+        self._fill_from_host(self.host.order[self.host.num_forced :], blocked)
+        self._fill_from_device(self.device.order[self.device.num_forced :])
+
+    def _fill_from_host(self, waiting: Ints, blocked: bool) -> None:
+        """In order of waiting, whoever fits into the room that those before it left. `blocked`:
+        nobody does."""
+        problem = self.problem
+        loads = self.host.columns.load_blocks[waiting]
+        is_taken = np.zeros(len(waiting), np.bool_)
+        places = problem.max_requests - self.requests
+        room = problem.room_blocks - self.load_blocks
+        todo = np.arange(0 if blocked else len(waiting))
+        while places > 0 and room > 0 and len(todo):
+            todo = todo[loads[todo] <= room]
+            # Each of these fits alone: as many are taken as fit together, and the next is passed.
+            count = int(np.searchsorted(np.cumsum(loads[todo]), room, "right"))
+            now, todo = todo[: min(places, count)], todo[count:]
+            is_taken[now] = True
+            places -= len(now)
+            room -= int(loads[now].sum())
+        self._take(self.host, waiting[is_taken], loads=True)
+        self.host.left = [] if blocked else waiting[~is_taken].tolist()
+
+    def _fill_from_device(self, waiting: Ints) -> None:
+        """In order of waiting, while each brings the step's time closer to T*."""
+        problem = self.problem
+        places = max(0, problem.max_requests - self.requests)
+        contexts = self.device.columns.context_tokens[waiting[:places]]
+        requests = self.requests + np.arange(len(contexts) + 1)
+        tokens = self.context_tokens + np.concatenate((_ZERO, np.cumsum(contexts)))
+        off_s = np.abs(problem.cost.times_s(requests, tokens) - problem.target_s)
+        is_worse = off_s[1:] >= off_s[:-1]
+        count = int(is_worse.argmax()) if is_worse.any() else len(contexts)
+        self._take(self.device, waiting[:count], loads=False)
+        self.device.left = waiting[count:].tolist()
 
     def refine(self) -> None:
         problem = self.problem
@@ -224,27 +248,26 @@ class _Slot:
         problem = self.problem
         blocked = False
         for pool in (self.host, self.device):
-            count = 0
-            for candidate in pool.left:
-                load = candidate.load_blocks if pool is self.host else 0
-                if not problem.is_overdue(candidate) or self.requests >= problem.max_requests:
-                    break
-                if self.load_blocks + load > problem.room_blocks and load:
+            turns = pool.columns.last_turns[pool.order]
+            # In order of waiting: all who are overdue come first.
+            overdue = pool.order[: int((problem.turn - turns >= problem.overdue_after).sum())]
+            count = min(len(overdue), max(0, problem.max_requests - self.requests))
+            if pool is self.host:
+                loads = pool.columns.load_blocks[overdue[:count]]
+                exceeds = (np.cumsum(loads) > problem.room_blocks) & (loads > 0)
+                if exceeds.any():
                     blocked = True
-                    break
-                self._take(pool, candidate, load)
-                count += 1
+                    count = int(exceeds.argmax())
+            self._take(pool, overdue[:count], loads=pool is self.host)
             pool.num_forced = count
-            del pool.left[:count]
-        if blocked:
-            self.host.left = []
         return blocked
 
-    def _take(self, pool: _Pool, candidate: Candidate, load_blocks: int) -> None:
-        pool.taken.append(candidate)
-        self.load_blocks += load_blocks
-        self.requests += 1
-        self.context_tokens += candidate.context_tokens
+    def _take(self, pool: _Pool, indices: Ints, *, loads: bool) -> None:
+        pool.taken += indices.tolist()
+        self.requests += len(indices)
+        self.context_tokens += int(pool.columns.context_tokens[indices].sum())
+        if loads:
+            self.load_blocks += int(pool.columns.load_blocks[indices].sum())
 
     def _improve(self, window: int, best: float) -> bool:
         """Apply the best move of this window if it lowers the objective."""
@@ -253,11 +276,11 @@ class _Slot:
             return False
         for pool, (drop, add) in zip((self.host, self.device), found, strict=True):
             pool.swap(drop, add)
-            for candidates, sign in ((drop, -1), (add, 1)):
-                self.requests += sign * len(candidates)
-                self.context_tokens += sign * sum([c.context_tokens for c in candidates])
+            for indices, sign in ((drop, -1), (add, 1)):
+                self.requests += sign * len(indices)
+                self.context_tokens += sign * int(pool.columns.context_tokens[indices].sum())
                 if pool is self.host:
-                    self.load_blocks += sign * sum([c.load_blocks for c in candidates])
+                    self.load_blocks += sign * int(pool.columns.load_blocks[indices].sum())
         return True
 
     def _best_move(self, window: int, best: float) -> tuple[_Move, _Move] | None:
@@ -302,7 +325,8 @@ class _Moves:
         if not self._movable and not self._left:
             self.requests = self.blocks = self.tokens = _ZERO
             return
-        sums = _group_sums(self._left)[:, None, :] - _group_sums(self._movable)[:, :, None]
+        added, dropped = (_group_sums(pool.columns, i) for i in (self._left, self._movable))
+        sums = added[:, None, :] - dropped[:, :, None]
         self.requests, self.blocks, self.tokens = sums.reshape(3, -1)
 
     def added_s(self, cost: LinearCost) -> Floats:
@@ -318,12 +342,15 @@ class _Moves:
         )
 
 
-def _group_sums(candidates: Sequence[Candidate]) -> Ints:
+def _group_sums(columns: Candidates, indices: Sequence[int]) -> Ints:
     """Requests, blocks and tokens of every group of these, [3, group]."""
-    members = _MEMBERS[len(candidates)]
-    blocks = [c.load_blocks for c in candidates]
-    tokens = [c.context_tokens for c in candidates]
-    sums: Ints = np.array([[1] * len(candidates), blocks, tokens], np.int64) @ members
+    members = _MEMBERS[len(indices)]
+    if not len(indices):
+        return np.zeros((3, members.shape[1]), np.int64)
+    values = np.array(
+        [[1] * len(indices), columns.load_blocks[indices], columns.context_tokens[indices]]
+    )
+    sums: Ints = values @ members
     return sums
 
 
@@ -359,10 +386,10 @@ def _closest(missing_s: Floats, most: Ints, added_s: Floats, requests: Ints) -> 
     return best_s, best_move
 
 
-def _turned(candidates: Sequence[Candidate], round_number: int) -> list[Candidate]:
+def _turned(indices: Sequence[int], round_number: int) -> list[int]:
     """The window of a round; the list is taken for a ring."""
-    if len(candidates) <= WINDOW:
-        return list(candidates)
-    start = round_number * WINDOW % len(candidates)
-    part = list(candidates[start : start + WINDOW])
-    return part + list(candidates[: WINDOW - len(part)])
+    if len(indices) <= WINDOW:
+        return list(indices)
+    start = round_number * WINDOW % len(indices)
+    part = list(indices[start : start + WINDOW])
+    return part + list(indices[: WINDOW - len(part)])

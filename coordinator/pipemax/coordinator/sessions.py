@@ -78,6 +78,9 @@ class Sessions:
         self._sessions: dict[ClientId, Session] = {}
         self._entries: dict[int, tuple[Entry, Output]] = {}
         """By key, one for each choice."""
+        self.listening: set[int] = set()
+        """Keys of choices that are to be told of every token, because somebody looks at their
+        text, or streams, or wants logprobs."""
         self._with_outbox: set[ClientId] = set()
         self._with_changes: set[ClientId] = set()
         """Of streaming requests."""
@@ -142,6 +145,8 @@ class Sessions:
             output = Output(StopChecker(decoder, sampling, stream=stream), taken)
             entry.choices.append(output)
             self._entries[key + index] = entry, output
+            if stream or sampling.stop or sampling.logprobs is not None:
+                self.listening.add(key + index)
         if submit.timeout_s is not None:
             self._deadlines.set(key, now + submit.timeout_s)
         seed = sampling.seed
@@ -178,7 +183,8 @@ class Sessions:
         return len(found[0].choices) if found else 1
 
     def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
-        """Take one sampled token; returns the stop string it completes, if any."""
+        """Take one sampled token of a choice that is `listening`; returns the stop string it
+        completes, if any."""
         entry, output = self._entries[key]
         output.logprobs.take(logprobs)
         if entry.stream and entry.client is not None:
@@ -200,6 +206,10 @@ class Sessions:
         queued for delivery if it is a client's."""
         entry, output = self._entries[result.key]
         output.result = result
+        if result.key in self.listening:
+            self.listening.discard(result.key)
+        else:
+            output.text.take_all(result.output_token_ids)
         results = [other.result for other in entry.choices if other.result is not None]
         if len(results) < len(entry.choices):
             return None

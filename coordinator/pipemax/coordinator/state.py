@@ -4,6 +4,7 @@ Every device block is free, or in exactly one request's table, or held until the
 no copy touches it. Host blocks are counted, not placed: placement is the daemon's business.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,28 +60,75 @@ class Item(NamedTuple):
         return min(self.end, self.request.num_prompt - 1)
 
 
+class Decodes(NamedTuple):
+    """Requests next to each other in a step that each decode a token, and nothing else: no block is
+    loaded for them or shared in what they fill. Columns, as there are hundreds in every step."""
+
+    requests: list[Request]
+    starts: list[int]
+    """Tokens that each has in the KV cache."""
+    tables: "list[array[int]]"
+    """Their block tables, all blocks of which the step reads or fills."""
+
+    @property
+    def items(self) -> list[Item]:
+        pairs = zip(self.requests, self.starts, strict=True)
+        return [Item(request, start, 1, samples=True) for request, start in pairs]
+
+
+Part = Item | Decodes
+"""Of a step."""
+
+
+def num_items(parts: Iterable[Part]) -> int:
+    return sum([len(part.requests) if isinstance(part, Decodes) else 1 for part in parts])
+
+
 class StepInFlight:
     """A planned step, and sums over its items that are asked for more than once."""
 
-    def __init__(self, slot: int, items: list[Item]) -> None:
+    def __init__(self, slot: int, parts: Sequence[Part]) -> None:
         self.slot = slot
-        self.items = items
-        self.num_samples = sum(item.samples for item in items)
-        self.sampled_context = sum(item.start for item in items if item.samples)
-        self.features = features_of(items)
+        self.parts = parts
+        """Its items in order."""
+        self.num_samples = self.sampled_context = 0
+        for part in parts:
+            if isinstance(part, Decodes):
+                self.num_samples += len(part.requests)
+                self.sampled_context += sum(part.starts)
+            elif part.samples:
+                self.num_samples += 1
+                self.sampled_context += part.start
+        self.features = features_of(parts)
         """What the step's time depends on."""
 
+    @property
+    def items(self) -> list[Item]:
+        """One by one."""
+        return [
+            item
+            for part in self.parts
+            for item in (part.items if isinstance(part, Decodes) else (part,))
+        ]
 
-def features_of(items: Iterable[Item]) -> StepFeatures:
-    """What the time of a step with these items depends on."""
+    @property
+    def num_items(self) -> int:
+        return num_items(self.parts)
+
+
+def features_of(parts: Iterable[Part]) -> StepFeatures:
+    """What the time of a step of these depends on."""
     decodes = context = prefill = pairs = 0
-    for item in items:
-        if item.num_tokens == 1:
+    for part in parts:
+        if isinstance(part, Decodes):
+            decodes += len(part.requests)
+            context += sum(part.starts) + len(part.requests)
+        elif part.num_tokens == 1:
             decodes += 1
-            context += item.end
+            context += part.end
         else:
-            prefill += item.num_tokens
-            pairs += item.num_tokens * item.start + item.num_tokens * (item.num_tokens + 1) // 2
+            prefill += part.num_tokens
+            pairs += part.num_tokens * part.start + part.num_tokens * (part.num_tokens + 1) // 2
     return StepFeatures(decodes, context, prefill, pairs)
 
 

@@ -153,7 +153,7 @@ class StatusView:
         for flight in self._state.in_flight.values():
             made_of = flight.features
             slots[flight.slot] = SlotStatus(
-                requests=len(flight.items),
+                requests=flight.num_items,
                 context_tokens=made_of.context_tokens,
                 prefill_tokens=made_of.prefill_tokens,
             )

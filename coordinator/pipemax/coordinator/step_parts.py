@@ -5,11 +5,11 @@ come from samplers, each sampler's in one message, in any order and before StepD
 of epochs that ended must not get here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipemax.coordinator.core import PlannedRow
+from pipemax.coordinator.core import PlannedRows
 from pipemax.coordinator.events import StepReturned
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs, RowsSampled, StepDone
@@ -89,6 +89,11 @@ class StepParts:
 class Outputs(Protocol):
     """Who turns tokens into text."""
 
+    @property
+    def listening(self) -> Set[int]:
+        """Requests that are to be told of every token; the others' are looked at in the end."""
+        ...
+
     def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
         """Logprobs of a request's next prompt token."""
 
@@ -96,28 +101,27 @@ class Outputs(Protocol):
         """A request's next token; the stop string that it completes, if any."""
 
 
-def hand_out(
-    step: int, whole: WholeStep, rows: Sequence[PlannedRow], outputs: Outputs
-) -> StepReturned:
+def hand_out(step: int, whole: WholeStep, rows: PlannedRows, outputs: Outputs) -> StepReturned:
     """Gives `outputs` what is theirs, and the scheduler what is left. `rows` are those of the
     step's plan; raises InvariantError when they are not as many as there are tokens: going on
     without the step would leave its requests waiting for ever."""
-    if len(whole.tokens) != len(rows):
-        raise InvariantError(
-            f"step {step} brought {len(whole.tokens)} tokens for {len(rows)} requests"
-        )
-    tokens: list[int] = []
+    keys, scored, tokens = rows.keys, rows.scored, whole.tokens
+    if len(tokens) != len(keys):
+        raise InvariantError(f"step {step} brought {len(tokens)} tokens for {len(keys)} requests")
+    for index in sorted(scored):
+        outputs.scored(keys[index], whole.logprobs.get(index))
     stopped: dict[int, str] = {}
-    for index, (row, token) in enumerate(zip(rows, whole.tokens, strict=True)):
-        if not row.samples:
-            outputs.scored(row.key, whole.logprobs.get(index))
-            continue
-        tokens.append(token)
-        if token == NO_TOKEN:
-            continue
-        stop = outputs.token(row.key, token, whole.logprobs.get(index))
-        if stop is not None:
-            stopped[row.key] = stop
+    if not outputs.listening.isdisjoint(keys):
+        listening = outputs.listening
+        for index in [index for index, key in enumerate(keys) if key in listening]:
+            key, token = keys[index], tokens[index]
+            if index in scored or token == NO_TOKEN:
+                continue
+            stop = outputs.token(key, token, whole.logprobs.get(index))
+            if stop is not None:
+                stopped[key] = stop
+    if scored:
+        tokens = [token for index, token in enumerate(tokens) if index not in scored]
     return StepReturned(step, tokens, stopped)
 
 

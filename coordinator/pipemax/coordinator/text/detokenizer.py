@@ -166,6 +166,11 @@ class StopChecker:
         self._cut = start + len(stop) if self._sampling.include_stop_str_in_output else start
         return stop
 
+    def take_all(self, token_ids: Sequence[int]) -> None:
+        """Takes all output tokens at once, where nobody has looked at the text before."""
+        assert self._detokenizer is None
+        self._token_ids = list(token_ids)
+
     @property
     def token_ids(self) -> list[int]:
         """All output tokens so far."""
