@@ -64,7 +64,8 @@ class ControlLink:
             self._send(identity, frame)
 
     def to_stages(self, message: Message) -> None:
-        frame = encode(message)
+        # One frame that all of them share: a plan with its block tables is not copied for each.
+        frame = zmq.Frame(encode(message), copy=True)
         for identity in self._stages:
             self._send(identity, frame)
 
@@ -78,10 +79,11 @@ class ControlLink:
         """To the process of this identity."""
         self._send(identity, encode(message))
 
-    def _send(self, identity: bytes, frame: bytes) -> None:
+    def _send(self, identity: bytes, frame: bytes | zmq.Frame) -> None:
         """A process that is gone will say Hello when it is back and be reset; until then what it
         misses is void."""
         try:
-            self.socket.send_multipart((identity, frame), zmq.NOBLOCK)
+            self.socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
+            self.socket.send(frame, zmq.NOBLOCK, copy=not isinstance(frame, zmq.Frame))
         except zmq.ZMQError as error:
             log.warning("message to %s is lost: %s", identity.decode(), error)

@@ -211,6 +211,8 @@ class Jobs:
         Raises ConfigError when the journal turns out to be damaged.
         """
         messages, self._messages = self._messages, []
+        if self._journal is None and not messages:
+            return [], []
         if self._journal is None:
             why = self._create(messages)
             if self._journal is None:
@@ -350,13 +352,13 @@ class Jobs:
 
     def _room(self, waiting: Collection[int]) -> int:
         """Requests that may be chosen now."""
-        if self._draining or self._chosen:
+        places = self._limits.most_running - len(self._running)
+        if self._draining or self._chosen or places <= 0:
             return 0
-        ours = sum(map(self._running.__contains__, waiting))
-        return max(
-            0,
-            min(self._limits.most_waiting - ours, self._limits.most_running - len(self._running)),
-        )
+        # There may be many more of either: connected clients' wait among them.
+        few, many = sorted((self._running.keys(), waiting), key=len)
+        ours = sum(map(many.__contains__, few))
+        return max(0, min(self._limits.most_waiting - ours, places))
 
     def _create(self, messages: list[tuple[bytes, JobMessage]]) -> str:
         """Makes the journal for the first job. Returns why not, if it cannot be made."""

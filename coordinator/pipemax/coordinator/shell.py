@@ -60,6 +60,8 @@ IDLE_POLL_MS = 200
 JOB_SLICE_S = 0.002
 """CPU time for tokenising the requests of jobs, in each round of the loop; see INGEST_SLICE_S."""
 SNAPSHOT_INTERVAL_S = 0.2
+LOOK_INTERVAL_S = 0.01
+"""Between looks at what the clock alone brings. A round serves one message, often."""
 
 
 class CoordinatorShell:
@@ -105,6 +107,7 @@ class CoordinatorShell:
         self._drained = False
         self._stopping = False
         self._next_snapshot = 0.0
+        self._next_look = 0.0
         self.live_spans = LiveSpans()
         self._spans = SpanWatch(self._control.to_all, self._doors.send, self.live_spans)
         self._job_eta = JobEta()
@@ -139,10 +142,13 @@ class CoordinatorShell:
             self._jobs.open()
             while not self._stopping:
                 polled_at = time.monotonic()
-                poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
+                ready = poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
                 self._view.waited(time.monotonic() - polled_at)
-                self._receive_control()
-                more = self._clients.receive()
+                told = [socket for socket, _ in ready]
+                if self._control.socket in told:
+                    self._receive_control()
+                if more or len(told) > (self._control.socket in told):
+                    more = self._clients.receive()
                 self._serve_jobs()
                 self._finish_round()
             stopped = True
@@ -330,26 +336,33 @@ class CoordinatorShell:
                 self._control.to_daemon(message)
 
     def _finish_round(self) -> None:
-        for key in self._sessions.over_time(time.monotonic()):
-            self._cancel(key)
         for key in self._sessions.deliver():
+            self._cancel(key)
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK_INTERVAL_S
+        self._look_around(now)
+        if now >= self._next_snapshot:
+            totals = self.metrics.collector.jobs = self._jobs.totals()
+            self._view.jobs = self._job_eta.progress(totals.unfinished, now)
+            self._view.refresh()
+            self._next_snapshot = now + SNAPSHOT_INTERVAL_S
+
+    def _look_around(self, now: float) -> None:
+        """What is due by the clock, and need not be looked for in every round."""
+        for key in self._sessions.over_time(now):
             self._cancel(key)
         self.metrics.collector.undelivered = self._sessions.undelivered
         idle = self._sessions.is_idle and self._jobs.is_idle
         if self._clients.draining and not self._drained and idle:
             self._drained = True
             self._control.to_launcher(control.Drained())
-        now = time.monotonic()
         for process, silent_s in self._liveness.silent(now):
             log.error("%s has said nothing for %.0f s", process, silent_s)
             hung = control.Unresponsive(process=process, silent_s=silent_s)
             self._control.to_launcher(hung)
         self._spans.tick(now)
-        if now >= self._next_snapshot:
-            totals = self.metrics.collector.jobs = self._jobs.totals()
-            self._view.jobs = self._job_eta.progress(totals.unfinished, now)
-            self._view.refresh()
-            self._next_snapshot = now + SNAPSHOT_INTERVAL_S
 
 
 def _settings_of(config: EngineConfig) -> str:
