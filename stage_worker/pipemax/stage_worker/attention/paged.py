@@ -8,7 +8,6 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AttentionInterface
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
@@ -280,6 +279,8 @@ def register() -> None:
     There is no mask function of this name: transformers then makes no mask and, unlike with one
     that returns None, does not look at the position ids, for which a host would wait for its GPU.
     """
+    from transformers import AttentionInterface  # takes seconds, and not every model needs it
+
     AttentionInterface.register(IMPLEMENTATION, paged_attention)
 
 

@@ -1,4 +1,5 @@
-"""Builds one stage's part of a model: transformers' own modules for its layers, its tensors only.
+"""Builds one stage's part of a model: transformers' own modules for its layers, or a skeleton of
+them where they only hold weights for fused ones; its tensors only.
 
 The model is built on the meta device, where it costs no memory. Layers of other stages are replaced
 by a module that passes its input on, rather than left out, because some models choose a layer's
@@ -13,8 +14,6 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipemax.proto.errors import InvariantError, ModelError
 from pipemax.proto.geometry import BlockGeometry, Dtype
@@ -27,6 +26,7 @@ from pipemax.stage_worker.model.families import Family, supported_family
 from pipemax.stage_worker.model.fused import FusedLayers, can_fuse
 from pipemax.stage_worker.model.inspect import inspect_model, read_config
 from pipemax.stage_worker.model.packed import can_pack, pack_modules
+from pipemax.stage_worker.model.skeleton import build_skeleton, read_shape
 from pipemax.stage_worker.model.stage_model import StageModel
 
 __all__ = ["StageModel", "load_stage_model"]
@@ -76,7 +76,8 @@ def load_stage_model(
     does not run.
     """
     info = inspect_model(model_dir, load_format)
-    family = supported_family(read_config(model_dir))
+    config = read_config(model_dir)
+    family = supported_family(config)
     if sum(layer_split) != info.num_layers or not 0 <= stage < len(layer_split):
         raise InvariantError(
             f"stage {stage} of layers split {layer_split}, the model has {info.num_layers}"
@@ -92,7 +93,9 @@ def load_stage_model(
         head_dim=info.head_dim,
         dtype=dtype_name,
     )
-    model = build_on_meta(model_dir, family)
+    fusable = fused_layers and device == CPU and open_attention is None
+    shape = read_shape(family, config) if fusable else None
+    model = build_on_meta(model_dir, family) if shape is None else build_skeleton(shape)
     attention: StageAttention
     if open_attention is None:
         attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
@@ -109,7 +112,7 @@ def load_stage_model(
                 source = stack.enter_context(Checkpoint(model_dir, family))
             _load_weights(model, family, source, attention.dtype, device)
         _compute_buffers(model, family, device)
-        if not is_first:
+        if not is_first and shape is None:
             probe = torch.linspace(-1.0, 1.0, 2 * info.hidden_size)
             _check_input_passes_unchanged(model, family, probe.to(device, attention.dtype))
     except AttributeError as error:
@@ -118,7 +121,7 @@ def load_stage_model(
             f"({error}); install the version in ops/constraints-cpu.txt"
         ) from error
     rebuild: Callable[[], FusedLayers | None] | None = None
-    if fused_layers and device == CPU and isinstance(attention, paged.PagedAttention):
+    if fusable and isinstance(attention, paged.PagedAttention):
         if can_fuse(model, family):
             rebuild = functools.partial(FusedLayers, model, family, layers, attention)
         elif can_pack(attention.dtype):
@@ -128,6 +131,9 @@ def load_stage_model(
 
 def build_on_meta(model_dir: Path, family: Family) -> Any:
     """The whole model on the meta device, with our attention. Never code from the model folder."""
+    from transformers import AutoModelForCausalLM  # takes seconds, and not every model needs it
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     paged.register()
     try:
         config = CONFIG_MAPPING[family.model_type].from_pretrained(model_dir)
