@@ -207,8 +207,8 @@ def test_sweep_removes_only_what_dead_processes_left() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     root = run_dir_of("x").parent
-    for name in (f"batch-{child.pid}", f"batch-{os.getpid()}", "batch-of-mine", "other"):
+    alive = {f"batch-{os.getpid()}", f"batch-1-{os.getpid()}", "batch-of-mine", "other"}
+    for name in (f"batch-{child.pid}", f"batch-1-{child.pid}", *alive):
         (root / name).mkdir(mode=0o700)
     rundir_files.sweep(root, "batch")
-    left = {path.name for path in root.iterdir()}
-    assert left == {f"batch-{os.getpid()}", "batch-of-mine", "other"}
+    assert {path.name for path in root.iterdir()} == alive

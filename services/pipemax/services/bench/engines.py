@@ -1,6 +1,7 @@
 """Engines that take turns on the same requests: our own, started here, and what a peer must be."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pipemax.services.launcher.system import System
 from pipemax.services.own_system import own_system
 
 PURPOSE = "bench"
+_numbers = itertools.count()
 WARM_UP_REQUESTS, WARM_UP_TOKENS = 8, 4
 """Run before the first round on each side, untimed: what is compiled at its first use is compiled
 then."""
@@ -121,7 +123,8 @@ def our_engine(options: EngineOptions, longest_tokens: int, name: str) -> Iterat
 
     Raises ConfigError when it cannot hold that, or as `build_config`.
     """
-    config = build_config(options, own_name(PURPOSE), lambda line: typer.echo(line, err=True))
+    system_name = own_name(f"{PURPOSE}-{next(_numbers)}")  # several may run at once
+    config = build_config(options, system_name, lambda line: typer.echo(line, err=True))
     if config.max_model_len < longest_tokens:
         raise ConfigError(
             f"a request of the data set has {longest_tokens} tokens, and the system holds "

@@ -25,7 +25,7 @@ _OWNED_PATTERNS = (
     f"{INGEST_ENDPOINT_FILE}*",
     CONFIG_FILE,
 )
-_OWN_NAME = re.compile(r"[a-z]+-(\d+)")
+_OWN_NAME = re.compile(r"[a-z]+(?:-\d+)?-(\d+)")
 _TAIL_BYTES = 4096
 
 
@@ -68,7 +68,8 @@ def last_words(run_dir: Path, process: str) -> str | None:
 
 
 def own_name(purpose: str) -> str:
-    """Name of a system that lives only as long as this process: `batch-4711`."""
+    """Name of a system that lives only as long as this process: `batch-4711`. Who has several of
+    them numbers the purpose: `bench-1-4711`."""
     return f"{purpose}-{os.getpid()}"
 
 
