@@ -51,7 +51,9 @@ class Contender:
     offloading: bool = False
     """Of ours, with a host pool that holds everything."""
     arguments: tuple[str, ...] = ()
-    """Of a peer, KEY=VALUE each."""
+    """Of a peer, KEY=VALUE each; they stand above those of all."""
+    environment: tuple[str, ...] = ()
+    """Of a peer, NAME=VALUE each; likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +140,8 @@ def peer_of(contender: Contender, machine: Machine) -> tuple[PeerFlags, Setting]
     flags = PeerFlags(
         against=name,
         place=machine.peers.get(name),
-        arguments=(*contender.arguments, *machine.peer_arguments.get(name, ())),
-        environment=tuple(machine.peer_environment.get(name, ())),
+        arguments=(*machine.peer_arguments.get(name, ()), *contender.arguments),
+        environment=(*machine.peer_environment.get(name, ()), *contender.environment),
     )
     setting = Setting(
         model=machine.model.absolute(),

@@ -5,6 +5,7 @@ import contextlib
 import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def test_both_sides_are_capped_to_the_same_tokens(machine: Machine) -> None:
     assert 190 * 32 == 6080
     flags, setting = peer_of(vllm, machine)
     assert flags.arguments == vllm.arguments
+    common = replace(machine, peer_arguments={"vllm": ["block_size=128"]})
+    assert peer_of(vllm, common)[0].arguments == ("block_size=128", *vllm.arguments)
     assert setting.longest_tokens == config.max_model_len == machine.longest_tokens
 
 
@@ -172,6 +175,9 @@ def test_goals_are_judged_by_the_median_of_rounds() -> None:
         "ample: ours / the limit: 0.500 (0.500 to 1.000, 3 rounds); goal 0.65, aim 0.85: MISSED"
     )
     assert compare(wanted, {"ours": sides["ours"]}, None) == []
+    settings = [one for one in COMPARISONS if one.line == "vllm"]
+    (more,) = compare(settings, {**sides, "vllm, 512 sequences": sides["ours"]}, None)
+    assert verdict(more) == ("vllm: vllm, 512 sequences / vllm: 1.500 (0.750 to 2.000, 3 rounds)")
 
 
 def test_memory_is_judged_by_what_a_process_may_hold(machine: Machine) -> None:

@@ -100,7 +100,7 @@ def find_peer(flags: PeerFlags, setting: Setting) -> Peer:
         libraries = _preloaded(flags)
         if libraries:
             threads["LD_PRELOAD"] = ":".join(map(str, libraries))
-        if _tcmalloc() is None and "LD_PRELOAD" not in environment:
+        if tcmalloc() is None and "LD_PRELOAD" not in environment:
             notes = (
                 "vLLM runs without tcmalloc, which makes its CPU build faster: install "
                 "libtcmalloc-minimal4, or give --peer-env LD_PRELOAD=FILE",
@@ -218,7 +218,7 @@ def _python_of(flags: PeerFlags) -> Path:
 def _preloaded(flags: PeerFlags) -> list[Path]:
     """What vLLM says makes it fastest, where it is: tcmalloc, and Intel's OpenMP."""
     openmp = None if flags.place is None else (flags.place / _OPENMP).absolute()
-    return [path for path in (_tcmalloc(), openmp) if path is not None and path.exists()]
+    return [path for path in (tcmalloc(), openmp) if path is not None and path.exists()]
 
 
 def _kv_memory_bytes(setting: Setting) -> int:
@@ -228,7 +228,8 @@ def _kv_memory_bytes(setting: Setting) -> int:
     return min(int(setting.kv_bytes * _SPARE_KV), most)
 
 
-def _tcmalloc() -> Path | None:
+def tcmalloc() -> Path | None:
+    """Where it is installed."""
     for name in _TCMALLOC:
         for found in sorted(_LIBRARIES.glob(f"*/{name}")):
             return found
