@@ -84,6 +84,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """On the CPU, layers like Llama's run as few large operations over packed weights; off: as
     transformers' own modules. The same numbers but for rounding. Other families run transformers'
     modules, over packed weights if on; GPUs always do, over plain ones."""
+    micro_batches: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Micro-batches in flight (`--micro-batches`); 0: one per stage. When weights dominate the step
+    time, as in decoding with few requests, every further one costs 1/stages of the throughput. One
+    more pays where steps are long enough to be bound by arithmetic: then no stage waits while the
+    coordinator plans."""
     max_num_seqs: Positive = 256
     """Most requests in one micro-batch."""
     max_num_batched_tokens: Positive = 1024
@@ -149,9 +154,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def num_slots(self) -> int:
-        """Micro-batches in flight: one per stage. When weights dominate the step time, every
-        further slot would cost 1/S of the throughput."""
-        return self.pipeline_parallel_size
+        """Micro-batches in flight."""
+        return self.micro_batches or self.pipeline_parallel_size
 
     @property
     def held_block_bytes(self) -> int | None:

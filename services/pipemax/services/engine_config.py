@@ -148,6 +148,7 @@ def _checked_fields(options: EngineOptions, model: str, name: str) -> EngineConf
         "max_num_batched_tokens": options.max_num_batched_tokens,
         **({} if options.sampler_workers is None else {"sampler_workers": options.sampler_workers}),
         "policy": options.policy,
+        **({} if options.micro_batches is None else {"micro_batches": options.micro_batches}),
         "prefill": options.prefill,
         **({} if options.fused_layers is None else {"fused_layers": options.fused_layers}),
         "enable_prefix_caching": options.enable_prefix_caching,

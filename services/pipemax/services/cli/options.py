@@ -118,6 +118,16 @@ class EngineOptions:
             rich_help_panel=_PIPELINE,
         ),
     ] = None
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Micro-batches in flight. One more than there are stages hides the time the "
+            "coordinator plans in, and makes each smaller.",
+            show_default="as many as stages",
+            rich_help_panel=_PIPELINE,
+        ),
+    ] = None
     device: Annotated[
         str,
         typer.Option(
