@@ -1,6 +1,7 @@
 """Every test gets a run directory of its own and may leave nothing behind."""
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,15 @@ from support.leaks import (
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+# Background jobs of a shell ignore some signals, and so would all that is started here; tests send
+# them.
+for _signum in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(
+            _signum, signal.default_int_handler if _signum is signal.SIGINT else signal.SIG_DFL
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

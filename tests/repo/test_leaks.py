@@ -122,10 +122,13 @@ def test_named_shared_memory() -> None:
 
 
 _MAPS = """
-import mmap, sys, time
-with open(sys.argv[1], "wb+") as file:
+import mmap, os, sys, time
+first = sys.argv[1] + "-first"  # as the C library makes a named semaphore
+with open(first, "wb+") as file:
     file.truncate(4096)
     mapped = mmap.mmap(file.fileno(), 4096)
+    os.link(first, sys.argv[1])
+    os.unlink(first)
 print("mapped", flush=True)
 time.sleep(600)
 """

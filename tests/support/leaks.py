@@ -107,13 +107,23 @@ def our_shm_files() -> set[str]:
     found = {name for name in names if not name.startswith(_OPENMP)}
     _theirs.intersection_update(found)
     if unknown := found - _theirs:
-        ours = {os.getpid(), *_descendants(), *_orphans()}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) not in ours:
-                with suppress(OSError):  # the process has ended
-                    mapped = (entry / "maps").read_text()
-                    _theirs.update(name for name in unknown if f"{_SHM}/{name}\n" in mapped)
+        mapped = set(_shm_inodes_of_others())
+        for name in unknown:
+            with suppress(FileNotFoundError):
+                if os.stat(f"{_SHM}/{name}").st_ino in mapped:
+                    _theirs.add(name)
     return found - _theirs
+
+
+def _shm_inodes_of_others() -> Iterator[int]:
+    """By inode, as a named semaphore is mapped under a name that it has lost since."""
+    ours = {os.getpid(), *_descendants(), *_orphans()}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) not in ours:
+            with suppress(OSError):  # the process has ended
+                for line in (entry / "maps").read_text().splitlines():
+                    if f" {_SHM}/" in line:
+                        yield int(line.split()[4])
 
 
 def _processes(fresh: bool = False) -> Iterator[tuple[int, str]]:
