@@ -69,8 +69,12 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"stages": 3, "device_blocks": 24, "max_num_batched_tokens": 32, "activation_transport": "tcp"},
     {"stages": 2, "device_blocks": 48, "block_size": 8, "policy": DEFAULT_POLICY, "warm_up_s": 0.1},
     {
-        **{"stages": 2, "device_blocks": 24, "host_blocks": 0, "micro_batches": 3},
-        **{"policy": "fcfs", "prefill": "phases"},
+        "stages": 2,
+        "device_blocks": 24,
+        "host_blocks": 0,
+        "micro_batches": 3,
+        "policy": "fcfs",
+        "prefill": "phases",
     },
     {"stages": 1, "device_blocks": 24, "max_num_seqs": 3, "micro_batches": 2},
 )
