@@ -1,6 +1,7 @@
 """Whole stage processes with a small Llama, driven by a coordinator and a daemon of the test."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -60,6 +61,8 @@ class System:
         transport: Literal["shm", "tcp"] = "shm",
         pool_bytes: int = 2**20,
         warm_up_s: float = 0.0,
+        pin_cores: bool = False,
+        spin_wait_s: float = 0.0,
     ) -> None:
         self.run_dir = run_dir
         config = EngineConfig(
@@ -73,6 +76,8 @@ class System:
             max_num_batched_tokens=64,
             activation_transport=transport,
             warm_up_s=warm_up_s,
+            pin_cores=pin_cores,
+            spin_wait_s=spin_wait_s,
         )
         save_config(config, run_dir)
         if transport == "tcp":
@@ -337,6 +342,22 @@ def test_a_warm_up_sweep_comes_with_ready_and_changes_no_token(
             done = generation.advance()
             if first:
                 assert done[0].state_seconds["compute"] == done[0].compute_s  # the sweep is before
+        assert generation.outputs == expected
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for two stages")
+def test_pinned_stages_that_spin_compute_the_same(
+    runtime_dir: Path, model_dir: Path, expected: list[list[int]]
+) -> None:
+    system = System(runtime_dir, model_dir, pin_cores=True, spin_wait_s=1e-3)
+    with contextlib.closing(system):
+        system.peers.bring_up(2, epoch=1)
+        first, second = (os.sched_getaffinity(stage.pid or 0) for stage in system.stages)
+        assert len(first) == len(second) == 1
+        assert first != second
+        generation = Generation(system.peers, epoch=1)
+        while not generation.finished:
+            generation.advance()
         assert generation.outputs == expected
 
 
