@@ -9,8 +9,9 @@ Decode (one query per request), three ways:
 - per request: gather one request's context after the other, torch's attention for each;
 - in place: the compiled kernel that reads the blocks where they are.
 
-Prefill of a chunk on top of a context, two ways: gather once and torch's attention, or the in-place
-kernel for every token. All ways take turns within one run; the figure is each one's median.
+Prefill, a chunk of several prompts on top of a context, two ways: gather each context and torch's
+attention for each request, or the compiled kernel. All ways take turns within one run; the figure
+is each one's median.
 """
 
 import argparse
@@ -29,14 +30,12 @@ from pipemax.services.bench.attention import (
     BLOCK_SIZE,
     HEAD_DIM,
     decode_batch,
-    every_token,
     gathered,
     in_place,
     padded,
     per_request,
+    step_of,
 )
-from pipemax.stage_worker.attention.prefill import visible
-from pipemax.stage_worker.batch import PrefillItem
 
 BATCH, KV_HEADS, LAYERS = 64, 8, 2
 
@@ -89,25 +88,25 @@ def compare_decode(rounds: int) -> None:
 
 def compare_prefill(rounds: int) -> None:
     heads, kv_heads = 12, 4
-    print(f"\nPrefill of one request: {heads} heads, {kv_heads} KV heads of {HEAD_DIM}, bfloat16\n")
-    print("| tokens before | new tokens | gather ms | in place ms | gather / in place |")
-    print("|---|---|---|---|---|")
-    for context in (0, 128, 1024):
-        for count in (2, 4, 8, 16, 32, 64, 256):
-            end = context + count
-            blocks = torch.randperm(-(-end // BLOCK_SIZE))
-            shape = (blocks.shape[0], LAYERS, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-            pool = torch.randn(shape).to(torch.bfloat16)
-            query = torch.randn(count, heads, HEAD_DIM).to(torch.bfloat16)
-            item = PrefillItem(0, count, context, blocks)
+    print(f"\nPrefill: {heads} heads, {kv_heads} KV heads of {HEAD_DIM}\n")
+    print("| requests | tokens before | new tokens | dtype | gather ms | in place ms | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    cases = [(1, before, new) for before in (0, 128, 1024) for new in (2, 8, 32, 128, 512)]
+    for count, before, new in [*cases, (1, 0, 2048), (16, 0, 128), (16, 512, 16)]:
+        items = [(new, before)] * count
+        batch, tables, num_blocks = step_of(items)
+        for dtype in (torch.float32, torch.bfloat16):
+            shape = (num_blocks, LAYERS, 2, BLOCK_SIZE, kv_heads, HEAD_DIM)
+            pool = torch.randn(shape).to(dtype)
+            query = torch.randn(count * new, heads, HEAD_DIM).to(dtype)
             ways = {
-                "gather": partial(gathered, pool, item, query, visible(item, 0, BLOCK_SIZE)),
-                "in place": partial(every_token, pool, item, query),
+                "gather": partial(gathered, pool, tables, items, query),
+                "in place": partial(in_place, pool, batch, query),
             }
             ms = medians(ways, rounds)
             print(
-                f"| {context} | {count} | {ms['gather']:.3f} | {ms['in place']:.3f} | "
-                f"{ms['gather'] / ms['in place']:.2f} |"
+                f"| {count} | {before} | {new} | {str(dtype)[6:]} | {ms['gather']:.3f} | "
+                f"{ms['in place']:.3f} | {ms['gather'] / ms['in place']:.2f} |"
             )
 
 

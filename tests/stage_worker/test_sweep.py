@@ -88,7 +88,7 @@ def test_a_synthetic_step_is_what_its_sample_says(shape: SweepShape) -> None:
     sample = shape.sample(0.5)
     assert sample.decode_requests + sample.prefill_tokens == batch.num_tokens
     assert sample.context_tokens + sample.prefill_pairs == sum(p + 1 for p in positions)
-    used = unpack_i32(batch.block_tables.tobytes())
+    used = unpack_i32(batch.runs.blocks.tobytes())
     assert len(set(used)) == len(used)
     assert set(used) == set(blocks[: len(used)])
 

@@ -16,8 +16,8 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry, Dtype
 from pipemax.stage_worker.attention import kernels, paged
 from pipemax.stage_worker.attention.interface import HeadNorm, Rotary
-from pipemax.stage_worker.attention.paged import PagedAttention
-from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from pipemax.stage_worker.attention.paged import Backend, PagedAttention
+from pipemax.stage_worker.batch import Runs, StepBatch, prepare_batch
 from support.paged_run import Item, step_plan
 
 _NUM_BLOCKS = 700
@@ -58,6 +58,7 @@ def _outputs(
     head_dim: int = 16,
     window: int = 0,
     softcap: float = 0.0,
+    found_by: Backend = "kernel",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output and pool of the kernel backend, then of the reference."""
     generator = torch.Generator().manual_seed(0)
@@ -72,7 +73,7 @@ def _outputs(
     query = draw(tokens, kv_heads * group, head_dim)
     key, value = draw(tokens, kv_heads, head_dim), draw(tokens, kv_heads, head_dim)
     results = []
-    for backend in ("kernel", "reference"):
+    for backend in (found_by, "reference"):
         attention = PagedAttention(geometry, _TORCH[dtype], backend)
         pool = filled.clone()
         attention.bind_pool(pool)
@@ -81,9 +82,11 @@ def _outputs(
     return results[0], results[1], results[2], results[3]
 
 
-def _check(dtype: Dtype, **settings: float) -> None:
-    found, pool, expected, reference_pool = _outputs(dtype, **settings)  # type: ignore[arg-type]
+def _check(dtype: Dtype, **settings: Any) -> None:
+    found, pool, expected, reference_pool = _outputs(dtype, **settings)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
+    if settings.get("head_dim", 0) > 128:  # longer sums
+        tolerance *= 2
     assert found.dtype == _TORCH[dtype]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
     assert torch.equal(pool, reference_pool)
@@ -106,6 +109,12 @@ def test_block_sizes_and_head_sizes(block_size: int, head_dim: int) -> None:
 def test_grouped_heads(kv_heads: int, group: int) -> None:
     _check("float32", kv_heads=kv_heads, group=group)
     _check("bfloat16", kv_heads=kv_heads, group=group)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 80, 100, 256])
+def test_head_sizes_of_bfloat16_with_and_without_products_of_it(head_dim: int) -> None:
+    for found_by in ("kernel", "widening_kernel"):
+        _check("bfloat16", head_dim=head_dim, group=3, found_by=found_by)
 
 
 @pytest.mark.parametrize(
@@ -264,22 +273,22 @@ def test_every_finite_half_is_widened_exactly(dtype: torch.dtype) -> None:
     pool = torch.zeros(2**12, 1, 2, 1, 1, 16, dtype=dtype)
     pool[:, 0, 1, 0, 0] = torch.where(finite, numbers, torch.zeros((), dtype=dtype)).view(-1, 16)
     rows = np.arange(2**12, dtype=np.int32)
-    out = np.empty((2**12, 1, 16), np.float32)
+    out = torch.empty(2**12, 1, 16, dtype=dtype)
     kernels.attend(
         paged.pool_array(pool),
         0,
-        np.zeros((2**12, 1, 16), np.float32),
-        rows,
-        np.ones(2**12, np.int32),
-        rows,
+        paged.pool_array(torch.zeros(2**12, 1, 16, dtype=dtype)),
+        1,
+        Runs(rows.astype(np.int64), np.ones_like(rows), np.zeros_like(rows), rows, rows),
         scaling=1.0,
         softcap=0.0,
         window=0,
-        out=out,
+        out=paged.pool_array(out),
         threads=1,
+        pairs=False,
     )
     expected = torch.where(finite, numbers.float(), 0.0)
-    torch.testing.assert_close(torch.from_numpy(out).flatten(), expected, atol=0, rtol=0)
+    torch.testing.assert_close(out.float().flatten(), expected, atol=0, rtol=0)
 
 
 def test_attention_outside_a_step_is_refused() -> None:

@@ -52,29 +52,16 @@ def test_every_token_has_its_place(
     assert batch.num_tokens == len(tokens)
     assert batch.max_block == max(block for item in items for block in item.blocks)
 
-    # Each row is attended to once: in place, or as part of one gathered item.
-    rows = batch.paged_rows.tolist()
-    for row, table, length in zip(rows, batch.paged_tables, batch.paged_lens, strict=True):
-        assert length == positions[row] + 1
-        last = batch.block_tables[table + positions[row] // block_size]
-        assert last * block_size + positions[row] % block_size == slots[row]
-    for prefill in batch.prefills:
-        covered = range(prefill.first_row, prefill.first_row + prefill.num_tokens)
-        rows.extend(covered)
-        assert positions[prefill.first_row] == prefill.context_len
-        assert [
-            int(prefill.blocks[positions[row] // block_size]) * block_size
-            + positions[row] % block_size
-            for row in covered
-        ] == slots[covered.start : covered.stop]
-    assert sorted(rows) == list(range(len(tokens)))
-
-
-def test_decodes_read_in_place_and_long_prompts_do_not() -> None:
-    items = [Item([1], 100, range(7)), Item([1] * 100, 0, range(7, 14))]
-    batch = prepare_batch(step_plan(items), 16)
-    assert batch.paged_rows.tolist() == [0]
-    assert [item.num_tokens for item in batch.prefills] == [100]
+    # Each row is in one run, behind the tokens before it.
+    rows = []
+    for first_row, count, context_len, table in zip(*batch.runs[:4], strict=True):
+        assert count <= 32
+        for row in range(first_row, first_row + count):
+            rows.append(row)
+            assert positions[row] == context_len + row - first_row
+            block = batch.runs.blocks[table + positions[row] // block_size]
+            assert block * block_size + positions[row] % block_size == slots[row]
+    assert rows == list(range(len(tokens)))
 
 
 _GOOD = step_plan([Item([1, 2, 3], 4, [0]), Item([4], 8, [1, 2])])
@@ -130,5 +117,6 @@ def test_tensors_are_of_the_types_the_model_takes() -> None:
     assert batch.token_ids.dtype == batch.position_ids.dtype == torch.int64
     assert batch.sample_rows.dtype == torch.int64
     # Compiled kernels are compiled for one layout: writable, of these types.
-    assert batch.block_tables.flags.writeable
-    assert (batch.slots.dtype, batch.paged_lens.dtype) == ("int64", "int32")
+    assert batch.runs.blocks.flags.writeable
+    assert batch.slots.dtype == "int64"
+    assert [column.dtype for column in batch.runs] == ["int64", *["int32"] * 4]

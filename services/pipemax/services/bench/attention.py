@@ -1,7 +1,10 @@
 """Ways to attend over the paged pool on a CPU. Imports torch: for programs of their own only.
 
-Decode has one query per request, `[batch, heads, HEAD_DIM]`; a prompt's chunk has one per token.
+Queries are `[rows, heads, HEAD_DIM]`: decode has one row per request, a prompt's chunk one per
+token.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,33 +14,41 @@ from pipemax.proto.messages.control import StepPlan
 from pipemax.proto.messages.types import pack_i32
 from pipemax.stage_worker.attention import kernels
 from pipemax.stage_worker.attention.paged import pool_array
-from pipemax.stage_worker.attention.prefill import prefill
-from pipemax.stage_worker.batch import PrefillItem, StepBatch, prepare_batch
+from pipemax.stage_worker.attention.reference import gather
+from pipemax.stage_worker.batch import StepBatch, prepare_batch
 
 BLOCK_SIZE, HEAD_DIM = 16, 64
 SCALING = HEAD_DIM**-0.5
 LAYER = 1
 
+Item = tuple[int, int]
+"""New tokens of a request, and tokens before them."""
 
-def decode_batch(lens: list[int]) -> tuple[StepBatch, list[torch.Tensor], int]:
-    """A step of one token per request, each request's block ids, and the pool's size. Blocks are
-    scattered over the pool."""
-    counts = [-(-length // BLOCK_SIZE) for length in lens]
+
+def step_of(items: Sequence[Item]) -> tuple[StepBatch, list[torch.Tensor], int]:
+    """A step of these, each request's block ids, and the pool's size. Blocks are scattered over the
+    pool."""
+    counts = [-(-(new + before) // BLOCK_SIZE) for new, before in items]
     ids = np.random.default_rng(0).permutation(sum(counts))
     plan = StepPlan(
         epoch=0,
         step=0,
         slot=0,
         wait_for_load=False,
-        num_tokens=pack_i32([1] * len(lens)),
-        context_lens=pack_i32([length - 1 for length in lens]),
+        num_tokens=pack_i32([new for new, _ in items]),
+        context_lens=pack_i32([before for _, before in items]),
         block_counts=pack_i32(counts),
         block_tables=pack_i32(ids.tolist()),
-        token_ids=pack_i32([0] * len(lens)),
+        token_ids=pack_i32([0] * sum(new for new, _ in items)),
         sample=(),
     )
     tables = [torch.from_numpy(part) for part in np.split(ids, np.cumsum(counts)[:-1])]
     return prepare_batch(plan, BLOCK_SIZE), tables, sum(counts)
+
+
+def decode_batch(lens: Sequence[int]) -> tuple[StepBatch, list[torch.Tensor], int]:
+    """`step_of` one token per request, which is the last of so many."""
+    return step_of([(1, length - 1) for length in lens])
 
 
 def padded(
@@ -71,45 +82,41 @@ def in_place(
     pool: torch.Tensor, batch: StepBatch, query: torch.Tensor, layer: int = LAYER
 ) -> torch.Tensor:
     """The compiled kernel, which reads the blocks where they are."""
-    out = torch.empty(query.shape, dtype=torch.float32)
+    out = torch.empty_like(query)
     kernels.attend(
         pool_array(pool),
         layer,
-        query.float().numpy(),
-        batch.paged_tables,
-        batch.paged_lens,
-        batch.block_tables,
+        pool_array(query),
+        query.shape[1],
+        batch.runs,
         scaling=SCALING,
         softcap=0.0,
         window=0,
-        out=out.numpy(),
+        out=pool_array(out),
         threads=torch.get_num_threads(),
+        pairs=True,
     )
-    return out.to(query.dtype)
+    return out
 
 
 def gathered(
-    pool: torch.Tensor, item: PrefillItem, query: torch.Tensor, mask: torch.Tensor | None
+    pool: torch.Tensor, tables: Sequence[torch.Tensor], items: Sequence[Item], query: torch.Tensor
 ) -> torch.Tensor:
-    settings = {"scaling": SCALING, "softcap": 0.0, "window": 0, "block_size": BLOCK_SIZE}
-    return prefill(pool, LAYER, item, query, mask, **settings)
-
-
-def every_token(pool: torch.Tensor, item: PrefillItem, query: torch.Tensor) -> torch.Tensor:
-    """The in-place kernel, with each new token a row of its own."""
-    lens = np.arange(item.num_tokens, dtype=np.int32) + np.int32(item.context_len + 1)
-    out = torch.empty(query.shape, dtype=torch.float32)
-    kernels.attend(
-        pool_array(pool),
-        LAYER,
-        query.float().numpy(),
-        np.zeros_like(lens),
-        lens,
-        item.blocks.numpy().astype(np.int32),
-        scaling=SCALING,
-        softcap=0.0,
-        window=0,
-        out=out.numpy(),
-        threads=torch.get_num_threads(),
-    )
-    return out.to(query.dtype)
+    """Torch's attention, request after request, over a copy of each one's context."""
+    out, first = torch.empty_like(query), 0
+    for blocks, (new, before) in zip(tables, items, strict=True):
+        keys, values = gather(pool, LAYER, blocks, before + new)
+        mask = None
+        if before:
+            mask = torch.arange(before + new)[None] <= torch.arange(before, before + new)[:, None]
+        out[first : first + new] = scaled_dot_product_attention(
+            query[first : first + new].transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=SCALING,
+            enable_gqa=keys.shape[0] != query.shape[1],
+        )[0].transpose(0, 1)
+        first += new
+    return out

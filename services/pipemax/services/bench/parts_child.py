@@ -15,12 +15,10 @@ from pipemax.services.bench.attention import (
     BLOCK_SIZE,
     HEAD_DIM,
     decode_batch,
-    gathered,
     in_place,
+    step_of,
 )
 from pipemax.services.bench.cores_child import mean_s
-from pipemax.stage_worker.attention.prefill import visible
-from pipemax.stage_worker.batch import PrefillItem
 from pipemax.stage_worker.sampling import Sampler
 
 _POOL_BYTES = 512 * 2**20
@@ -48,13 +46,11 @@ def prompt(task: dict[str, Any]) -> dict[str, float]:
     """Attention of a prompt of `tokens`: seconds, and FLOP of the pairs that see each other, of a
     call."""
     count, heads = task["tokens"], task["heads"]
-    blocks = torch.randperm(-(-count // BLOCK_SIZE))
     dtype = getattr(torch, task["dtype"])
-    pool = torch.randn(len(blocks), 2, 2, BLOCK_SIZE, task["kv_heads"], HEAD_DIM).to(dtype)
+    batch, _, num_blocks = step_of([(count, 0)])
+    pool = torch.randn(num_blocks, 2, 2, BLOCK_SIZE, task["kv_heads"], HEAD_DIM).to(dtype)
     query = torch.randn(count, heads, HEAD_DIM).to(dtype)
-    item = PrefillItem(0, count, 0, blocks)
-    mask = visible(item, 0, BLOCK_SIZE)
-    seconds = mean_s(lambda: gathered(pool, item, query, mask), task["seconds"])
+    seconds = mean_s(lambda: in_place(pool, batch, query), task["seconds"])
     return {"seconds": seconds, "flop": 4.0 * heads * HEAD_DIM * count * (count + 1) / 2}
 
 

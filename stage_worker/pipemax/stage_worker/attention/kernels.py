@@ -2,13 +2,15 @@
 
 `pool` is `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, contiguous: float32 as it is,
 bfloat16 passed as int16 and float16 as uint16, because NumPy and numba know neither; the element
-type tells `to_float32` which of the three it reads. Everything is computed in float32.
+type tells which of the three it reads. Sums are float32; bfloat16 is multiplied as it is where the
+CPU can.
 
-All of it stands in one file on purpose: numba's cache on disk notices a change of this file only.
-The cache is the `__pycache__` next to it, or the user's own cache folder: never a shared one.
+numba's cache on disk notices a change of this file only, so what is compiled is named after the
+contents of `vectors`, too. The cache is the `__pycache__` next to this file, or the user's own
+cache folder: never a shared one.
 """
 
-import math
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -18,8 +20,30 @@ import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import njit, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
+
+from pipemax.stage_worker.attention import vectors
+from pipemax.stage_worker.attention.vectors import (
+    LANES,
+    LOWEST,
+    TILE_TOKENS,
+    add_1,
+    add_2,
+    add_3,
+    add_4,
+    add_part_1,
+    add_part_2,
+    add_part_3,
+    add_part_4,
+    divide,
+    pack_keys,
+    score_1,
+    score_2,
+    score_3,
+    score_4,
+    weigh,
+)
+from pipemax.stage_worker.batch import Runs
 
 Pool: TypeAlias = npt.NDArray[Any]
 F32Array: TypeAlias = npt.NDArray[np.float32]
@@ -28,15 +52,15 @@ I64Array: TypeAlias = npt.NDArray[np.int64]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# Sums may be reordered, which is what lets LLVM vectorise them. Infinities and NaNs keep their
-# meaning.
-_FAST_SUMS = {"reassoc", "contract", "nsz"}
+HAS_BFLOAT16_PRODUCTS = vectors.has_bfloat16_products()
+_VECTORS_DIGEST = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()[:12]
 
 
 def _compiled(**options: Any) -> Callable[[_Function], _Function]:
     """`njit`, cached on disk where a private folder can be written."""
 
     def compile_lazily(function: _Function) -> _Function:
+        function.__qualname__ += f"-{_VECTORS_DIGEST}"
         try:
             compiled = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no such folder: compile at every start
@@ -80,14 +104,6 @@ def _widen_float16(context: Any, builder: Any, signature: Any, args: Any) -> Any
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _float_of_bits(typing_context: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
 def _of_float32(typing_context: Any, value: Any, element: Any) -> Any:
     """The pool element nearest to a float32, ties to even; `element` gives the type only."""
     codegen = {
@@ -126,52 +142,6 @@ def _narrow_float16(context: Any, builder: Any, signature: Any, args: Any) -> An
     special = builder.select(is_nan, word(0x7E00), word(0x7C00))
     chosen = builder.select(is_huge, special, finite)
     return builder.trunc(builder.or_(chosen, sign), ir.IntType(16))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing_context: Any, address: Any) -> Any:
-    """Asks the CPU to fetch the cache line at an address, for reading. Any address is harmless."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        function = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [pointer, word, word, word]),
-            "llvm.prefetch.p0",
-        )
-        target = builder.inttoptr(args[0], pointer)
-        builder.call(function, [target, word(0), word(2), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _prefetch_bytes(address: Any, count: Any) -> None:
-    for line in range(0, count, 64):
-        _prefetch(address + line)
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _exp(x: Any) -> Any:
-    """exp of a float32 at most 88, to about 1e-7 of its value.
-
-    exp(x) = 2^n · exp(r) with |r| ≤ ln(2)/2; the Taylor polynomial of degree 7 is then exact to
-    5e-9. Unlike a call of the C library, LLVM vectorises it.
-    """
-    x = max(x, np.float32(-87.0))
-    n = math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375)
-    r = r + n * np.float32(2.12194440e-4)
-    p = np.float32(1.0 / 5040.0)
-    p = p * r + np.float32(1.0 / 720.0)
-    p = p * r + np.float32(1.0 / 120.0)
-    p = p * r + np.float32(1.0 / 24.0)
-    p = p * r + np.float32(1.0 / 6.0)
-    p = p * r + np.float32(0.5)
-    p = p * r + np.float32(1.0)
-    p = p * r + np.float32(1.0)
-    return p * _float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @_compiled()
@@ -264,206 +234,420 @@ def rotate_and_write(
                 pool[block, layer, 1, offset, head, d] = packed[row, heads + kv_heads + head, d]
 
 
-@_compiled(fastmath=_FAST_SUMS)
-def _softmax(scores: F32Array, softcap: Any) -> None:
-    """Softmax of one row of `scores` in place, after an optional soft-cap.
-
-    Every loop starts at zero: where an index could be negative, numba has to allow for Python's
-    meaning of it, and LLVM then no longer vectorises.
-    """
-    if softcap > 0.0:
-        for t in range(scores.shape[0]):
-            # tanh(x) = 1 - 2 / (exp(2x) + 1); beyond ±40 it is ±1 in float32
-            x = min(max(scores[t] / softcap, np.float32(-40.0)), np.float32(40.0))
-            e = _exp(np.float32(2.0) * x)
-            scores[t] = softcap * (np.float32(1.0) - np.float32(2.0) / (e + np.float32(1.0)))
-    top = np.float32(-np.inf)
-    for t in range(scores.shape[0]):
-        top = max(top, scores[t])
-    total = np.float32(0.0)
-    for t in range(scores.shape[0]):
-        weight = _exp(scores[t] - top)
-        scores[t] = weight
-        total += weight
-    inverse = np.float32(1.0) / total
-    for t in range(scores.shape[0]):
-        scores[t] *= inverse
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _address(array: Any) -> Any:
+    """Signed, as numba makes floats of sums of signed and unsigned numbers."""
+    return np.intp(array.ctypes.data)
 
 
-@_compiled(fastmath=_FAST_SUMS)
-def _score_block(
-    keys: Pool, query: F32Array, scores: F32Array, first: int, offset: int, count: int, ahead: int
+@_compiled()
+def _addresses(
+    pool: Pool, layer: int, blocks: I32Array, table: int, first: int, count: int, out: I64Array
 ) -> None:
-    """Adds a block's scores: tokens `offset:offset + count` of `keys` `[block_size, kv_heads,
-    head_dim]` to columns `first:` of `scores` `[heads, tokens]`."""
-    kv_heads, head_dim = keys.shape[1], keys.shape[2]
-    group = query.shape[0] // kv_heads
-    whole = count - count % 4
-    stride = keys.strides[0]
-    for step in range(0, whole, 4):  # four tokens at a time read the query once
-        o, t = offset + step, first + step
-        _prefetch_bytes(ahead + step * stride, 4 * stride)
-        for kv_head in range(kv_heads):
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                dot0 = dot1 = dot2 = dot3 = np.float32(0.0)
-                for d in range(head_dim):
-                    q = query[head, d]
-                    dot0 += q * _to_float32(keys[o, kv_head, d])
-                    dot1 += q * _to_float32(keys[o + 1, kv_head, d])
-                    dot2 += q * _to_float32(keys[o + 2, kv_head, d])
-                    dot3 += q * _to_float32(keys[o + 3, kv_head, d])
-                scores[head, t] = dot0
-                scores[head, t + 1] = dot1
-                scores[head, t + 2] = dot2
-                scores[head, t + 3] = dot3
-    for step in range(whole, count):
-        o, t = offset + step, first + step
-        for kv_head in range(kv_heads):
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                dot = np.float32(0.0)
-                for d in range(head_dim):
-                    dot += query[head, d] * _to_float32(keys[o, kv_head, d])
-                scores[head, t] = dot
+    """Where the keys of `count` tokens from `first` on lie, to `out` `[TILE_TOKENS]`; after the
+    last, the first again."""
+    block_size = pool.shape[3]
+    keys = _address(pool) + layer * pool.strides[1]
+    done = 0
+    while done < count:
+        offset = (first + done) % block_size
+        run = min(block_size - offset, count - done)
+        block = blocks[table + (first + done) // block_size]
+        start = keys + block * pool.strides[0] + offset * pool.strides[3]
+        for token in range(run):
+            out[done + token] = start + token * pool.strides[3]
+        done += run
+    for token in range(count, out.shape[0]):
+        out[token] = out[0]
 
 
-@_compiled(fastmath=_FAST_SUMS)
-def _add_block(
-    values: Pool,
-    weights: F32Array,
-    total: F32Array,
-    first: int,
+@_compiled()
+def _scratch(count: int) -> F32Array:
+    """float32 [count], at the begin of a cache line."""
+    room = np.empty(count + 16, np.float32)
+    skip = (-_address(room) % 64) // 4
+    return room[skip : skip + count]
+
+
+@_compiled()
+def _padded(head_dim: int, size: int) -> int:
+    """Numbers of a row of scratch memory, for elements of `size` bytes: whole vectors."""
+    step = 16 if size == 4 else 32
+    return (head_dim + step - 1) // step * step
+
+
+@_compiled()
+def _pack(
+    pool: Pool, tokens: I64Array, count: int, kv_head: int, keys: int, ahead: I64Array, dot: Any
+) -> None:
+    """Packs a tile's keys of one head to the address `keys`, and prefetches those at `ahead`."""
+    element = pool[0, 0, 0, 0, 0, 0]
+    head_dim, size = pool.shape[5], pool.itemsize
+    row = kv_head * head_dim * size
+    words = head_dim * size // 4
+    rows_of_word = 1 if size == 4 or dot is not None else 2
+    for first in range(0, count, LANES):
+        for word in range(0, words, LANES):
+            pack_keys(
+                _address(tokens) + 8 * first,
+                row + 4 * word,
+                words - word,
+                keys + 4 * (word * rows_of_word * TILE_TOKENS + first),
+                _address(ahead) + 8 * first,
+                4 * word,
+                element,
+                dot,
+            )
+
+
+@_compiled()
+def _score(queries: int, left: int, words: int, keys: int, scores: int, dot: Any) -> None:
+    if queries == 4:
+        score_4(left, words, keys, scores, dot)
+    elif queries == 3:
+        score_3(left, words, keys, scores, dot)
+    elif queries == 2:
+        score_2(left, words, keys, scores, dot)
+    else:
+        score_1(left, words, keys, scores, dot)
+
+
+@_compiled()
+def _add(
+    queries: int,
+    weights: int,
+    steps: int,
+    tokens: int,
     offset: int,
-    count: int,
+    head_dim: int,
     ahead: int,
+    ahead_offset: int,
+    sums: int,
+    width: int,
+    element: Any,
+    size: int,
+    dot: Any,
 ) -> None:
-    """Adds a block's values, each times its weight, to `total` `[heads, head_dim]`. Arguments as
-    in `_score_block`."""
-    kv_heads, head_dim = values.shape[1], values.shape[2]
-    group = total.shape[0] // kv_heads
-    whole = count - count % 4
-    stride = values.strides[0]
-    for step in range(0, whole, 4):  # four tokens at a time write the sum once
-        o, t = offset + step, first + step
-        _prefetch_bytes(ahead + step * stride, 4 * stride)
-        for kv_head in range(kv_heads):
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                weight0, weight1 = weights[head, t], weights[head, t + 1]
-                weight2, weight3 = weights[head, t + 2], weights[head, t + 3]
-                for d in range(head_dim):
-                    total[head, d] += (
-                        weight0 * _to_float32(values[o, kv_head, d])
-                        + weight1 * _to_float32(values[o + 1, kv_head, d])
-                        + weight2 * _to_float32(values[o + 2, kv_head, d])
-                        + weight3 * _to_float32(values[o + 3, kv_head, d])
-                    )
-    for step in range(whole, count):
-        o, t = offset + step, first + step
-        for kv_head in range(kv_heads):
-            for head in range(kv_head * group, (kv_head + 1) * group):
-                weight = weights[head, t]
-                for d in range(head_dim):
-                    total[head, d] += weight * _to_float32(values[o, kv_head, d])
+    pitch, whole = 4 * width, head_dim // 64 * 64
+    for d in range(0, whole, 64):
+        at, coming, to = offset + size * d, ahead_offset + size * d, sums + 4 * d
+        if queries == 4:
+            add_4(weights, steps, tokens, at, 64, ahead, coming, to, pitch, element, dot)
+        elif queries == 3:
+            add_3(weights, steps, tokens, at, 64, ahead, coming, to, pitch, element, dot)
+        elif queries == 2:
+            add_2(weights, steps, tokens, at, 64, ahead, coming, to, pitch, element, dot)
+        else:
+            add_1(weights, steps, tokens, at, 64, ahead, coming, to, pitch, element, dot)
+    for d in range(whole, head_dim, 64 // size):
+        at, coming, to = offset + size * d, ahead_offset + size * d, sums + 4 * d
+        count = head_dim - d
+        if queries == 4:
+            add_part_4(weights, steps, tokens, at, count, ahead, coming, to, pitch, element, dot)
+        elif queries == 3:
+            add_part_3(weights, steps, tokens, at, count, ahead, coming, to, pitch, element, dot)
+        elif queries == 2:
+            add_part_2(weights, steps, tokens, at, count, ahead, coming, to, pitch, element, dot)
+        else:
+            add_part_1(weights, steps, tokens, at, count, ahead, coming, to, pitch, element, dot)
 
 
-@_compiled(fastmath=_FAST_SUMS)
+@_compiled()
+def _take_queries(
+    packed: Pool, first_row: int, rows: int, kv_heads: int, group: int, out: Any, dot: Any
+) -> None:
+    """To `out` `[kv_heads · rows · group, head_dim]`, KV head by KV head and row by row."""
+    at = 0
+    for kv_head in range(kv_heads):
+        for row in range(first_row, first_row + rows):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                for d in range(packed.shape[2]):
+                    if dot is None:
+                        out[at, d] = _to_float32(packed[row, head, d])
+                    else:
+                        out[at, d] = packed[row, head, d]
+                at += 1
+
+
+@_compiled()
+def _attend_tile(
+    pool: Pool,
+    queries: int,
+    group: int,
+    words: int,
+    lefts: int,
+    keys: int,
+    tokens: int,
+    value_offset: int,
+    ahead: int,
+    scores: int,
+    tops: int,
+    totals: int,
+    sums: int,
+    width: int,
+    count: int,
+    seen: int,
+    window: int,
+    scaling: Any,
+    softcap: Any,
+    dot: Any,
+) -> None:
+    """Queries of one KV head, `group` for each row, over one tile of `count` tokens.
+
+    `seen`: how many tokens, counted from the tile's first, the first row may see; each further row
+    may see one more. `words` of each query at `lefts`. The other addresses: see `attend_part`.
+    """
+    element = pool[0, 0, 0, 0, 0, 0]
+    head_dim, size = pool.shape[5], pool.itemsize
+    pitch = 4 * TILE_TOKENS
+    n = 0
+    while n < queries:
+        left = queries - n
+        together = left if left <= 4 else (3 if left <= 6 else 4)
+        most = min(count, seen + (n + together - 1) // group)
+        least = seen + n // group - window if window > 0 else 0
+        if most > 0 and least < count:
+            to = sums + 4 * width * n
+            _score(together, lefts + 4 * words * n, words, keys, scores, dot)
+            for q in range(together):
+                row_seen = seen + (n + q) // group
+                weigh(
+                    scores + pitch * q,
+                    max(0, row_seen - window) if window > 0 else 0,
+                    min(count, row_seen),
+                    scaling,
+                    softcap,
+                    tops + 4 * (n + q),
+                    totals + 64 * (n + q),
+                    to + 4 * width * q,
+                    width // LANES,
+                    dot,
+                )
+            steps = most if dot is None else (most + 1) // 2
+            _add(
+                together,
+                scores,
+                steps,
+                tokens,
+                value_offset,
+                head_dim,
+                ahead,
+                pool.strides[2],
+                to,
+                width,
+                element,
+                size,
+                dot,
+            )
+        n += together
+
+
+@_compiled()
+def _ahead(
+    pool: Pool,
+    layer: int,
+    blocks: I32Array,
+    table: int,
+    first: int,
+    count: int,
+    tokens: I64Array,
+    out: I64Array,
+) -> None:
+    """Which addresses to prefetch while the KV heads of a tile are computed, to `out` `[kv_heads,
+    TILE_TOKENS]`: all heads' keys of the next tile, in the order in which they lie in memory."""
+    _addresses(pool, layer, blocks, table, first, count, tokens)
+    kv_heads, row = pool.shape[4], pool.strides[4]
+    flat = out.reshape(-1)
+    for token in range(TILE_TOKENS):
+        for head in range(kv_heads):
+            flat[token * kv_heads + head] = tokens[token] + head * row
+
+
+@_compiled()
 def attend_part(
     pool: Pool,
     layer: int,
-    query: F32Array,
+    packed: Pool,
+    heads: int,
+    first_rows: I64Array,
+    row_counts: I32Array,
+    context_lens: I32Array,
     tables: I32Array,
-    lens: I32Array,
     blocks: I32Array,
     scaling: Any,
     softcap: Any,
     window: int,
-    out: F32Array,
+    out: Pool,
+    dot: Any,
     part: int,
     parts: int,
 ) -> None:
-    """Attention of single-token items `part, part + parts, ...`.
+    """Attention of items `part, part + parts, ...`.
 
-    query, out: float32 `[R, heads, head_dim]`. Item i attends to its first `lens[i]` tokens, in the
-    blocks `blocks[tables[i]:]`; with `window` > 0 to the last `window` of them. `softcap` 0 is
-    none. The caller has checked that all block ids exist.
+    `packed` `[T, at least heads, head_dim]` holds the queries. Item i has `row_counts[i]` rows from
+    `first_rows[i]` on; its first row sees `context_lens[i]` tokens and itself, each further one a
+    token more: those in the blocks `blocks[tables[i]:]`; with `window` > 0 the last `window` of
+    them. `softcap` 0 is none. To `out` `[T, heads, head_dim]`. The caller has checked that all
+    block ids exist. `dot`: None to compute in float32, 1 to multiply pairs of bfloat16.
     """
-    block_size = pool.shape[3]
-    num_heads, head_dim = query.shape[1], query.shape[2]
-    longest = 0
-    for i in range(part, lens.shape[0], parts):
-        longest = max(longest, lens[i])
-    scores = np.empty((num_heads, longest), np.float32)
-    scaled = np.empty((num_heads, head_dim), np.float32)
-    total = np.empty((num_heads, head_dim), np.float32)
-    for i in range(part, lens.shape[0], parts):
-        table, length = tables[i], lens[i]
-        start = max(0, length - window) if window > 0 else 0
-        for head in range(num_heads):
-            for d in range(head_dim):
-                scaled[head, d] = query[i, head, d] * scaling
-                total[head, d] = 0.0
-        first = start
-        while first < length:
-            offset = first % block_size
-            count = min(block_size - offset, length - first)
-            keys = pool[blocks[table + first // block_size], layer, 0]
-            upcoming = min(first + count, length - 1)
-            ahead = pool[blocks[table + upcoming // block_size], layer, 0].ctypes.data
-            _score_block(keys, scaled, scores, first, offset, count, ahead)
+    kv_heads, head_dim, size = pool.shape[4], pool.shape[5], pool.itemsize
+    group = heads // kv_heads
+    most = 0
+    for i in range(part, row_counts.shape[0], parts):
+        most = max(most, row_counts[i])
+    width = _padded(head_dim, size)
+    words = head_dim if dot is None else head_dim // 2
+    num_queries = kv_heads * most * group
+    lefts = _scratch(num_queries * words)
+    tops, totals = _scratch(num_queries), _scratch(num_queries * LANES)
+    sums, scores = _scratch(num_queries * width + 16), _scratch(4 * TILE_TOKENS)
+    keys = _scratch((width + LANES) * TILE_TOKENS)
+    tokens, next_tokens = np.empty(TILE_TOKENS, np.int64), np.empty(TILE_TOKENS, np.int64)
+    ahead = np.zeros((kv_heads, TILE_TOKENS), np.int64)
+    for i in range(part, row_counts.shape[0], parts):
+        rows, context = row_counts[i], context_lens[i]
+        queries = rows * group
+        if dot is None:
+            taken = lefts[: kv_heads * queries * head_dim].reshape((-1, head_dim))
+            _take_queries(packed, first_rows[i], rows, kv_heads, group, taken, dot)
+        else:
+            halves = lefts.view(np.int16)[: kv_heads * queries * head_dim].reshape((-1, head_dim))
+            _take_queries(packed, first_rows[i], rows, kv_heads, group, halves, dot)
+        tops[:] = LOWEST
+        totals[:] = 0.0
+        sums[:] = 0.0
+        end = context + rows
+        first = max(0, context + 1 - window) if window > 0 else 0
+        while first < end:
+            count = min(TILE_TOKENS, end - first)
+            _addresses(pool, layer, blocks, tables[i], first, count, tokens)
+            table, upcoming, remaining = tables[i], first + count, end - first - count
+            if remaining == 0 and i + parts < row_counts.shape[0]:
+                table, n = tables[i + parts], context_lens[i + parts]
+                upcoming = max(0, n + 1 - window) if window > 0 else 0
+                remaining = n + row_counts[i + parts] - upcoming
+            remaining = min(remaining, TILE_TOKENS)
+            if remaining > 0:
+                _ahead(pool, layer, blocks, table, upcoming, remaining, next_tokens, ahead)
+            for kv_head in range(kv_heads):
+                _pack(pool, tokens, count, kv_head, _address(keys), ahead[kv_head], dot)
+                before = kv_head * queries
+                _attend_tile(
+                    pool,
+                    queries,
+                    group,
+                    words,
+                    _address(lefts) + 4 * words * before,
+                    _address(keys),
+                    _address(tokens),
+                    kv_head * head_dim * size + pool.strides[2],
+                    _address(ahead[kv_head]),
+                    _address(scores),
+                    _address(tops) + 4 * before,
+                    _address(totals) + 64 * before,
+                    _address(sums) + 4 * width * before,
+                    width,
+                    count,
+                    context + 1 - first,
+                    window,
+                    scaling,
+                    softcap,
+                    dot,
+                )
             first += count
-        for head in range(num_heads):
-            _softmax(scores[head, start:length], softcap)
-        first = start
-        while first < length:
-            offset = first % block_size
-            count = min(block_size - offset, length - first)
-            values = pool[blocks[table + first // block_size], layer, 1]
-            upcoming = min(first + count, length - 1)
-            ahead = pool[blocks[table + upcoming // block_size], layer, 1].ctypes.data
-            _add_block(values, scores, total, first, offset, count, ahead)
-            first += count
-        for head in range(num_heads):
-            for d in range(head_dim):
-                out[i, head, d] = total[head, d]
+        _finish(pool, first_rows[i], rows, group, sums, totals, width, out, dot)
+
+
+@_compiled()
+def _finish(
+    pool: Pool,
+    first_row: int,
+    rows: int,
+    group: int,
+    sums: F32Array,
+    totals: F32Array,
+    width: int,
+    out: Pool,
+    dot: Any,
+) -> None:
+    """Writes an item's results."""
+    head_dim, size = pool.shape[5], pool.itemsize
+    element = pool[0, 0, 0, 0, 0, 0]
+    at = 0
+    for kv_head in range(pool.shape[4]):
+        for row in range(first_row, first_row + rows):
+            for head in range(kv_head * group, (kv_head + 1) * group):
+                target = _address(out) + row * out.strides[0] + head * out.strides[1]
+                for d in range(0, head_dim, 2 * LANES):
+                    divide(
+                        _address(sums) + 4 * (at * width + d),
+                        _address(totals) + 64 * at,
+                        head_dim - d,
+                        target + size * d,
+                        element,
+                        dot,
+                    )
+                at += 1
 
 
 @_compiled(parallel=True)
 def _attend_parallel(
     pool: Pool,
     layer: int,
-    query: F32Array,
+    packed: Pool,
+    heads: int,
+    first_rows: I64Array,
+    row_counts: I32Array,
+    context_lens: I32Array,
     tables: I32Array,
-    lens: I32Array,
     blocks: I32Array,
     scaling: Any,
     softcap: Any,
     window: int,
-    out: F32Array,
+    out: Pool,
+    dot: Any,
     parts: int,
 ) -> None:
     for part in prange(parts):
         attend_part(
-            pool, layer, query, tables, lens, blocks, scaling, softcap, window, out, part, parts
+            pool,
+            layer,
+            packed,
+            heads,
+            first_rows,
+            row_counts,
+            context_lens,
+            tables,
+            blocks,
+            scaling,
+            softcap,
+            window,
+            out,
+            dot,
+            part,
+            parts,
         )
 
 
 def attend(
     pool: Pool,
     layer: int,
-    query: F32Array,
-    tables: I32Array,
-    lens: I32Array,
-    blocks: I32Array,
+    packed: Pool,
+    heads: int,
+    runs: Runs,
     *,
     scaling: float,
     softcap: float,
     window: int,
-    out: F32Array,
+    out: Pool,
     threads: int,
+    pairs: bool,
 ) -> None:
-    """`attend_part` for all items. One thread does without the parallel runtime, whose start and
-    barrier would cost every layer."""
+    """`attend_part` for all items. `pairs`: multiply pairs of bfloat16, where the CPU can. One
+    thread does without the parallel runtime, whose start and barrier would cost every layer."""
     scale, cap = np.float32(scaling), np.float32(softcap)
-    arguments = (pool, layer, query, tables, lens, blocks, scale, cap, window, out)
+    dot = 1 if pairs and pool.dtype == np.int16 and HAS_BFLOAT16_PRODUCTS else None
+    arguments = (pool, layer, packed, heads, *runs, scale, cap, window, out, dot)
     if threads == 1:
         attend_part(*arguments, 0, 1)
         return

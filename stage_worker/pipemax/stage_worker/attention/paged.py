@@ -14,13 +14,13 @@ from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.control import StepPlan
 from pipemax.stage_worker.attention import kernels
 from pipemax.stage_worker.attention.interface import HeadNorm, Rotary, StageAttention
-from pipemax.stage_worker.attention.prefill import prefill, visible
 from pipemax.stage_worker.attention.reference import reference_attention
-from pipemax.stage_worker.batch import StepBatch, prepare_batch
+from pipemax.stage_worker.batch import Runs, StepBatch, prepare_batch
 
 IMPLEMENTATION: Final = "pipemax_paged"
 """The name in `attn_implementation`."""
-Backend: TypeAlias = Literal["kernel", "reference"]
+Backend: TypeAlias = Literal["kernel", "widening_kernel", "reference"]
+"""The kernel multiplies bfloat16 as it is where the CPU can; the widening one never does."""
 
 _AS_NUMPY: Final = {
     torch.float32: torch.float32,
@@ -42,7 +42,6 @@ class PagedAttention:
         self.backend = backend
         self._pool: torch.Tensor | None = None
         self._batch: StepBatch | None = None
-        self._masks: dict[tuple[int, int], torch.Tensor | None] = {}
         self._threads = torch.get_num_threads()
 
     def bind_pool(self, pool: torch.Tensor) -> None:
@@ -75,7 +74,6 @@ class PagedAttention:
                 f"block {batch.max_block} of a pool of {self._pool.shape[0]} blocks"
             )
         self._batch = batch
-        self._masks.clear()
         self._threads = torch.get_num_threads()
 
     def attend(
@@ -98,7 +96,7 @@ class PagedAttention:
                 f"K of shape {tuple(key.shape)} and V of {tuple(value.shape)}, not {expected}"
             )
         kernels.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
-        return self._attend(layer, query, scaling, window, softcap)
+        return self._attend(layer, query.contiguous(), query.shape[1], scaling, window, softcap)
 
     def attend_packed(
         self,
@@ -143,7 +141,7 @@ class PagedAttention:
             np.float32(head_norm.eps if head_norm else 0.0),
             batch.slots,
         )
-        return self._attend(layer, packed[:, :heads], scaling, window, 0.0).flatten(1)
+        return self._attend(layer, packed, heads, scaling, window, 0.0).flatten(1)
 
     def _step(self) -> tuple[StepBatch, torch.Tensor]:
         if self._batch is None or self._pool is None:
@@ -151,61 +149,37 @@ class PagedAttention:
         return self._batch, self._pool
 
     def _attend(
-        self, layer: int, query: torch.Tensor, scaling: float, window: int, softcap: float
-    ) -> torch.Tensor:
-        """K and V of the step are in the pool."""
-        batch, pool = self._step()
-        if self.backend == "reference":
-            return reference_attention(
-                pool, layer, batch, query, scaling=scaling, softcap=softcap, window=window
-            )
-        if not batch.prefills:
-            return self._in_place(layer, batch, query, scaling, window, softcap)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        if batch.paged_rows.size:
-            paged = torch.from_numpy(batch.paged_rows)
-            out[paged] = self._in_place(layer, batch, query[paged], scaling, window, softcap)
-        for index, item in enumerate(batch.prefills):
-            rows = slice(item.first_row, item.first_row + item.num_tokens)
-            if (index, window) not in self._masks:
-                self._masks[index, window] = visible(item, window, batch.block_size)
-            out[rows] = prefill(
-                pool,
-                layer,
-                item,
-                query[rows],
-                self._masks[index, window],
-                scaling=scaling,
-                softcap=softcap,
-                window=window,
-                block_size=batch.block_size,
-            )
-        return out
-
-    def _in_place(
         self,
         layer: int,
-        batch: StepBatch,
-        query: torch.Tensor,
+        packed: torch.Tensor,
+        heads: int,
         scaling: float,
         window: int,
         softcap: float,
     ) -> torch.Tensor:
-        out = torch.empty(query.shape, dtype=torch.float32)
+        """The queries are the first `heads` of `packed` `[T, at least heads, head_dim]`; K and V of
+        the step are in the pool."""
+        batch, pool = self._step()
+        if self.backend == "reference":
+            query = packed[:, :heads]
+            return reference_attention(
+                pool, layer, batch, query, scaling=scaling, softcap=softcap, window=window
+            )
+        out = torch.empty(packed.shape[0], heads, packed.shape[2], dtype=packed.dtype)
         kernels.attend(
             self._array,
             layer,
-            query.float().contiguous().numpy(),
-            batch.paged_tables,
-            batch.paged_lens,
-            batch.block_tables,
+            pool_array(packed),
+            heads,
+            batch.runs,
             scaling=scaling,
             softcap=softcap,
             window=window,
-            out=out.numpy(),
+            out=pool_array(out),
             threads=self._threads,
+            pairs=self.backend == "kernel",
         )
-        return out.to(query.dtype)
+        return out
 
 
 class PagedLayer:
@@ -289,29 +263,26 @@ def warm_up(dtype: torch.dtype) -> None:
     cache on disk, so that the first step does not wait for it."""
     pool = pool_array(torch.zeros(1, 1, 2, 8, 1, 8, dtype=dtype))
     rows = torch.zeros(1, 1, 8, dtype=dtype)
-    zero = np.zeros(1, np.int32)
-    query = np.zeros((1, 1, 8), np.float32)
-    out = np.zeros((1, 1, 8), np.float32)
+    slots, zero = np.zeros(1, np.int64), np.zeros(1, np.int32)
+    angles, weight = np.zeros((1, 8), np.float32), np.empty(0, np.float32)
+    packed = pool_array(torch.zeros(1, 3, 8, dtype=dtype))
     with _one_compiler_at_a_time():
-        slots = np.zeros(1, np.int64)
         kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), slots)
-        packed = pool_array(torch.zeros(1, 3, 8, dtype=dtype))
-        angles, weight = query[0], np.empty(0, np.float32)
         kernels.rotate_and_write(
             pool, 0, packed, angles, angles, weight, weight, np.float32(0.0), slots
         )
         kernels.attend(
             pool,
             0,
-            query,
-            zero,
-            zero + np.int32(1),
-            zero,
+            packed,
+            1,
+            Runs(slots, zero + np.int32(1), zero, zero, zero),
             scaling=1.0,
             softcap=0.0,
             window=0,
-            out=out,
+            out=pool_array(rows),
             threads=torch.get_num_threads(),
+            pairs=True,
         )
 
 

@@ -6,8 +6,7 @@ Slow on purpose. Tests read the fast paths against it, and it can be switched on
 import numpy as np
 import torch
 
-from pipemax.stage_worker.attention.prefill import gather
-from pipemax.stage_worker.batch import PrefillItem, StepBatch
+from pipemax.stage_worker.batch import StepBatch
 
 
 def reference_attention(
@@ -21,18 +20,22 @@ def reference_attention(
     window: int,
 ) -> torch.Tensor:
     """`[T, heads, head_dim]` for `query` of the same shape. K and V of the step are in the pool."""
-    out = torch.empty_like(query)
-    for item in _all_items(batch):
-        rows = slice(item.first_row, item.first_row + item.num_tokens)
-        keys, values = gather(pool, layer, item, 0, batch.block_size)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    first_rows, row_counts, context_lens, tables, blocks = batch.runs
+    columns = zip(first_rows, row_counts, context_lens, tables, strict=True)
+    for first_row, count, context_len, table in columns:
+        rows = slice(int(first_row), int(first_row + count))
+        end = int(context_len + count)
+        ids = torch.from_numpy(blocks[table : table - (-end // batch.block_size)].astype(np.int64))
+        keys, values = gather(pool, layer, ids, end)
         group = query.shape[1] // keys.shape[0]
         keys = keys.float().repeat_interleave(group, dim=0)
         values = values.float().repeat_interleave(group, dim=0)
         scores = query[rows].transpose(0, 1).float() @ keys.transpose(1, 2) * scaling
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        queries_at = torch.arange(item.context_len, item.context_len + item.num_tokens)[:, None]
-        keys_at = torch.arange(keys.shape[1])[None]
+        queries_at = torch.arange(int(context_len), end)[:, None]
+        keys_at = torch.arange(end)[None]
         seen = keys_at <= queries_at
         if window:
             seen &= keys_at > queries_at - window
@@ -41,19 +44,10 @@ def reference_attention(
     return out
 
 
-def _all_items(batch: StepBatch) -> list[PrefillItem]:
-    """Rows attended to in place, each as an item of its own, and the others."""
-    rows = [
-        PrefillItem(
-            first_row=int(row),
-            num_tokens=1,
-            context_len=int(length) - 1,
-            blocks=torch.from_numpy(
-                batch.block_tables[table : table + -(-length // batch.block_size)].astype(np.int64)
-            ),
-        )
-        for row, table, length in zip(
-            batch.paged_rows, batch.paged_tables, batch.paged_lens, strict=True
-        )
-    ]
-    return [*rows, *batch.prefills]
+def gather(
+    pool: torch.Tensor, layer: int, blocks: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V `[kv_heads, count, head_dim]` of the first `count` tokens in `blocks`, int64 ids."""
+    taken = pool[blocks, layer]  # [blocks, 2, block_size, kv_heads, head_dim]
+    both = taken.permute(1, 3, 0, 2, 4).flatten(2, 3)[:, :, :count]
+    return both[0], both[1]
