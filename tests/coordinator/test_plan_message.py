@@ -12,6 +12,7 @@ from pipemax.proto.messages.types import pack_i32
 
 def request(key: int = 3, bad_words: tuple[tuple[int, ...], ...] = (), **fields: Any) -> Request:
     made = Request(key, [5, 6, 5], SamplingParams(**fields), 0, 0.0, bad_words=bad_words)
+    made.forget_kv(kv_key=1)
     made.table.append(0)
     return made
 

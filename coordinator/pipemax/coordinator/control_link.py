@@ -23,6 +23,9 @@ CONTROL_SLICE_S = 0.1
 tells how busy."""
 
 log = logging.getLogger(__name__)
+_AT_ONCE = int(zmq.NOBLOCK)
+_FIRST_PART = int(zmq.NOBLOCK | zmq.SNDMORE)
+"""Plain numbers: pyzmq's enumerations take as long to combine as a message takes to send."""
 
 
 class ControlLink:
@@ -47,7 +50,11 @@ class ControlLink:
         until = time.monotonic() + CONTROL_SLICE_S
         while time.monotonic() < until:
             try:
-                identity, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
+                identity = self.socket.recv(_AT_ONCE)
+                frame = self.socket.recv(_AT_ONCE, copy=False)  # parts come together
+                frames = [frame.bytes]
+                if frame.more:
+                    frames += self.socket.recv_multipart(_AT_ONCE)
             except zmq.Again:
                 return
             try:
@@ -83,7 +90,7 @@ class ControlLink:
         """A process that is gone will say Hello when it is back and be reset; until then what it
         misses is void."""
         try:
-            self.socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
-            self.socket.send(frame, zmq.NOBLOCK, copy=not isinstance(frame, zmq.Frame))
+            self.socket.send(identity, _FIRST_PART)
+            self.socket.send(frame, _AT_ONCE, copy=not isinstance(frame, zmq.Frame))
         except zmq.ZMQError as error:
             log.warning("message to %s is lost: %s", identity.decode(), error)

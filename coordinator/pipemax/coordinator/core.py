@@ -173,23 +173,23 @@ class Scheduler:
         state.forecast.all_grown(requests)
         state.counters.generation_tokens += len(requests)
         commands: list[Command] = []
+        gone: set[int] = set()
         stopped = event.stopped
         for request, token in zip(requests, given, strict=True):
             request.in_flight = 0
             request.computed = request.planned
             known = request.tokens
             known.append(token)
-            eventful = (
+            if (
                 len(known) >= request.quiet_until
                 or token in request.end_tokens
                 or (stopped and request.key in stopped)
-            )
-            if eventful and (ended := self._look_at(request, token, event)):
-                commands += ended
-            elif request.num_missing:
-                rosters.place(request)
-            else:
-                rosters.come_back(request)
+            ):
+                ended = self._look_at(request, token, event)
+                if ended:
+                    commands += ended
+                    gone.add(request.key)
+        rosters.come_back([r for r in requests if r.key not in gone] if gone else requests)
         return commands
 
     def _look_at(self, request: Request, token: int, event: StepReturned) -> list[Command]:

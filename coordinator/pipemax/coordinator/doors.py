@@ -23,6 +23,8 @@ LOCAL: Final = b"l"
 REMOTE: Final = b"r"
 _ZAP_DOMAIN = "pipemax-ingest"
 
+_AT_ONCE = int(zmq.NOBLOCK)
+
 Socket = zmq.Socket[bytes]
 
 
@@ -80,7 +82,7 @@ class Doors:
             door = self._turns[0]
             self._turns.rotate(-1)
             try:
-                identity, *frames = self._sockets[door].recv_multipart(zmq.NOBLOCK)
+                identity, *frames = self._sockets[door].recv_multipart(_AT_ONCE)
             except zmq.Again:
                 continue
             return door + identity, frames

@@ -39,6 +39,7 @@ _RELEARN_SHARE = 0.03
 """Curves are drawn anew when so much was learned, as a share of all that is known."""
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 _AGE = attrgetter("age")
 
 
@@ -77,6 +78,12 @@ class _Lengths:
         """[age, later]: chance to be there so many buckets later."""
         self._weights: _Weights | None = None
         """Of the curves that hold now."""
+        self._mean_tokens = 0.0
+        self._at: tuple[int, Ints] | None = None
+        """Asked last."""
+        self.num_running = 0
+        self.prompt_tokens = 0
+        """Of those that run, all ages together."""
         self._running: tuple[Floats, Floats] | None = None
         """Of all that run, since the last of them came, went or got older."""
 
@@ -84,11 +91,25 @@ class _Lengths:
         """So many requests more, with so many prompt tokens, are of that age."""
         self.count[bucket] += count
         self.prompts[bucket] += prompt_tokens
+        self.num_running += count
+        self.prompt_tokens += prompt_tokens
         self._running = None
 
     def bucket(self, num_outputs: int) -> int:
         bucket = num_outputs // self.width
         return bucket if bucket < self.size else self.size - 1
+
+    def size_in(self, width: int) -> int:
+        """Buckets of that width that its own fill."""
+        return self.size if width == self.width else -(-self.size * self.width // width)
+
+    def at(self, width: int) -> Ints | slice:
+        """The buckets of its own that those of that width, which is no less, begin in."""
+        if width == self.width:
+            return slice(None)
+        if self._at is None or self._at[0] != width:
+            self._at = (width, np.arange(self.size_in(width)) * width // self.width)
+        return self._at[1]
 
     def age(self, num_outputs: int) -> Age:
         return self._ages[self.bucket(num_outputs)]
@@ -113,7 +134,8 @@ class _Lengths:
     @property
     def mean_tokens(self) -> float:
         """Expected output tokens of a new request."""
-        return (float(self._curves()[0].sum()) - 0.5) * self.width
+        self._curves()
+        return self._mean_tokens
 
     def blocks(self, block_size: int, prompt_tokens: int | None = None) -> tuple[Floats, Floats]:
         """Expected blocks and their variance, by buckets from now on: of all that run, or of one
@@ -145,9 +167,12 @@ class _Lengths:
         hazard = np.minimum(1.0, rates * self.width)
         hazard[-1] = 1.0
         alive = np.concatenate(([1.0], np.cumprod(1 - hazard[:-1])))
-        for age in range(self.size):
-            rest = alive[age:] / alive[age] if alive[age] > 0 else np.array([1.0])
-            self._keep[age, : len(rest)] = rest
+        # Of who is so old, the share of those who get older; of an age nobody gets to, nobody.
+        ages = np.arange(self.size)
+        padded = np.concatenate((alive, np.zeros(self.size)))
+        self._keep = padded[ages[:, None] + ages] / np.where(alive > 0, alive, 1.0)[:, None]
+        self._keep[:, 0] = 1.0
+        self._mean_tokens = (float(self._keep[0].sum()) - 0.5) * self.width
 
 
 class _Weights:
@@ -213,7 +238,9 @@ class Forecast:
 
     def grown(self, request: Request) -> None:
         """The request has one more output token."""
-        self.all_grown((request,))
+        assert request.age is not None
+        request.age.tokens += 1
+        request.age.lengths.generated_tokens += 1
         self.aged(request)
 
     def all_grown(self, requests: Iterable[Request]) -> None:
@@ -243,22 +270,22 @@ class Forecast:
     def prefill_per_output(self) -> float:
         """Prompt tokens over expected output tokens, of all that run."""
         kinds = self._kinds.values()
-        prompts = sum(float(kind.prompts.sum()) for kind in kinds)
-        outputs = sum(float(kind.count.sum()) * kind.mean_tokens for kind in kinds)
+        prompts = sum([kind.prompt_tokens for kind in kinds])
+        outputs = sum([kind.num_running * kind.mean_tokens for kind in kinds])
         return prompts / max(1.0, outputs)
 
     @property
     def finishing_per_round(self) -> float:
         """Requests expected to finish while everybody gets one token, in the long run."""
         kinds = self._kinds.values()
-        return sum(float(kind.count.sum()) / max(1.0, kind.mean_tokens) for kind in kinds)
+        return sum([kind.num_running / max(1.0, kind.mean_tokens) for kind in kinds])
 
     @property
     def prefill_per_output_so_far(self) -> float:
         """Prompt tokens of those that ever started over the output tokens they have generated, of
         kinds that run. It comes from above, and so errs on the other side than a forecast of
         outputs nobody has seen the end of."""
-        kinds = [kind for kind in self._kinds.values() if kind.count.any()]
+        kinds = [kind for kind in self._kinds.values() if kind.num_running]
         prompts = sum(kind.started_prompts for kind in kinds)
         return prompts / max(1, sum(kind.generated_tokens for kind in kinds))
 
@@ -276,9 +303,11 @@ class Forecast:
     def _peak(self, lengths: _Lengths | None, prompt: int) -> float:
         mean, variance = self._running()
         if lengths is not None:
-            mean, variance = _add(
-                (mean, variance),
-                self._stretched(lengths, *lengths.blocks(self._block_size, prompt)),
+            at = lengths.at(self._coarsest)
+            of_one = lengths.blocks(self._block_size, prompt)
+            mean, variance = (
+                _sum(all_blocks, one[at])
+                for all_blocks, one in zip((mean, variance), of_one, strict=True)
             )
         return float((mean + MARGIN * np.sqrt(variance)).max(initial=0.0))
 
@@ -290,28 +319,30 @@ class Forecast:
             quiet_until = request.num_prompt + lengths.next_age_at(age)
             if request.age is not age or request.quiet_until > min(quiet_until, request.ends_at):
                 return False
-        total = sum(int(lengths.count.sum()) for lengths in self._kinds.values())
+        kinds = self._kinds.values()
+        total = sum(lengths.num_running for lengths in kinds)
+        if any(lengths.num_running != int(lengths.count.sum()) for lengths in kinds):
+            return False
         most = sum(map(self.most_blocks_of, running.values()))
         return total == len(running) and most == self.most_blocks
 
     def _running(self) -> tuple[Floats, Floats]:
         if self._curve is None or self._curve[0] != self._version:
-            total = (np.zeros(0), np.zeros(0))
-            for lengths in self._kinds.values():
-                curve = lengths.blocks(self._block_size)
-                total = _add(total, self._stretched(lengths, *curve))
-            self._curve = (self._version, *total)
+            width = self._coarsest
+            sizes = [kind.size_in(width) for kind in self._kinds.values()]
+            total = np.zeros((2, max(sizes, default=0)))
+            for kind, size in zip(self._kinds.values(), sizes, strict=True):
+                mean, variance = kind.blocks(self._block_size)
+                at = kind.at(width)
+                total[0, :size] += mean[at]
+                total[1, :size] += variance[at]
+            self._curve = (self._version, total[0], total[1])
         return self._curve[1:]
 
-    def _stretched(
-        self, lengths: _Lengths, mean: Floats, variance: Floats
-    ) -> tuple[Floats, Floats]:
-        """By tokens of the coarsest kind: kinds have buckets of different width."""
-        width = max(kind.width for kind in self._kinds.values())
-        if lengths.width == width:
-            return mean, variance
-        at = np.arange(-(-lengths.size * lengths.width // width)) * width // lengths.width
-        return mean[at], variance[at]
+    @property
+    def _coarsest(self) -> int:
+        """Tokens of a bucket of the kind with the widest: what all are added up by."""
+        return max([kind.width for kind in self._kinds.values()], default=1)
 
     def _place(self, request: Request, age: Age | None) -> None:
         for at, count in ((request.age, -1), (age, 1)):
@@ -339,14 +370,13 @@ class Forecast:
 
     def _drop_idle(self) -> None:
         """Forget kinds of which none runs."""
-        for kind in [k for k, lengths in self._kinds.items() if not lengths.count.any()]:
+        for kind in [k for k, lengths in self._kinds.items() if not lengths.num_running]:
             del self._kinds[kind]
 
 
-def _add(a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
-    size = max(len(a[0]), len(b[0]))
-    both = [np.zeros(size), np.zeros(size)]
-    for pair in (a, b):
-        for total, part in zip(both, pair, strict=True):
-            total[: len(part)] += part
-    return both[0], both[1]
+def _sum(one: Floats, other: Floats) -> Floats:
+    if len(one) < len(other):
+        one, other = other, one
+    total = one.copy()
+    total[: len(other)] += other
+    return total

@@ -211,10 +211,8 @@ class Jobs:
         Raises ConfigError when the journal turns out to be damaged.
         """
         messages, self._messages = self._messages, []
-        if self._journal is None and not messages:
-            return [], []
         if self._journal is None:
-            why = self._create(messages)
+            why = self._create(messages) if messages else ""
             if self._journal is None:
                 return [(client, _nothing(message, why)) for client, message in messages], []
         journal = self._journal

@@ -1,9 +1,9 @@
 """Entry of the coordinator process."""
 
-import gc
 import logging
 from pathlib import Path
 
+from pipemax.coordinator.garbage import Garbage
 from pipemax.coordinator.http_server import HttpServer
 from pipemax.coordinator.shell import CoordinatorShell
 from pipemax.coordinator.text.processor import TextProcessor
@@ -33,7 +33,7 @@ def body(run_dir: Path, index: int) -> None:
             f"cannot serve /metrics on {config.metrics_host}:{config.metrics_port}: {error}; "
             "choose another --metrics-port"
         ) from error
-    gc.freeze()  # what was loaded stays: collections then take less of a step's time
+    Garbage.take_over()  # collections would take a step's time, and full ones that of several
     (run_dir / METRICS_PORT_FILE).write_text(f"{server.port}\n")
     try:
         shell.run()

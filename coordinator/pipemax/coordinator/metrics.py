@@ -295,6 +295,7 @@ class Metrics:
         self._between_tokens = self._histogram(
             "inter_token_latency_seconds", "Mean time between a request's tokens.", _TOKEN_BUCKETS_S
         )
+        self._step_error_of: dict[int, Histogram] = {}
         self._step_error = Histogram(
             "pipemax_step_time_relative_error",
             "Off the measured step time, predicted before it was learned from; as a share of it.",
@@ -311,7 +312,10 @@ class Metrics:
 
     def step_predicted(self, stage: int, relative_error: float) -> None:
         """A stage reported a step whose time had been predicted."""
-        self._step_error.labels(str(stage)).observe(relative_error)
+        child = self._step_error_of.get(stage)
+        if child is None:
+            child = self._step_error_of[stage] = self._step_error.labels(str(stage))
+        child.observe(relative_error)
 
     def request_finished(self, result: Finished) -> None:
         self.collector.finished[result.finish_reason] += 1

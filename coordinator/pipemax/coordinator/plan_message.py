@@ -31,12 +31,11 @@ def build_step_plan(
     sample: list[SampleRow] = []
     for part in parts:
         if isinstance(part, Decodes):
-            sample += _decode_rows(len(starts), part.requests, epoch, eos_token_ids)
+            sample += _decode_rows(len(starts), part.requests, token_ids, epoch, eos_token_ids)
             num_tokens.extend(array("i", [1]) * len(part.requests))
             starts.extend(part.starts)
             counts.extend(map(len, part.tables))
             tables += part.tables
-            token_ids.extend([request.tokens[-1] for request in part.requests])
             continue
         index, count = len(starts), blocks_for(part.end, block_size)
         sample += _score_rows(index, part) if part.scored else ()
@@ -71,15 +70,24 @@ def _joined(columns: Sequence["array[int]"]) -> I32:
 
 
 def _decode_rows(
-    first: int, requests: Sequence[Request], epoch: int, eos_token_ids: frozenset[int]
+    first: int,
+    requests: Sequence[Request],
+    token_ids: "array[int]",
+    epoch: int,
+    eos_token_ids: frozenset[int],
 ) -> list[SampleRow]:
-    """One each, of items from `first` on."""
-    return [
-        _sample_row(index, request, epoch, eos_token_ids)
-        if request.needs_row
-        else SampleRow(index, request.seed, len(request.tokens) - request.num_prompt, *request.draw)
-        for index, request in enumerate(requests, first)
-    ]
+    """One each, of items from `first` on; their tokens are added to `token_ids`."""
+    rows: list[SampleRow] = []
+    for index, request in enumerate(requests, first):
+        known = request.tokens
+        token_ids.append(known[-1])
+        if request.needs_row:
+            rows.append(_sample_row(index, request, epoch, eos_token_ids))
+            continue
+        position = len(known) - request.num_prompt
+        temperature, top_k, top_p, min_p = request.draw
+        rows.append(SampleRow(index, request.seed, position, temperature, top_k, top_p, min_p))
+    return rows
 
 
 def _sample_row(

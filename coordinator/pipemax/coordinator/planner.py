@@ -6,7 +6,8 @@ the token budget), then let KvMoves order the stores of the blocks it fills, loo
 the prefetch of the next step, and evict after this step what the one after that needs room for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from operator import attrgetter
 
 from pipemax.coordinator import sharing
@@ -34,6 +35,7 @@ from pipemax.coordinator.state import (
 )
 from pipemax.proto.errors import InvariantError
 
+_LOOKED_AT_FIRST = 64
 _FIRST_TOKEN = attrgetter("first_token_at")
 
 
@@ -159,11 +161,20 @@ class Planner:
             items = []
         size = num_items(parts)
         chunk = self._prefill_chunk(parts, target, limits.max_num_batched_tokens - tokens)
-        for request in list(state.rosters.prefilling.values()):
+        for request in self._prefilling():
             if chunk <= 0 or size + len(items) >= limits.max_num_seqs:
                 break
             chunk -= self._add(items, request, chunk)
         return parts + items
+
+    def _prefilling(self) -> Iterator[Request]:
+        """In order. Few are looked at, of what may be thousands; meanwhile they may change."""
+        prefilling = self._state.rosters.prefilling
+        first = list(islice(prefilling.values(), _LOOKED_AT_FIRST))
+        yield from first
+        if len(first) == _LOOKED_AT_FIRST:
+            seen = {request.key for request in first}
+            yield from [r for r in prefilling.values() if r.key not in seen]
 
     def _decodes(self, chosen: list[Request], others: int, most_tokens: int) -> Decodes | None:
         """All of these residents at once, beside `others`; None where they must be looked at one

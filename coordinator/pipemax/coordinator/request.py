@@ -9,6 +9,7 @@ after a preemption or a crash: there is no difference).
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from pipemax.proto.geometry import blocks_for
@@ -22,6 +23,9 @@ NO_BLOCK = -1
 NO_STEP = -1
 NOT_RESIDENT = -1
 """In the place of a number of context tokens."""
+
+_NO_TABLE, _NO_HOST = array("i"), bytearray()
+_NOTHING: list[int] = []
 
 
 class HostState(IntEnum):
@@ -94,13 +98,10 @@ class Request:
         self.num_prompt = len(prompt)
         self.sampling = sampling
         self.max_tokens = sampling.max_tokens
-        self.draw = (
-            sampling.temperature,
-            max(0, sampling.top_k),
-            sampling.top_p,
-            sampling.min_p,
+        self.draw = _draw_of(
+            sampling.temperature, max(0, sampling.top_k), sampling.top_p, sampling.min_p
         )
-        """As its sample rows say it."""
+        """Temperature, top_k, top_p and min_p as its sample rows say them."""
         self.ends_at = self.num_prompt + self.max_tokens
         """Length, prompt included, with which it ends at the latest."""
         self.end_tokens: frozenset[int] = frozenset(sampling.stop_token_ids)
@@ -138,6 +139,8 @@ class Request:
         """The first blocks of its table belong to whoever has such a prompt. What `table` and
         `host` say of them is kept up to date with them."""
         self.forget_kv(kv_key=0)
+        # Until it is admitted it has none to change, and a hundred thousand may wait.
+        self.table, self.host, self.loading = _NO_TABLE, _NO_HOST, _NOTHING
 
     def forget_kv(self, kv_key: int) -> None:
         """Start over with no KV at all. `kv_key` names the new KV to the daemon: a fresh one at
@@ -158,7 +161,7 @@ class Request:
         self.staged_for = NO_STEP
         """Step a prefetch was ordered for and that has not been planned yet."""
         self.load_step = NO_STEP
-        self.loading: list[int] = []
+        self.loading = []
         """Indices last prefetched, for step `load_step`; on the device for sure once that step has
         come back."""
         self.evicting = False
@@ -209,6 +212,14 @@ class Request:
                 break
             count += 1
         return count
+
+
+@lru_cache(1024)
+def _draw_of(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[float, int, float, float]:
+    """One tuple for all requests that ask for the same: a hundred thousand may wait."""
+    return temperature, top_k, top_p, min_p
 
 
 def _has_rules(sampling: SamplingParams) -> bool:

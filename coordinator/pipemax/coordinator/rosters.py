@@ -80,11 +80,17 @@ class Rosters:
             request.placed_context = NOT_RESIDENT
         self.resident_context -= context_tokens
 
-    def come_back(self, request: Request) -> None:
-        """Its decode has come back and it is on the device: `place`, for who was in no roster."""
-        self.resident[request.key] = request
-        self.resident_context += request.planned
-        request.placed_context = request.planned
+    def come_back(self, requests: Iterable[Request]) -> None:
+        """The decodes of these have come back: `place` of each, for who was in no roster."""
+        resident, context_tokens = self.resident, 0
+        for request in requests:
+            if request.num_missing:
+                self.place(request)
+                continue
+            resident[request.key] = request
+            request.placed_context = request.planned
+            context_tokens += request.planned
+        self.resident_context += context_tokens
 
     def start_over(self, requests: Iterable[Request]) -> None:
         """Place these requests, which other rosters had counted."""

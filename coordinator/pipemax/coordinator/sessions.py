@@ -86,6 +86,8 @@ class Sessions:
         """Of streaming requests."""
         self._deadlines = Deadlines()
         self._next_key = 0
+        self._last_sampling: SamplingParams | None = None
+        """Most requests ask for what the one before did: they have it in common then."""
         self.undelivered = 0
         """Results whose client was gone."""
 
@@ -130,6 +132,9 @@ class Sessions:
             has_tokenizer=self._text.has_tokenizer,
             eos_token_ids=self._text.eos_token_ids,
         )
+        if sampling == self._last_sampling:
+            sampling = self._last_sampling
+        self._last_sampling = sampling
         self._check_computed(sampling)
         outputs = sampling.structured_outputs
         grammar = "" if outputs is None else grammar_of(outputs)

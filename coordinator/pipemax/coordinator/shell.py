@@ -33,6 +33,7 @@ from pipemax.coordinator.events import (
     ToDaemon,
     ToStages,
 )
+from pipemax.coordinator.garbage import Garbage
 from pipemax.coordinator.job_eta import JobEta
 from pipemax.coordinator.jobs import JobLimits, Jobs
 from pipemax.coordinator.journal import JournalLimits
@@ -108,6 +109,7 @@ class CoordinatorShell:
         self._stopping = False
         self._next_snapshot = 0.0
         self._next_look = 0.0
+        self._garbage = Garbage(time.monotonic())
         self.live_spans = LiveSpans()
         self._spans = SpanWatch(self._control.to_all, self._doors.send, self.live_spans)
         self._job_eta = JobEta()
@@ -363,6 +365,7 @@ class CoordinatorShell:
             hung = control.Unresponsive(process=process, silent_s=silent_s)
             self._control.to_launcher(hung)
         self._spans.tick(now)
+        self._garbage.tick(now, is_busy=bool(self._scheduler.state.in_flight))
 
 
 def _settings_of(config: EngineConfig) -> str:

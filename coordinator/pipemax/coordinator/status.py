@@ -8,7 +8,7 @@ from typing import Literal
 from pipemax.coordinator.assembly import Assembly, sampler_name, stage_name
 from pipemax.coordinator.state import SchedulerState
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.messages.control import KvReport, LinkTotals
+from pipemax.proto.messages.control import KvReport, LinkTotals, StageReady
 from pipemax.proto.messages.ingest import (
     JobProgress,
     SamplerStatus,
@@ -92,6 +92,7 @@ class StatusView:
     def refresh(self) -> Status:
         state, counters, blocks = self._state, self._state.counters, self._state.blocks
         links = _add(self._links_before, self._links)
+        found, bandwidths = self._assembly.stages, state.budget.bandwidths_bytes_s
         uptime_s = time.monotonic() - self._started
         self.latest = Status(
             instance_id=self._instance_id,
@@ -125,7 +126,7 @@ class StatusView:
             epoch=self._assembly.epoch,
             missing=() if self._assembly.running else self._assembly.missing,
             stages=tuple(
-                self._stage(i, name, links)
+                self._stage(i, name, links, found, bandwidths)
                 for i, name in enumerate(map(stage_name, range(len(self._steps))))
             ),
             samplers=tuple(
@@ -159,10 +160,16 @@ class StatusView:
             )
         return tuple(slots)
 
-    def _stage(self, index: int, name: str, links: Sequence[LinkTotals]) -> StageStatus:
+    def _stage(
+        self,
+        index: int,
+        name: str,
+        links: Sequence[LinkTotals],
+        found: Sequence[StageReady],
+        bandwidths: Sequence[float],
+    ) -> StageStatus:
         peer = self._assembly.peers[name]
-        ready = next((r for r in self._assembly.stages if r.stage == index), None)
-        bandwidths = self._state.budget.bandwidths_bytes_s
+        ready = next((r for r in found if r.stage == index), None)
         queued = self._queued_load_bytes
         return StageStatus(
             stage=index,

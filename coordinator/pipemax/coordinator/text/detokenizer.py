@@ -125,6 +125,16 @@ class StopChecker:
     have no stop strings.
     """
 
+    __slots__ = (
+        "_cut",
+        "_decoder",
+        "_detokenizer",
+        "_longest_stop",
+        "_sampling",
+        "_searched",
+        "_token_ids",
+    )
+
     def __init__(
         self,
         decoder: TokenDecoder | None,

@@ -10,6 +10,8 @@ from pipemax.proto.messages.types import unpack_f32, unpack_i32
 class LogprobsTaken:
     """As the last stage sent them, four bytes a number: most requests wait long for their end."""
 
+    __slots__ = ("_first_token", "_outputs", "_prompt", "_text")
+
     def __init__(self, text: TextProcessor, sampling: SamplingParams, first_token: int) -> None:
         """`first_token` of the prompt has no probability."""
         self._text = text
