@@ -24,6 +24,7 @@ from pipemax.coordinator.client_desk import ClientDesk
 from pipemax.coordinator.control_link import ControlLink
 from pipemax.coordinator.core import Scheduler
 from pipemax.coordinator.events import StepReturned, Submitted
+from pipemax.coordinator.jobs import Jobs
 from pipemax.coordinator.sessions import Sessions
 from pipemax.coordinator.shell import CoordinatorShell
 from pipemax.coordinator.status import StatusView
@@ -115,9 +116,9 @@ def install() -> None:
     ControlLink.receive = _received(ControlLink.receive)  # type: ignore[method-assign]
     look_over(ControlLink, "to_stages", "send")
     look_over(ControlLink, "to_daemon", "send")
-    look_over(ClientDesk, "receive", "clients")
-    look_over(CoordinatorShell, "_serve_jobs", "journal")
-    look_over(Sessions, "deliver", "results")
+    look_over(ClientDesk, "_on_client", "clients")
+    look_over(Jobs, "_write", "journal")
+    look_over(Sessions, "_deliver_to", "results")
     look_over(Sessions, "finish", "results")
     look_over(StatusView, "refresh", "status")
     shell_module.hand_out = _measured(shell_module.hand_out, lambda *_: "hand out")  # type: ignore[attr-defined]

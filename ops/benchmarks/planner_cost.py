@@ -44,6 +44,8 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
     parser.add_argument("--link-blocks", type=float, default=2000, help="per step")
     parser.add_argument("--policy", default=DEFAULT_POLICY)
+    parser.add_argument("--prompt-tokens", type=int, default=1200, help="median")
+    parser.add_argument("--output-tokens", type=int, default=400, help="median")
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
 
@@ -77,6 +79,12 @@ def main() -> None:
         "prefetched"
     )
     report(bench, options.steps)
+    step_s = sorted(bench.step_s)
+    print(
+        f"a step: median {1e3 * statistics.median(step_s):.3f} ms, "
+        f"99th percentile {1e3 * step_s[len(step_s) * 99 // 100]:.3f} ms, "
+        f"{len(state.waiting)} waiting"
+    )
 
 
 if __name__ == "__main__":

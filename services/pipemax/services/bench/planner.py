@@ -5,6 +5,7 @@ back, every block is stored, at once and at no cost; only the core's own time is
 have lognormal lengths; finished ones are replaced.
 """
 
+import math
 import random
 import time
 from collections import defaultdict, deque
@@ -55,6 +56,9 @@ class PlannerLoad:
     link_blocks: float = 2000
     """That the link carries in a step."""
     policy: str = DEFAULT_POLICY
+    prompt_tokens: int = 1200
+    output_tokens: int = 400
+    """Medians; sigma is 0.6."""
 
 
 class PlannerBench:
@@ -104,9 +108,10 @@ class PlannerBench:
             self._carry_out(command)
 
     def submit(self) -> None:
-        draw = self.random
-        prompt = [5] * min(16_000, max(16, int(draw.lognormvariate(7.1, 0.6))))
-        outputs = min(4_000, max(16, int(draw.lognormvariate(6.0, 0.6))))
+        draw, load = self.random, self.options
+        prompt_mu, output_mu = math.log(load.prompt_tokens), math.log(load.output_tokens)
+        prompt = [5] * min(16_000, max(16, int(draw.lognormvariate(prompt_mu, 0.6))))
+        outputs = min(4_000, max(16, int(draw.lognormvariate(output_mu, 0.6))))
         sampling = SamplingParams(max_tokens=outputs, ignore_eos=True)
         self.tell(Submitted(self.next_key, prompt, sampling, seed=0))
         self.next_key += 1
