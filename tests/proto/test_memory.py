@@ -53,6 +53,25 @@ def test_another_process_reads_and_writes_it() -> None:
         memory.close()
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel"
+)
+def test_huge_pages_are_asked_for_by_owner_and_peer() -> None:
+    before = _mappings_that_ask_for_huge_pages()
+    memory = SharedMemory.create("test", 2**22)
+    peer = SharedMemory.open(memory.handle)
+    try:
+        assert _mappings_that_ask_for_huge_pages() == before + 2
+    finally:
+        peer.close()
+        memory.close()
+
+
+def _mappings_that_ask_for_huge_pages() -> int:
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(line.startswith("VmFlags:") and " hg" in line for line in lines)
+
+
 def test_it_outlives_its_owner_while_mapped_and_cannot_be_opened_anew() -> None:
     owner = subprocess.Popen(
         [sys.executable, "-c", _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

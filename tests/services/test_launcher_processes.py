@@ -40,6 +40,21 @@ def test_how_threads_wait_is_the_users_choice(monkeypatch: pytest.MonkeyPatch) -
     assert {spec.env["OMP_WAIT_POLICY"] for spec in specs} == {"ACTIVE"}
 
 
+def test_cpu_stages_ask_for_huge_pages_unless_malloc_is_tuned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    specs = system_processes(fake_config(), RUN_DIR)
+    assert {spec.env.get("GLIBC_TUNABLES") for spec in specs if "stage" in spec.name} == {
+        "glibc.malloc.hugetlb=1"
+    }
+    assert not any("GLIBC_TUNABLES" in spec.env for spec in specs if "stage" not in spec.name)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    assert not any(
+        "GLIBC_TUNABLES" in spec.env for spec in system_processes(fake_config(), RUN_DIR)
+    )
+
+
 def test_what_opens_cuda_counts_gpus_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     cuda = CudaDevice(gpus=(0,), block_bytes=(1,))

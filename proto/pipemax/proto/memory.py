@@ -37,6 +37,10 @@ class SharedMemory:
         self._fd = fd
         self.size_bytes = size_bytes
         self._map = mmap.mmap(fd, size_bytes)
+        with contextlib.suppress(OSError):  # a kernel built without them
+            # Where the machine allows it (shmem_enabled: see ops/docs/tuning.md): KV is read in
+            # pieces of a few KiB from all over, and small pages cost each of them a search.
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(self._map)
 
     @classmethod
