@@ -1,14 +1,17 @@
 """Functions that numba compiles: cached on disk, and by one process at a time.
 
 numba's cache notices a change of the file that a function stands in, and of no other: what is
-compiled stands in one file with all that it calls. The cache is the `__pycache__` next to that
-file, or the user's own cache folder: never a shared one.
+compiled calls nothing compiled in other files, and is named after the contents of those whose
+intrinsics it uses. The cache is the `__pycache__` next to the file, or the user's own cache folder:
+never a shared one.
 """
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from numba import njit
@@ -16,10 +19,16 @@ from numba import njit
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def compiled(**options: Any) -> Callable[[_Function], _Function]:
-    """`njit`, cached on disk where a private folder can be written."""
+def compiled(*sources: ModuleType, **options: Any) -> Callable[[_Function], _Function]:
+    """`njit`, cached on disk where a private folder can be written. `sources`: whose intrinsics a
+    function uses."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(Path(str(source.__file__)).read_bytes())
 
     def compile_lazily(function: _Function) -> _Function:
+        if sources:
+            function.__qualname__ += f"-{digest.hexdigest()[:12]}"
         try:
             found = njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:  # no such folder: compile at every start

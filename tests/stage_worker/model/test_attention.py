@@ -14,10 +14,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry, Dtype
-from pipemax.stage_worker.attention import kernels, paged
+from pipemax.stage_worker import compiled
+from pipemax.stage_worker.attention import kernels, paged, rotation
+from pipemax.stage_worker.attention.elements import of_float32
 from pipemax.stage_worker.attention.interface import HeadNorm, Rotary
 from pipemax.stage_worker.attention.paged import Backend, PagedAttention
 from pipemax.stage_worker.batch import Runs, StepBatch, prepare_batch
+from pipemax.stage_worker.compiled import cache_folder
 from support.paged_run import Item, step_plan
 
 _NUM_BLOCKS = 700
@@ -235,7 +238,7 @@ def test_numbers_are_narrowed_as_torch_does(dtype: torch.dtype) -> None:
     def narrowed(numbers: Any, element: Any) -> Any:
         out = np.empty(numbers.shape[0], element.dtype)
         for index in range(numbers.shape[0]):
-            out[index] = kernels._of_float32(numbers[index], element[0])
+            out[index] = of_float32(numbers[index], element[0])
         return out
 
     found = narrowed(numbers.numpy(), element)
@@ -324,14 +327,14 @@ def test_masks_and_dropout_are_refused() -> None:
 @pytest.mark.parametrize("dtype", list(_TORCH.values()))
 def test_warm_up_compiles_what_a_step_calls(dtype: torch.dtype) -> None:
     paged.warm_up(dtype)
-    compiled = len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)
+    compiled = len(kernels.attend_part.signatures), len(rotation.write_kv.signatures)
     _outputs({value: key for key, value in _TORCH.items()}[dtype])
-    assert (len(kernels.attend_part.signatures), len(kernels.write_kv.signatures)) == compiled
+    assert (len(kernels.attend_part.signatures), len(rotation.write_kv.signatures)) == compiled
 
 
 def test_kernels_are_kept_in_a_private_folder() -> None:
     paged.warm_up(torch.float32)
-    folder = kernels.cache_folder()
+    folder = cache_folder(kernels.attend_part)
     assert folder is not None
     assert list(folder.glob("kernels.attend_part-*.nbi"))
     assert folder.stat().st_mode & 0o002 == 0
@@ -345,7 +348,7 @@ def test_without_a_folder_to_cache_in_kernels_are_compiled_anew(
             raise RuntimeError("cannot cache function: no locator available")  # as numba does
         return numba.njit(**options)
 
-    monkeypatch.setattr(kernels, "njit", njit)
-    twice = kernels._compiled()(lambda x: 2 * x)
+    monkeypatch.setattr(compiled, "njit", njit)
+    twice = compiled.compiled()(lambda x: 2 * x)
     assert twice(4) == 8
     assert twice.signatures

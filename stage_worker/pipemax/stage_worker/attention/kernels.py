@@ -1,32 +1,22 @@
-"""Compiled CPU kernels that read and write the paged KV pool in place.
+"""Compiled CPU kernels that read the paged KV pool in place; `rotation` has those that write it.
 
 `pool` is `[num_blocks, layers, 2, block_size, kv_heads, head_dim]`, contiguous: float32 as it is,
-bfloat16 passed as int16 and float16 as uint16, because NumPy and numba know neither; the element
-type tells which of the three it reads. Sums are float32; bfloat16 is multiplied as it is where the
-CPU can.
-
-numba's cache on disk notices a change of this file only, so what is compiled is named after the
-contents of `vectors`, too. The cache is the `__pycache__` next to this file, or the user's own
-cache folder: never a shared one.
+bfloat16 passed as int16 and float16 as uint16. Sums are float32; bfloat16 is multiplied as it is
+where the CPU can.
 """
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 
-from pipemax.stage_worker.attention import vectors
+from pipemax.stage_worker.attention import elements, vector_code, vector_softmax, vectors
+from pipemax.stage_worker.attention.elements import to_float32
+from pipemax.stage_worker.attention.vector_code import LANES, LOWEST, TILE_TOKENS
+from pipemax.stage_worker.attention.vector_softmax import divide, weigh
 from pipemax.stage_worker.attention.vectors import (
-    LANES,
-    LOWEST,
-    TILE_TOKENS,
     add_1,
     add_2,
     add_3,
@@ -35,203 +25,25 @@ from pipemax.stage_worker.attention.vectors import (
     add_part_2,
     add_part_3,
     add_part_4,
-    divide,
     pack_keys,
     score_1,
     score_2,
     score_3,
     score_4,
-    weigh,
 )
 from pipemax.stage_worker.batch import Runs
+from pipemax.stage_worker.compiled import compiled
 
 Pool: TypeAlias = npt.NDArray[Any]
 F32Array: TypeAlias = npt.NDArray[np.float32]
 I32Array: TypeAlias = npt.NDArray[np.int32]
 I64Array: TypeAlias = npt.NDArray[np.int64]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+HAS_BFLOAT16_PRODUCTS = vector_code.has_bfloat16_products()
+SOURCES = (elements, vector_code, vector_softmax, vectors)
+"""That compiled functions here are made of, besides this file."""
 
-HAS_BFLOAT16_PRODUCTS = vectors.has_bfloat16_products()
-_VECTORS_DIGEST = hashlib.sha256(Path(vectors.__file__).read_bytes()).hexdigest()[:12]
-
-
-def _compiled(**options: Any) -> Callable[[_Function], _Function]:
-    """`njit`, cached on disk where a private folder can be written."""
-
-    def compile_lazily(function: _Function) -> _Function:
-        function.__qualname__ += f"-{_VECTORS_DIGEST}"
-        try:
-            compiled = njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # no such folder: compile at every start
-            compiled = njit(nogil=True, **options)(function)
-        return cast(_Function, compiled)
-
-    return compile_lazily
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _to_float32(typing_context: Any, value: Any) -> Any:
-    """float32 of a pool element, chosen by its type."""
-    codegen = {
-        types.float32: _identity,
-        types.int16: _widen_bfloat16,
-        types.uint16: _widen_float16,
-    }[value]
-    return types.float32(value), codegen
-
-
-def _identity(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return args[0]
-
-
-def _widen_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """A bfloat16 is the upper half of a float32."""
-    word = ir.IntType(32)
-    bits = builder.shl(builder.zext(args[0], word), word(16))
-    return builder.bitcast(bits, ir.FloatType())
-
-
-def _widen_float16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Moves exponent and mantissa to float32's places and corrects the exponent's bias (15 to 127)
-    by a multiplication, which also makes subnormals right. No infinities: KV has none."""
-    word, real = ir.IntType(32), ir.FloatType()
-    bits = builder.zext(args[0], word)
-    sign = builder.shl(builder.and_(bits, word(0x8000)), word(16))
-    magnitude = builder.shl(builder.and_(bits, word(0x7FFF)), word(13))
-    scaled = builder.fmul(builder.bitcast(magnitude, real), ir.Constant(real, 2.0**112))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, word), sign), real)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _of_float32(typing_context: Any, value: Any, element: Any) -> Any:
-    """The pool element nearest to a float32, ties to even; `element` gives the type only."""
-    codegen = {
-        types.float32: _identity,
-        types.int16: _narrow_bfloat16,
-        types.uint16: _narrow_float16,
-    }[element]
-    return element(types.float32, element), codegen
-
-
-def _narrow_bfloat16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    word = ir.IntType(32)
-    bits = builder.bitcast(args[0], word)
-    odd = builder.and_(builder.lshr(bits, word(16)), word(1))
-    rounded = builder.add(builder.add(bits, word(0x7FFF)), odd)
-    is_nan = builder.icmp_unsigned(">", builder.and_(bits, word(0x7FFFFFFF)), word(0x7F800000))
-    chosen = builder.select(is_nan, word(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(chosen, word(16)), ir.IntType(16))
-
-
-def _narrow_float16(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Below 2^-14 the sum with 0.5 rounds the mantissa where float16's subnormals end."""
-    word, real = ir.IntType(32), ir.FloatType()
-    bits = builder.bitcast(args[0], word)
-    sign = builder.and_(builder.lshr(bits, word(16)), word(0x8000))
-    magnitude = builder.and_(bits, word(0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(magnitude, word(13)), word(1))
-    rounded = builder.add(builder.add(magnitude, word(0xFFF - (112 << 23))), odd)
-    usual = builder.lshr(rounded, word(13))
-    tiny = builder.fadd(builder.bitcast(magnitude, real), ir.Constant(real, 0.5))
-    subnormal = builder.sub(builder.bitcast(tiny, word), word(0x3F000000))
-    is_tiny = builder.icmp_unsigned("<", magnitude, word(113 << 23))
-    finite = builder.select(is_tiny, subnormal, usual)
-    is_huge = builder.icmp_unsigned(">=", magnitude, word(0x477FF000))
-    is_nan = builder.icmp_unsigned(">", magnitude, word(0x7F800000))
-    special = builder.select(is_nan, word(0x7E00), word(0x7C00))
-    chosen = builder.select(is_huge, special, finite)
-    return builder.trunc(builder.or_(chosen, sign), ir.IntType(16))
-
-
-@_compiled()
-def write_kv(pool: Pool, layer: int, keys: Pool, values: Pool, slots: I64Array) -> None:
-    """Writes `keys` and `values` `[T, kv_heads, head_dim]` to `slots` `[T]` of one layer.
-
-    A slot is block id · block_size + offset. The caller has checked that all of them exist.
-    """
-    block_size = pool.shape[3]
-    for row in range(slots.shape[0]):
-        block = slots[row] // block_size
-        offset = slots[row] % block_size
-        for head in range(keys.shape[1]):
-            for d in range(keys.shape[2]):
-                pool[block, layer, 0, offset, head, d] = keys[row, head, d]
-                pool[block, layer, 1, offset, head, d] = values[row, head, d]
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _rounded(x: Any, element: Any) -> Any:
-    """`x`, a float32, as precise as an element of `element`'s type is."""
-    return _to_float32(_of_float32(x, element))
-
-
-@_compiled()
-def _normalise(rows: Pool, row: int, head: int, weight: F32Array, eps: Any) -> None:
-    """Divides one head by the root of its mean square, then multiplies by `weight`."""
-    head_dim = rows.shape[2]
-    total = np.float32(0.0)
-    for d in range(head_dim):
-        x = _to_float32(rows[row, head, d])
-        total += x * x
-    inverse = np.float32(1.0) / np.sqrt(total / np.float32(head_dim) + eps)
-    for d in range(head_dim):
-        x = rows[row, head, d]
-        scaled = _rounded(_to_float32(x) * inverse, x)
-        rows[row, head, d] = _of_float32(weight[d] * scaled, x)
-
-
-@_compiled()
-def _rotate(rows: Pool, row: int, head: int, cos: F32Array, sin: F32Array) -> None:
-    """Rotates the first `cos.shape[1]` numbers of one head, each half of them with the other."""
-    half = cos.shape[1] // 2
-    for d in range(half):
-        low, high = rows[row, head, d], rows[row, head, d + half]
-        x, y = _to_float32(low), _to_float32(high)
-        rows[row, head, d] = _of_float32(
-            _rounded(x * _rounded(cos[row, d], low), low)
-            - _rounded(y * _rounded(sin[row, d], low), low),
-            low,
-        )
-        rows[row, head, d + half] = _of_float32(
-            _rounded(y * _rounded(cos[row, d + half], low), low)
-            + _rounded(x * _rounded(sin[row, d + half], low), low),
-            low,
-        )
-
-
-@_compiled()
-def rotate_and_write(
-    pool: Pool,
-    layer: int,
-    packed: Pool,
-    cos: F32Array,
-    sin: F32Array,
-    query_weight: F32Array,
-    key_weight: F32Array,
-    eps: Any,
-    slots: I64Array,
-) -> None:
-    """Rotates the queries and keys of `packed` in place and writes keys and values to `slots`.
-
-    `packed` is `[T, heads + 2 · kv_heads, head_dim]`: queries, keys, values. With weights
-    `[head_dim]`, rather than `[0]`, queries and keys are normalised first. Rounds to the element
-    type wherever transformers' modules do, so that keys are theirs to the bit.
-    """
-    block_size, kv_heads, head_dim = pool.shape[3], pool.shape[4], pool.shape[5]
-    heads = packed.shape[1] - 2 * kv_heads
-    for row in range(slots.shape[0]):
-        for head in range(heads + kv_heads):
-            if query_weight.shape[0] > 0:
-                weight = query_weight if head < heads else key_weight
-                _normalise(packed, row, head, weight, eps)
-            _rotate(packed, row, head, cos, sin)
-        block = slots[row] // block_size
-        offset = slots[row] % block_size
-        for head in range(kv_heads):
-            for d in range(head_dim):
-                pool[block, layer, 0, offset, head, d] = packed[row, heads + head, d]
-                pool[block, layer, 1, offset, head, d] = packed[row, heads + kv_heads + head, d]
+_compiled = compiled(*SOURCES)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -240,7 +52,7 @@ def _address(array: Any) -> Any:
     return np.intp(array.ctypes.data)
 
 
-@_compiled()
+@_compiled
 def _addresses(
     pool: Pool, layer: int, blocks: I32Array, table: int, first: int, count: int, out: I64Array
 ) -> None:
@@ -261,7 +73,7 @@ def _addresses(
         out[token] = out[0]
 
 
-@_compiled()
+@_compiled
 def _scratch(count: int) -> F32Array:
     """float32 [count], at the begin of a cache line."""
     room = np.empty(count + 16, np.float32)
@@ -269,14 +81,14 @@ def _scratch(count: int) -> F32Array:
     return room[skip : skip + count]
 
 
-@_compiled()
+@_compiled
 def _padded(head_dim: int, size: int) -> int:
     """Numbers of a row of scratch memory, for elements of `size` bytes: whole vectors."""
     step = 16 if size == 4 else 32
     return (head_dim + step - 1) // step * step
 
 
-@_compiled()
+@_compiled
 def _pack(
     pool: Pool, tokens: I64Array, count: int, kv_head: int, keys: int, ahead: I64Array, dot: Any
 ) -> None:
@@ -300,7 +112,7 @@ def _pack(
             )
 
 
-@_compiled()
+@_compiled
 def _score(queries: int, left: int, words: int, keys: int, scores: int, dot: Any) -> None:
     if queries == 4:
         score_4(left, words, keys, scores, dot)
@@ -312,7 +124,7 @@ def _score(queries: int, left: int, words: int, keys: int, scores: int, dot: Any
         score_1(left, words, keys, scores, dot)
 
 
-@_compiled()
+@_compiled
 def _add(
     queries: int,
     weights: int,
@@ -352,7 +164,7 @@ def _add(
             add_part_1(weights, steps, tokens, at, count, ahead, coming, to, pitch, element, dot)
 
 
-@_compiled()
+@_compiled
 def _take_queries(
     packed: Pool, first_row: int, rows: int, kv_heads: int, group: int, out: Any, dot: Any
 ) -> None:
@@ -363,13 +175,13 @@ def _take_queries(
             for head in range(kv_head * group, (kv_head + 1) * group):
                 for d in range(packed.shape[2]):
                     if dot is None:
-                        out[at, d] = _to_float32(packed[row, head, d])
+                        out[at, d] = to_float32(packed[row, head, d])
                     else:
                         out[at, d] = packed[row, head, d]
                 at += 1
 
 
-@_compiled()
+@_compiled
 def _attend_tile(
     pool: Pool,
     queries: int,
@@ -442,7 +254,7 @@ def _attend_tile(
         n += together
 
 
-@_compiled()
+@_compiled
 def _ahead(
     pool: Pool,
     layer: int,
@@ -463,7 +275,7 @@ def _ahead(
             flat[token * kv_heads + head] = tokens[token] + head * row
 
 
-@_compiled()
+@_compiled
 def attend_part(
     pool: Pool,
     layer: int,
@@ -558,7 +370,7 @@ def attend_part(
         _finish(pool, first_rows[i], rows, group, sums, totals, width, out, dot)
 
 
-@_compiled()
+@_compiled
 def _finish(
     pool: Pool,
     first_row: int,
@@ -590,7 +402,7 @@ def _finish(
                 at += 1
 
 
-@_compiled(parallel=True)
+@compiled(*SOURCES, parallel=True)
 def _attend_parallel(
     pool: Pool,
     layer: int,
@@ -653,10 +465,3 @@ def attend(
         return
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     _attend_parallel(*arguments, threads)
-
-
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept on disk; None when no private folder can be written."""
-    stats = getattr(attend_part, "stats", None)
-    path = getattr(stats, "cache_path", None)
-    return Path(path) if path else None

@@ -1,8 +1,5 @@
 """Paged attention of one stage, and its place in transformers' attention interface."""
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -12,10 +9,11 @@ import torch
 from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.messages.control import StepPlan
-from pipemax.stage_worker.attention import kernels
+from pipemax.stage_worker.attention import kernels, rotation
 from pipemax.stage_worker.attention.interface import HeadNorm, Rotary, StageAttention
 from pipemax.stage_worker.attention.reference import reference_attention
 from pipemax.stage_worker.batch import Runs, StepBatch, prepare_batch
+from pipemax.stage_worker.compiled import one_compiler_at_a_time
 
 IMPLEMENTATION: Final = "pipemax_paged"
 """The name in `attn_implementation`."""
@@ -95,7 +93,7 @@ class PagedAttention:
             raise InvariantError(
                 f"K of shape {tuple(key.shape)} and V of {tuple(value.shape)}, not {expected}"
             )
-        kernels.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
+        rotation.write_kv(self._array, layer, pool_array(key), pool_array(value), batch.slots)
         return self._attend(layer, query.contiguous(), query.shape[1], scaling, window, softcap)
 
     def attend_packed(
@@ -130,7 +128,7 @@ class PagedAttention:
             )
         packed = qkv.view(batch.num_tokens, -1, head_dim)
         query_weight, key_weight = _norm_weights(head_norm, head_dim)
-        kernels.rotate_and_write(
+        rotation.rotate_and_write(
             self._array,
             layer,
             pool_array(packed),
@@ -266,9 +264,9 @@ def warm_up(dtype: torch.dtype) -> None:
     slots, zero = np.zeros(1, np.int64), np.zeros(1, np.int32)
     angles, weight = np.zeros((1, 8), np.float32), np.empty(0, np.float32)
     packed = pool_array(torch.zeros(1, 3, 8, dtype=dtype))
-    with _one_compiler_at_a_time():
-        kernels.write_kv(pool, 0, pool_array(rows), pool_array(rows), slots)
-        kernels.rotate_and_write(
+    with one_compiler_at_a_time(kernels.attend_part):
+        rotation.write_kv(pool, 0, pool_array(rows), pool_array(rows), slots)
+        rotation.rotate_and_write(
             pool, 0, packed, angles, angles, weight, weight, np.float32(0.0), slots
         )
         kernels.attend(
@@ -284,17 +282,3 @@ def warm_up(dtype: torch.dtype) -> None:
             threads=torch.get_num_threads(),
             pairs=True,
         )
-
-
-@contextmanager
-def _one_compiler_at_a_time() -> Iterator[None]:
-    """Stages start together: one compiles, the others then find its work in the cache. numba does
-    not lock its cache, and two processes that add different types to it at once can damage it."""
-    folder = kernels.cache_folder()
-    if folder is None:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "pipemax-kernels.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
-        yield
