@@ -54,6 +54,7 @@ def load_stages(
     dtype: str = "auto",
     backend: Backend = "kernel",
     open_attention: AttentionFactory | None = None,
+    fused_layers: bool = True,
 ) -> list[StageModel]:
     """Every stage, with a pool full of NaN: a read of what was never written then shows."""
     stages = []
@@ -66,6 +67,7 @@ def load_stages(
             block_size=block_size,
             backend=backend,
             open_attention=open_attention,
+            fused_layers=fused_layers,
         )
         model.bind_pool(
             torch.full((num_blocks, *model.geometry.block_shape), torch.nan, dtype=model.dtype)

@@ -9,28 +9,17 @@ from torch.nn import functional
 
 from pipemax.stage_worker.model import fused, packed, row_kernels
 from pipemax.stage_worker.model.families import FAMILIES
-from pipemax.stage_worker.model.load import load_stage_model
 from pipemax.stage_worker.model.packed import PackedLinear, pack_modules, padded_rows
 from support.model_zoo import build_model
-from support.paged_run import Item, run_step, step_plan
+from support.paged_run import Item, load_stages, run_step, step_plan
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _stages(directory: Path, *, fused_layers: bool, dtype: str, split: tuple[int, ...]):
-    stages = []
-    for stage in range(len(split)):
-        model = load_stage_model(
-            directory,
-            stage=stage,
-            layer_split=split,
-            dtype=dtype,  # type: ignore[arg-type]
-            block_size=8,
-            fused_layers=fused_layers,
-        )
-        model.bind_pool(torch.full((64, *model.geometry.block_shape), torch.nan, dtype=model.dtype))
-        stages.append(model)
-    return stages
+    return load_stages(
+        directory, split, block_size=8, num_blocks=64, dtype=dtype, fused_layers=fused_layers
+    )
 
 
 def _steps():
