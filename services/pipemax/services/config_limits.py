@@ -8,7 +8,7 @@ import msgspec
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import BlockGeometry, Dtype, blocks_for, split_layers
+from pipemax.proto.geometry import Dtype, blocks_for, split_layers
 from pipemax.proto.sizes import format_size, parse_size
 from pipemax.services.cli.options import EngineOptions
 from pipemax.stage_worker.model.inspect import ModelInfo
@@ -70,13 +70,7 @@ def dtype_of(config: EngineConfig, info: ModelInfo) -> Dtype:
 
 def block_bytes(config: EngineConfig, layers: int, info: ModelInfo) -> int:
     """Of one KV block on a stage of so many layers."""
-    return BlockGeometry(
-        num_layers=layers,
-        block_size=config.block_size,
-        num_kv_heads=info.num_kv_heads,
-        head_dim=info.head_dim,
-        dtype=dtype_of(config, info),
-    ).block_bytes
+    return info.kv_geometry(layers, config.block_size, config.dtype).block_bytes
 
 
 def max_model_len(

@@ -14,7 +14,7 @@ from typing import Final
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import DTYPE_BYTES, BlockGeometry, Dtype, split_layers
+from pipemax.proto.geometry import DTYPE_BYTES, Dtype, split_layers
 from pipemax.services.config_limits import dtype_of
 from pipemax.services.layer_split import StageRoom, choose_split, describe
 from pipemax.services.measured_split import load_of
@@ -41,7 +41,7 @@ def estimated_split(
     dtype = dtype_of(config, info)
     costs = [estimated_costs(Path(config.model), info, dtype)]
     rooms = [StageRoom(None, config.pool_bytes)] * stages
-    token_bytes = BlockGeometry(1, 1, info.num_kv_heads, info.head_dim, dtype).token_bytes
+    token_bytes = info.kv_geometry(1, 1, dtype).token_bytes
     load = load_of(config, info, asked_len)
     try:
         found = choose_split(costs * stages, rooms, token_bytes, load)
@@ -68,7 +68,7 @@ def estimated_costs(model_dir: Path, info: ModelInfo, dtype: Dtype) -> ModelCost
     tables = head if tied else 2 * head  # as they are counted in the shape
     layer = (shape.active_parameters - tables) / info.num_layers
     held = (shape.parameters - tables) / info.num_layers
-    token_bytes = BlockGeometry(1, 1, info.num_kv_heads, info.head_dim, dtype).token_bytes
+    token_bytes = info.kv_geometry(1, 1, dtype).token_bytes
     row_s = 2 / _FLOP_S[dtype]
     element = DTYPE_BYTES[dtype]
     layer_cost = PartCost(

@@ -10,10 +10,9 @@ import threading
 from pathlib import Path
 
 from pipemax.proto.config import EngineConfig
-from pipemax.proto.geometry import BlockGeometry
 from pipemax.proto.memory import SharedMemory
 from pipemax.stage_worker.engine import pool_blocks
-from pipemax.stage_worker.model.inspect import ModelInfo, checkpoint_files, inspect_model
+from pipemax.stage_worker.model.inspect import checkpoint_files, inspect_model
 
 
 class EarlyPool:
@@ -26,7 +25,7 @@ class EarlyPool:
     def __init__(self, config: EngineConfig, stage: int) -> None:
         model_dir = Path(config.model)
         info = inspect_model(model_dir, config.load_format)
-        self.geometry = stage_geometry(config, stage, info)
+        self.geometry = info.kv_geometry(config.layer_split[stage], config.block_size, config.dtype)
         block_bytes = self.geometry.block_bytes
         self.num_blocks = pool_blocks(block_bytes, config.block_size, config.pool_bytes, stage)
         self._memory = SharedMemory.create("pipemax-kv-pool", self.num_blocks * block_bytes)
@@ -45,17 +44,6 @@ class EarlyPool:
         """The pool's memory, resident. The caller's to close."""
         self._thread.join()
         return self._memory
-
-
-def stage_geometry(config: EngineConfig, stage: int, info: ModelInfo) -> BlockGeometry:
-    """Of stage `stage`'s KV blocks."""
-    return BlockGeometry(
-        num_layers=config.layer_split[stage],
-        block_size=config.block_size,
-        num_kv_heads=info.num_kv_heads,
-        head_dim=info.head_dim,
-        dtype=info.dtype if config.dtype == "auto" else config.dtype,
-    )
 
 
 def _read_ahead(path: Path) -> None:

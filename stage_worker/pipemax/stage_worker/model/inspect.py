@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 from pipemax.proto.errors import ModelError, UnsupportedModelError
-from pipemax.proto.geometry import DTYPE_BYTES, Dtype
+from pipemax.proto.geometry import DTYPE_BYTES, BlockGeometry, Dtype
 from pipemax.stage_worker.model.families import Family, supported_family
 from pipemax.stage_worker.model.safetensors_header import TensorEntry, read_header
 from pipemax.stage_worker.modelled.catalogue import model_from_config
@@ -39,6 +39,18 @@ class ModelInfo:
     weights_bytes: int
     """Of all tensors in the checkpoint's files, as stored; of dummy weights, counted from the
     shape, about."""
+
+    def kv_geometry(
+        self, num_layers: int, block_size: int, dtype: Literal["auto"] | Dtype
+    ) -> BlockGeometry:
+        """Of the KV blocks of a stage with so many layers; `auto` is the checkpoint's dtype."""
+        return BlockGeometry(
+            num_layers=num_layers,
+            block_size=block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype if dtype == "auto" else dtype,
+        )
 
 
 def inspect_model(model_dir: Path, load_format: Literal["auto", "dummy"] = "auto") -> ModelInfo:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pipemax.proto.errors import InvariantError, ModelError
-from pipemax.proto.geometry import BlockGeometry, Dtype
+from pipemax.proto.geometry import BlockGeometry
 from pipemax.stage_worker.attention import paged
 from pipemax.stage_worker.attention.interface import StageAttention
 from pipemax.stage_worker.dtypes import torch_dtype
@@ -85,20 +85,13 @@ def load_stage_model(
     first = sum(layer_split[:stage])
     layers = (first, first + layer_split[stage])
     is_first, is_last = stage == 0, stage == len(layer_split) - 1
-    dtype_name: Dtype = info.dtype if dtype == "auto" else dtype
-    geometry = BlockGeometry(
-        num_layers=layer_split[stage],
-        block_size=block_size,
-        num_kv_heads=info.num_kv_heads,
-        head_dim=info.head_dim,
-        dtype=dtype_name,
-    )
+    geometry = info.kv_geometry(layer_split[stage], block_size, dtype)
     fusable = fused_layers and device == CPU and open_attention is None
     shape = read_shape(family, config) if fusable else None
     model = build_on_meta(model_dir, family) if shape is None else build_skeleton(shape)
     attention: StageAttention
     if open_attention is None:
-        attention = paged.PagedAttention(geometry, torch_dtype(dtype_name), backend)
+        attention = paged.PagedAttention(geometry, torch_dtype(geometry.dtype), backend)
     else:
         attention = open_attention(geometry, model.config.num_attention_heads)
     try:
