@@ -13,8 +13,8 @@ import msgspec
 
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
-from pipemax.proto.geometry import BlockGeometry, split_layers
-from pipemax.services.config_limits import SPARE_BLOCKS, dtype_of
+from pipemax.proto.geometry import split_layers
+from pipemax.services.config_limits import SPARE_BLOCKS
 from pipemax.services.gpus import cuda_environment
 from pipemax.services.launcher.processes import thread_environment
 from pipemax.services.layer_split import Load, Split, StageRoom, choose_split, describe
@@ -56,7 +56,7 @@ def measured_split(
     measured = _measure_each({device.kind: device for device in devices}, config, info)
     costs = tuple(measured[device.kind].scaled(device.stages_on_it) for device in devices)
     rooms = [device.room for device in devices]
-    layer = BlockGeometry(1, 1, info.num_kv_heads, info.head_dim, dtype_of(config, info))
+    layer = info.kv_geometry(1, 1, config.dtype)
     load = load_of(config, info, asked_len)
     found = choose_split(costs, rooms, layer.token_bytes, load)
     even = split_layers(info.num_layers, len(devices))
