@@ -191,7 +191,9 @@ def _load_weights(
         if origin in state:
             state[name] = state[origin]
         else:
-            state[name] = source.read(origin, parameter.shape, dtype, device)
+            tensor = source.read(origin, parameter.shape, dtype, device)
+            # As `load_state_dict` would make one parameter of each name for the same tensor.
+            state[name] = nn.Parameter(tensor, requires_grad=False)
     model.load_state_dict(state, strict=True, assign=True)
 
 
