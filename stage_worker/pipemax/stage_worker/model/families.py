@@ -55,6 +55,10 @@ class Family:
     fused: bool = False
     """Its layers are Llama's, which `fused.FusedLayers` computes."""
 
+    def can_fuse(self, activation: str | None) -> bool:
+        """Whether FusedLayers computes them with this activation, config.json's `hidden_act`."""
+        return self.fused and activation == "silu"
+
 
 def _defaults(
     max_position_embeddings: int,

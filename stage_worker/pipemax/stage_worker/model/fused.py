@@ -142,11 +142,6 @@ class _FusedLayer:
         return self._down.plus(self._up.times(normed, self._gate.swish(normed)), hidden)
 
 
-def can_fuse(model: Any, family: Family) -> bool:
-    """Whether FusedLayers computes what this model does."""
-    return family.fused and model.config.hidden_act == "silu"
-
-
 def _window(family: Family, layer: Any, config: Any) -> int:
     """Tokens that a layer's attention sees; 0: all. Mistral's modules look it up in the
     configuration at each call, Qwen's keep it, and Llama has none."""

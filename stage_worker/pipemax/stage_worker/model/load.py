@@ -23,7 +23,7 @@ from pipemax.stage_worker.dtypes import torch_dtype
 from pipemax.stage_worker.model.checkpoint import Checkpoint
 from pipemax.stage_worker.model.dummy import HEAD, DummyWeights
 from pipemax.stage_worker.model.families import Family, supported_family
-from pipemax.stage_worker.model.fused import FusedLayers, can_fuse
+from pipemax.stage_worker.model.fused import FusedLayers
 from pipemax.stage_worker.model.inspect import inspect_model, read_config
 from pipemax.stage_worker.model.packed import can_pack, pack_modules
 from pipemax.stage_worker.model.skeleton import build_skeleton, read_shape
@@ -115,7 +115,7 @@ def load_stage_model(
         ) from error
     rebuild: Callable[[], FusedLayers | None] | None = None
     if fusable and isinstance(attention, paged.PagedAttention):
-        if can_fuse(model, family):
+        if family.can_fuse(getattr(model.config, "hidden_act", None)):
             rebuild = functools.partial(FusedLayers, model, family, layers, attention)
         elif can_pack(attention.dtype):
             rebuild = functools.partial(pack_modules, model)

@@ -84,8 +84,9 @@ class Shape:
 def read_shape(family: Family, config: Mapping[str, Any]) -> Shape | None:
     """Of a decoded config.json; None for what only transformers builds."""
     rope = _read_rope(config)
-    known = family.fused and rope is not None and config.get("hidden_act") == "silu"
-    if not known or any(config.get(key) is None for key in _NEEDED):
+    if rope is None or not family.can_fuse(config.get("hidden_act")):
+        return None
+    if any(config.get(key) is None for key in _NEEDED):
         return None
     if any(config.get(key) is not None for key in _UNKNOWN) or config.get("use_sliding_window"):
         return None
@@ -95,7 +96,6 @@ def read_shape(family: Family, config: Mapping[str, Any]) -> Shape | None:
         return None
     if family.name == "qwen3" and config.get("head_dim") is None:
         return None
-    assert rope is not None
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     bias = bool(config.get("attention_bias"))
     return Shape(

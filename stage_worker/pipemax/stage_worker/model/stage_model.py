@@ -53,11 +53,6 @@ class StageModel:
         """What computes the layers and the head; None: the modules themselves."""
         return self._fused
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights as they are now: packed ones have gone from here."""
-        parameters: Iterator[tuple[str, torch.Tensor]] = self._model.named_parameters()
-        return parameters
-
     @property
     def geometry(self) -> BlockGeometry:
         return self._attention.geometry
