@@ -106,6 +106,17 @@ def test_the_line_says_what_was_won(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_layers_are_measured_in_the_environment_of_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    child(
+        monkeypatch,
+        "import os; assert os.environ['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'\n"
+        "assert os.environ['OMP_NUM_THREADS'] == '3'\n"
+        f"print({msgspec.json.encode(costs(1.0)).decode()!r})",
+    )
+    measured_split(config(threads_per_stage=3), INFO, [CPU] * 3, 100, lambda line: None)
+
+
 @pytest.mark.parametrize(
     ("code", "reason"),
     [

@@ -15,6 +15,7 @@ Positive = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 PortNumber = Annotated[int, Meta(ge=0, le=65535)]
 TcpEndpoint = Annotated[str, Meta(pattern=TCP_PATTERN, max_length=300)]
+Device = Literal["cpu", "cuda", "modelled"]
 
 CONFIG_FILE = "config.json"
 
@@ -59,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Stages, one process each."""
     layer_split: tuple[Positive, ...]
     """Layers per stage, in order; its length is `pipeline_parallel_size`."""
-    device: Literal["cpu", "cuda", "modelled"] = "cpu"
+    device: Device = "cpu"
     """Where stages compute."""
     cuda: CudaDevice | None = None
     """Given if, and only if, `device` is `cuda`."""

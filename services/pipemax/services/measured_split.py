@@ -15,8 +15,7 @@ from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import ConfigError
 from pipemax.proto.geometry import split_layers
 from pipemax.services.config_limits import SPARE_BLOCKS
-from pipemax.services.gpus import cuda_environment
-from pipemax.services.launcher.processes import thread_environment
+from pipemax.services.launcher.processes import stage_environment
 from pipemax.services.layer_split import Load, Split, StageRoom, choose_split, describe
 from pipemax.stage_worker.layer_costs import ModelCosts
 from pipemax.stage_worker.model.inspect import ModelInfo
@@ -119,11 +118,7 @@ def _start(config: EngineConfig, device: StageDevice, info: ModelInfo) -> "subpr
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={
-            **os.environ,
-            **thread_environment(config.threads_per_stage),
-            **cuda_environment(),
-        },
+        env={**os.environ, **stage_environment(config.threads_per_stage, config.device)},
     )
     assert child.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it says why on stderr

@@ -16,6 +16,7 @@ from pipemax.services.bench.model import SHAPE_121M
 from pipemax.services.bench.model_cost import cost_of, dtype_of
 from pipemax.services.bench.outcome import Throughput
 from pipemax.services.bench.work import BenchRequest
+from pipemax.services.launcher.processes import stage_environment
 from pipemax.services.tiny_model import ModelShape, make_demo_model
 from pipemax.stage_worker.model.inspect import inspect_model
 
@@ -54,6 +55,13 @@ def test_all_cores_work_at_once_and_the_fastest_attempt_counts(
     found = measure_machine([0, 1], ["float32"], [(1, 1)], lambda line: None, rows=(1,))
     assert found.read_bytes_s == Rate(one_core=2.0, all_cores=22.0)
     assert found.rates("float32").product_flop_s == {1: 22.0}
+
+
+def test_cores_are_measured_in_the_environment_of_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(module, "Child", lambda name, argv, given: environments.append(given))
+    module._start(0)
+    assert environments == [stage_environment(1, "cpu")]
 
 
 def test_a_child_that_ends_is_an_error_with_its_last_line() -> None:

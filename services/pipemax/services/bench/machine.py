@@ -14,7 +14,7 @@ from typing import Any
 from pipemax.proto.geometry import Dtype
 from pipemax.services.bench.children import Child, children
 from pipemax.services.bench.limit import MachineRates
-from pipemax.services.launcher.processes import thread_environment
+from pipemax.services.launcher.processes import stage_environment
 
 ROWS = (1, 8, 32, 128, 512, 2048)
 READ_BYTES = 256 * 2**20
@@ -91,7 +91,7 @@ def measure_machine(
 
 def _start(core: int) -> Child:
     argv = [sys.executable, "-P", "-m", _CHILD, str(core)]
-    return Child(f"measuring core {core}", argv, thread_environment(1))
+    return Child(f"measuring core {core}", argv, stage_environment(1, "cpu"))
 
 
 def _rate(workers: Sequence[Child], task: dict[str, Any]) -> Rate:

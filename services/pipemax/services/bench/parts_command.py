@@ -15,7 +15,7 @@ from pipemax.services.bench.output import surroundings, tell
 from pipemax.services.bench.planner import PlannerBench, PlannerLoad
 from pipemax.services.bench.sampling_kinds import KINDS
 from pipemax.services.bench.transfers import Copies, measure_copies
-from pipemax.services.launcher.processes import thread_environment
+from pipemax.services.launcher.processes import stage_environment
 from pipemax.services.machine import available_memory_bytes
 
 ATTEMPTS = 5
@@ -197,7 +197,7 @@ def _in_turns(tasks: Mapping[str, Task], rate: Callable[[Any], float]) -> dict[s
     (core,) = used_cores(1)
     argv = [sys.executable, "-P", "-m", _CHILD, str(core)]
     best: dict[str, float] = {}
-    with children(Child("measuring kernels", argv, thread_environment(1))) as (child,):
+    with children(Child("measuring kernels", argv, stage_environment(1, "cpu"))) as (child,):
         for attempt in range(1, ATTEMPTS + 1):
             tell(f"attempt {attempt} of {ATTEMPTS}")
             for name, task in tasks.items():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipemax.proto.config import EngineConfig
+from pipemax.proto.config import Device, EngineConfig
 from pipemax.proto.rundir import LOG_DIR
 from pipemax.services.gpus import cuda_environment
 from pipemax.services.launcher.supervisor import COORDINATOR
@@ -40,28 +40,34 @@ class ProcessSpec:
 
 def system_processes(config: EngineConfig, run_dir: Path) -> tuple[ProcessSpec, ...]:
     """Coordinator, KV daemon, stages and samplers, in the order in which they start."""
-    threads = config.threads_per_stage
-    device = {} if config.cuda is None else cuda_environment()
-    computes = _huge_pages() if config.device == "cpu" else device
+    alone = thread_environment(1)
+    opens_cuda = alone if config.cuda is None else alone | cuda_environment()
+    computes = stage_environment(config.threads_per_stage, config.device)
     stages = (
-        _python_process("stage_worker", f"stage-{index}", run_dir, threads, computes, index)
+        _python_process("stage_worker", f"stage-{index}", run_dir, computes, index)
         for index in range(config.pipeline_parallel_size)
     )
     samplers = (
-        _python_process("stage_worker.sampling", f"sampler-{index}", run_dir, 1, {}, index)
+        _python_process("stage_worker.sampling", f"sampler-{index}", run_dir, alone, index)
         for index in range(config.sampler_workers)
     )
     return (
-        _python_process("coordinator", COORDINATOR, run_dir, 1, {}),
-        _python_process("kv_daemon", "kv-daemon", run_dir, 1, device),
+        _python_process("coordinator", COORDINATOR, run_dir, alone),
+        _python_process("kv_daemon", "kv-daemon", run_dir, opens_cuda),
         *stages,
         *samplers,
     )
 
 
-def _huge_pages() -> dict[str, str]:
-    """Unless the user tunes malloc himself."""
-    return {} if _TUNABLES in os.environ else {_TUNABLES: _HUGE_PAGES}
+def stage_environment(threads: int, device: Device) -> dict[str, str]:
+    """For a stage, and for whatever is measured to be set beside one. Huge pages are asked for
+    unless the user tunes malloc himself."""
+    environment = thread_environment(threads)
+    if device == "cuda":
+        environment |= cuda_environment()
+    if device == "cpu" and _TUNABLES not in os.environ:
+        environment[_TUNABLES] = _HUGE_PAGES
+    return environment
 
 
 def thread_environment(threads: int) -> dict[str, str]:
@@ -75,16 +81,14 @@ def _python_process(
     package: str,
     name: str,
     run_dir: Path,
-    threads: int,
-    device: Mapping[str, str],
+    environment: Mapping[str, str],
     index: int | None = None,
 ) -> ProcessSpec:
-    """`device`: what the device needs in the environment."""
     # -P: the folder `pipemax` was called from is no place to import modules from.
     argv = [sys.executable, "-P", "-m", f"pipemax.{package}", "--run-dir", str(run_dir)]
     if index is not None:
         argv += ["--index", str(index)]
-    return ProcessSpec(name, tuple(argv), {**thread_environment(threads), **device})
+    return ProcessSpec(name, tuple(argv), environment)
 
 
 def log_file(run_dir: Path, process: str) -> Path:
