@@ -11,6 +11,7 @@ from pipemax.proto.errors import ConfigError, ModelError
 from pipemax.services.cli.options import EngineOptions
 from pipemax.services.engine_config import build_config
 from pipemax.services.estimated_split import estimated_costs
+from pipemax.stage_worker.layer_costs import ModelCosts
 from pipemax.stage_worker.model.inspect import inspect_model
 
 SHAPE: dict[str, Any] = {
@@ -53,6 +54,11 @@ def build(model: Path, **flags: Any) -> tuple[EngineConfig, list[str]]:
     return build_config(options, "t", notices.append), notices
 
 
+def costs_of(model: Path, *, fused_layers: bool = True) -> ModelCosts:
+    info = inspect_model(model, "dummy")
+    return estimated_costs(model, info, "bfloat16", fused_layers=fused_layers)
+
+
 def test_a_head_worth_several_layers_costs_the_last_stage_as_many(tmp_path: Path) -> None:
     config, notices = build(folder(tmp_path, **LARGE_HEAD))
     first, last = config.layer_split
@@ -85,14 +91,32 @@ def test_a_head_worth_less_than_moving_a_layer_changes_nothing(tmp_path: Path) -
 
 def test_parts_weigh_what_the_checkpoint_holds(tmp_path: Path) -> None:
     folder(tmp_path, **LARGE_HEAD)
-    costs = estimated_costs(tmp_path, inspect_model(tmp_path, "dummy"), "bfloat16")
+    costs = costs_of(tmp_path)
     layer, head = costs.layers[0], costs.head
     assert head.request_s / layer.request_s == pytest.approx(262.7 / 60.8, rel=0.01)
     assert head.prompt_s == 0
     assert layer.prompt_s == layer.request_s
     untied = folder(tmp_path, **(LARGE_HEAD | {"tie_word_embeddings": False}))
-    again = estimated_costs(untied, inspect_model(untied, "dummy"), "bfloat16")
-    assert again.layers == costs.layers
+    assert costs_of(untied).layers == costs.layers
+
+
+def test_a_fused_last_layer_computes_little_of_a_prompt(tmp_path: Path) -> None:
+    folder(tmp_path, **LARGE_HEAD, hidden_act="silu")
+    *others, last = costs_of(tmp_path).layers
+    assert last.prompt_s / others[-1].prompt_s == pytest.approx(6.3 / 60.8, rel=0.01)
+    assert (last.request_s, last.context_s) == (others[-1].request_s, others[-1].context_s)
+    assert set(costs_of(tmp_path, fused_layers=False).layers) == set(others)
+    unfused = folder(tmp_path, **LARGE_HEAD, hidden_act="gelu")
+    assert set(costs_of(unfused).layers) == set(others)
+
+
+def test_a_last_layer_that_computes_little_makes_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipemax.services.measured_split._OUTPUT_TOKENS", 10.0)
+    folder(tmp_path, num_hidden_layers=15, hidden_act="silu")
+    assert build(tmp_path)[0].layer_split == (7, 8)
+    assert build(tmp_path, fused_layers=False)[0].layer_split == (8, 7)
 
 
 def test_a_shape_left_to_the_family_is_split_evenly_unless_asked(
