@@ -2,12 +2,12 @@
 
     python ops/benchmarks/cost_model_cpu.py [--stages 1 2] [--rounds 3] [--json OUT] [--quick]
 
-The bfloat16 model of about 100 M parameters of `throughput_cpu.py`, two threads in all; 32 requests
-with lognormal lengths (mean 128 in, 192 out), end-of-sequence ignored. Once all prompts are
-computed and 20 more steps have passed, at least 100 consecutive decode steps are looked at: the
-errors are the system's own, `pipemax_step_time_relative_error` on /metrics, each of a step that was
-predicted before it was learned from. Requests end meanwhile, so batches shrink while contexts grow.
-The worst error is known up to the histogram's buckets.
+A random bfloat16 model of about 100 M parameters, two threads in all; 32 requests with lognormal
+lengths (mean 128 in, 192 out), end-of-sequence ignored. Once all prompts are computed and 20 more
+steps have passed, at least 100 consecutive decode steps are looked at: the errors are the system's
+own, `pipemax_step_time_relative_error` on /metrics, each of a step that was predicted before it was
+learned from. Requests end meanwhile, so batches shrink while contexts grow. The worst error is
+known up to the histogram's buckets.
 
 Every round starts a system of its own, and with it the warm-up sweep. The steps before the window
 (all prefill, the first decodes) are reported too: they are predicted from the sweep and each other.
