@@ -10,7 +10,17 @@ import textwrap
 from types import ModuleType
 
 from pipemax.proto import PROTOCOL_VERSION, memory
-from pipemax.proto.messages import activations, control, ingest, kv, logits, spans, status, types
+from pipemax.proto.messages import (
+    activations,
+    control,
+    ingest,
+    kv,
+    logits,
+    sampling,
+    spans,
+    status,
+    types,
+)
 from pipemax.proto.messages.registry import CHANNELS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.sizes import format_size
@@ -90,7 +100,7 @@ def _section(title: str, column: str, rows: list[tuple[str, str, str]]) -> list[
 def _part_rows() -> list[tuple[str, str, str]]:
     """Structs that are fields of messages, in the order of their definition."""
     rows = []
-    for module in (memory, ingest, status, control, kv, activations, logits):
+    for module in (memory, sampling, ingest, status, control, kv, activations, logits):
         for part in _structs_of(module):
             if not issubclass(part, Message):
                 rows.append((part.__name__, _fields(part), _meaning(part)))
@@ -144,7 +154,7 @@ def _one_line(text: str) -> str:
 def _alias_section() -> list[str]:
     """Named field types and what they stand for."""
     lines = ["", "## Field types", "", "| name | stands for |", "|---|---|"]
-    for module in (types, ingest, spans):
+    for module in (types, sampling, ingest, spans):
         for statement in ast.parse(inspect.getsource(module)).body:
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 stands_for = ast.unparse(statement.value).replace("|", "\\|")

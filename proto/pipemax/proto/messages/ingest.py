@@ -5,104 +5,26 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from pipemax.proto.messages.sampling import Key, TokenId
+from pipemax.proto.messages.sampling import SamplingParams as SamplingParams
+from pipemax.proto.messages.sampling import StructuredOutputs as StructuredOutputs
 from pipemax.proto.messages.status import JobProgress as JobProgress
 from pipemax.proto.messages.status import SamplerStatus as SamplerStatus
 from pipemax.proto.messages.status import SlotStatus as SlotStatus
 from pipemax.proto.messages.status import StageStatus as StageStatus
+from pipemax.proto.messages.status import Status as Status
+from pipemax.proto.messages.status import StatusQuery as StatusQuery
 from pipemax.proto.messages.types import Count, ErrorText, Message, Seconds, ShortText
 from pipemax.proto.messages.types import JobName as JobName
 from pipemax.proto.messages.types import JobState as JobState
 
-TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 FinishReason = Literal["stop", "length", "abort", "error"]
 JobNote = Annotated[bytes, Meta(max_length=8192)]
 CallNumber = Count
-
-
-Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-AllowedIds = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
-NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
-Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
-Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Key = Annotated[str, Meta(max_length=256)]
-"""Of an object whose values are the client's own."""
 PromptIds = Annotated[tuple[TokenId, ...], Meta(max_length=2**21)]
 PromptText = Annotated[str, Meta(max_length=2**24)]
 Chat = Annotated[tuple[Annotated[dict[Key, Any], Meta(max_length=64)], ...], Meta(max_length=2**16)]
-
-
-class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the output must be, to its end. Names and meanings are vLLM's; one is given."""
-
-    json: (
-        Annotated[dict[Key, Any], Meta(max_length=4096)]
-        | Annotated[str, Meta(max_length=65536)]
-        | None
-    ) = None
-    """A JSON schema."""
-    json_object: bool = False
-    """Any JSON object."""
-    regex: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
-    choice: (
-        Annotated[
-            tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...],
-            Meta(min_length=1, max_length=1024),
-        ]
-        | None
-    ) = None
-    grammar: Annotated[str, Meta(min_length=1, max_length=65536)] | None = None
-    """In Lark's notation, from its rule `start`."""
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to pick tokens and when to stop. Names and meanings are vLLM's."""
-
-    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
-    """0 is greedy."""
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
-    """Keep the k likeliest tokens; 0 and -1 keep all."""
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """Keep the smallest set of likeliest tokens whose probabilities sum to at least this."""
-    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
-    """Drop tokens less likely than this share of the likeliest one's probability."""
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    """Same seed, same prompt, same parameters: same tokens, whatever runs beside it."""
-    stop: Annotated[
-        tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=64)
-    ] = ()
-    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=1024)] = ()
-    min_tokens: Tokens = 0
-    """End-of-sequence and stop tokens cannot be picked before this many output tokens, and stop
-    strings are not looked for."""
-    max_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = 16
-    """None: up to the model's length limit."""
-    presence_penalty: Penalty = 0.0
-    """Taken once from the logit of every token in the output."""
-    frequency_penalty: Penalty = 0.0
-    """Taken from a token's logit as often as the token is in the output."""
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
-    """Divides positive logits of tokens in prompt or output, and multiplies negative ones."""
-    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=4096)] | None = None
-    """Added to the logits of these tokens, before the penalties."""
-    allowed_token_ids: AllowedIds | None = None
-    """No other token is picked."""
-    bad_words: Annotated[
-        tuple[Annotated[str, Meta(min_length=1, max_length=1024)], ...], Meta(max_length=1024)
-    ] = ()
-    """The token that would complete one of these in the output is not picked. Each is looked for
-    as the tokenizer writes it at the begin of a text, and behind a space if that is as long."""
-    structured_outputs: StructuredOutputs | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] = 1
-    """Outputs for the prompt. The i-th, from 0, is what a request with `seed` + i would give."""
-    logprobs: NumLogprobs | None = None
-    """Log probabilities of each output token, and of so many likeliest ones: the log-softmax of the
-    logits as the model gives them."""
-    prompt_logprobs: NumLogprobs | None = None
-    """As `logprobs`, of each prompt token but the first."""
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
 
 
 class ClientHello(Message, frozen=True, kw_only=True, tag="client_hello"):
@@ -271,66 +193,6 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     request_id: ShortText | None
     code: ShortText
     message: ErrorText
-
-
-class StatusQuery(Message, frozen=True, kw_only=True, tag="status_query"):
-    """Asks for a Status."""
-
-
-class Status(Message, frozen=True, kw_only=True, tag="status"):
-    """What the system is doing now."""
-
-    instance_id: str
-    phase: Literal["starting", "ready", "recovering", "draining"]
-    model_name: str
-    uptime_s: Seconds
-    requests_waiting: Count
-    requests_running: Count
-    requests_finished: Count
-    preemptions: Count
-    prompt_tokens: Count
-    prefix_query_tokens: Count = 0
-    """Prompt tokens of requests that might share their first blocks with others."""
-    prefix_hit_tokens: Count = 0
-    """Of those, tokens taken over from another request; they count as `prompt_tokens` too."""
-    generation_tokens: Count
-    recomputed_tokens: Count
-    """Tokens computed again after a preemption or a crash."""
-    prefetched_tokens: Count
-    """Tokens of context that decode and prefill steps read after a prefetch from the host."""
-    context_tokens: Count
-    """Tokens of context that all steps read."""
-    decode_context_tokens: Count
-    """Tokens of context that decode items (one new token on a finished prompt) read."""
-    decode_prefetched_tokens: Count
-    """Of those, tokens prefetched from the host for that very step."""
-    prefetch_budget_blocks: Count = 0
-    """Blocks that the prefetches ordered so far could have brought within the link's budget, or all
-    there was to bring, if less."""
-    prefetch_blocks: Count = 0
-    """Blocks they did bring."""
-    late_prefetches: Count = 0
-    """Times that a stage waited for a step's prefetch, by more than 1 % of the step's time."""
-    device_blocks_total: Count
-    device_blocks_used: Count
-    host_blocks_total: Count
-    host_blocks_used: Count
-    load_bytes: Count
-    """Host to device, all stages."""
-    store_bytes: Count
-    load_seconds: Seconds
-    store_seconds: Seconds
-    epoch: Count
-    """Resets so far, the first being the start."""
-    missing: tuple[str, ...]
-    """Processes the system waits for."""
-    stages: tuple[StageStatus, ...]
-    samplers: tuple[SamplerStatus, ...] = ()
-    slots: tuple[SlotStatus, ...] = ()
-    jobs: tuple[JobProgress, ...] = ()
-    """Unfinished jobs, oldest first; of very many, the first."""
-    coordinator_busy_seconds: Seconds = 0.0
-    """Time in which the coordinator did not wait for messages."""
 
 
 class JobInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
