@@ -9,9 +9,10 @@
             print(completion.text)
 """
 
-from pipemax.client.client import Chat, Client, Prompt
+from pipemax.client.client import Client
 from pipemax.client.completion import Completion
 from pipemax.client.jobs import Jobs
+from pipemax.client.prompts import Chat, Prompt
 from pipemax.proto.messages.ingest import (
     ChatOptions,
     Choice,

@@ -1,19 +1,18 @@
 """The client: prompts in, completions out, in order or as they finish."""
 
 import itertools
-import operator
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from msgspec.structs import replace
 
 from pipemax.client.completion import Completion
 from pipemax.client.connection import Connection
+from pipemax.client.prompts import Chat, Prompt, chat_list, one_per_prompt, prompt_list, submit_of
 from pipemax.client.streams import OnDelta, StreamReader
 from pipemax.proto.errors import NotRunningError, PipemaxSystemError, RequestError, WireError
 from pipemax.proto.messages.ingest import (
@@ -30,11 +29,6 @@ from pipemax.proto.messages.ingest import (
     Submit,
 )
 from pipemax.proto.messages.types import Message
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
-Chat = Sequence[Mapping[str, Any]]
-"""Messages `{"role": …, "content": …}`."""
 
 _MAX_ATTEMPTS = 4
 """A request that was unfinished at so many starts of the coordinator is given up."""
@@ -164,8 +158,8 @@ class Client:
     ) -> list[Completion]:
         """As `generate`, for one chat or several, rendered with the model's chat template as
         `options` say."""
-        chats = _chats(conversations)
-        params = _one_per_prompt(sampling_params, len(chats))
+        chats = chat_list(conversations)
+        params = one_per_prompt(sampling_params, len(chats))
         how = ChatOptions() if options is None else options
         return _in_order(
             self._run(
@@ -181,10 +175,10 @@ class Client:
     ) -> Iterator[Completion]:
         """As `generate`, but each completion as soon as it is finished; `index` says which prompt
         it belongs to. Closing the iterator cancels what is unfinished."""
-        several = _prompts(prompts)
-        params = _one_per_prompt(sampling_params, len(several))
+        several = prompt_list(prompts)
+        params = one_per_prompt(sampling_params, len(several))
         return self._run(
-            _submit_of(self.new_request_id(), prompt, sampling)
+            submit_of(self.new_request_id(), prompt, sampling)
             for prompt, sampling in zip(several, params, strict=True)
         )
 
@@ -359,59 +353,3 @@ class Client:
 
 def _in_order(completions: Iterator[Completion]) -> list[Completion]:
     return sorted(completions, key=lambda completion: completion.index)
-
-
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt as a list of one. Raises TypeError for anything that is no prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several = list(prompts)
-    if several and all(_is_int(item) for item in several):
-        return [tuple(map(operator.index, several))]  # type: ignore[arg-type]
-    for position, prompt in enumerate(several):
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, Iterable) and all(map(_is_int, prompt))
-        ):
-            raise TypeError(
-                f"prompt {position} is a {type(prompt).__name__}; a prompt is a string or a "
-                "sequence of token ids"
-            )
-    return several  # type: ignore[return-value]
-
-
-def _chats(conversations: Chat | Sequence[Chat]) -> list[tuple[dict[str, Any], ...]]:
-    """One chat as a list of one."""
-    chats: list[tuple[dict[str, Any], ...]] = []
-    single: list[dict[str, Any]] = []
-    for item in conversations:
-        if isinstance(item, Mapping):
-            single.append(dict(item))
-        else:
-            chats.append(tuple(dict(message) for message in item))
-    if single and chats:
-        raise TypeError("messages and lists of messages are mixed; give one chat or several")
-    return [tuple(single)] if single else chats
-
-
-def _is_int(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _submit_of(request_id: str, prompt: Prompt, sampling: SamplingParams) -> Submit:
-    if isinstance(prompt, str):
-        return Submit(request_id=request_id, prompt=prompt, sampling=sampling)
-    token_ids = tuple(map(operator.index, prompt))
-    return Submit(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
-
-
-def _one_per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
-    """Raises ValueError when there are several, but not one for each prompt."""
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one for each")
-    return list(params)
