@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipemax.services.batch.openai_lines import LineError, fields_of
+from pipemax.services.batch.openai_bodies import LineError, fields_of
 from pipemax.services.batch.openai_results import CHAT_URL, COMPLETIONS_URL
 from pipemax.services.serve.app import ROUTES
 from pipemax.services.serve.completions import read_request

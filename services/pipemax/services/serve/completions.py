@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pipemax.client import Completion, Submit
-from pipemax.services.batch.openai_lines import LineError, parse_body
+from pipemax.services.batch.openai_bodies import LineError, parse_body
 from pipemax.services.batch.openai_results import ResultForm, result_body
 from pipemax.services.serve.body import read_json
 from pipemax.services.serve.bridge import Bridge, Ticket

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipemax.client import Completion
 from pipemax.proto.errors import RequestError
-from pipemax.services.batch.openai_lines import LineError
+from pipemax.services.batch.openai_bodies import LineError
 from pipemax.services.batch.tally import status_of
 
 RETRY_AFTER_S = 1

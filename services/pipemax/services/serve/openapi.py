@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pipemax.proto.messages.ingest import ChatOptions, SamplingParams, StructuredOutputs
-from pipemax.services.batch.openai_lines import (
+from pipemax.services.batch.openai_bodies import (
     MAX_TOP_LOGPROBS,
     MESSAGE_NEUTRAL,
     fields_of,
