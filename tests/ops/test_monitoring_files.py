@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from bubbles_panels import STATE_COLOURS
 from make_dashboards import DASHBOARDS as MADE
-from make_dashboards import STATE_COLOURS
 
 from pipemax.proto.states import STATES
 from pipemax.services.simulator.gantt import COLOURS
