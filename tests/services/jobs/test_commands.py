@@ -1,10 +1,8 @@
 """`submit`, `jobs`, `results` and `cancel` against a coordinator's own jobs: every line of a file
 has its line among the results, once, whatever is interrupted."""
 
-import gzip
 import io
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,65 +12,15 @@ import pytest
 
 from pipemax.client import Jobs
 from pipemax.client import jobs as client_jobs
-from pipemax.coordinator.journal_file import journal_path
 from pipemax.proto.errors import ConfigError, NotRunningError
 from pipemax.proto.messages import ingest
-from pipemax.services.batch.outputs import ResultFile
-from pipemax.services.cli import main
 from pipemax.services.jobs import results as results_module
 from pipemax.services.jobs import submit as submit_module
 from pipemax.services.where import Where
 from support.batch_lines import answer, read_lines, request, write_lines
 from support.fake_coordinator import finished
 from support.job_coordinator import JobCoordinator
-
-
-def pipemax(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["pipemax", *map(str, arguments)])
-    return main()
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Ten good lines, and one of each kind that is not."""
-    return write_lines(
-        tmp_path / "in.jsonl",
-        *(request(f"id-{n}", "w" * (n + 1)) for n in range(10)),
-        b"not JSON",
-        b"",
-        request("id-3"),
-        request("other", model="other"),
-        request("refused", "refuse"),
-        request("failed", "fail"),
-        request("ids", [5, 6, 7]),
-        request("negative", max_tokens=-5),
-    )
-
-
-def check_all(lines: list[dict[str, Any]]) -> None:
-    """That these are the results of `source`."""
-    good = {line["custom_id"]: line["response"]["body"] for line in lines if not line["error"]}
-    assert set(good) == {*(f"id-{n}" for n in range(10)), "ids"}
-    assert good["id-2"]["choices"][0]["text"] == "WWW"
-    assert "token_ids" not in good["id-2"]["choices"][0]
-    assert good["ids"]["choices"][0]["token_ids"] == [5, 6, 7]
-    assert {body["model"] for body in good.values()} == {"fake"}
-    assert all(body["created"] > 1.6e9 for body in good.values())
-    errors = Counter(
-        (line["custom_id"], line["error"]["line"], line["error"]["code"])
-        for line in lines
-        if line["error"]
-    )
-    assert errors == {
-        (None, 11, "invalid_json"): 1,
-        ("id-3", 13, "duplicate_custom_id"): 1,
-        ("other", 14, "model_not_found"): 1,
-        ("refused", 15, "too_long"): 1,
-        ("failed", 16, "failed"): 1,
-        ("negative", 18, "invalid_field"): 1,
-    }
-    statuses = {e["custom_id"]: e["response"]["status_code"] for e in lines if e["error"]}
-    assert (statuses["other"], statuses["failed"], statuses["refused"]) == (404, 500, 400)
+from support.job_lines import check_all, pipemax
 
 
 def test_from_files_to_results(
@@ -224,110 +172,6 @@ def test_a_message_nobody_answers_is_said_again(
         assert kinds[ingest.AddRequests] >= 2
 
 
-def test_results_go_on_wherever_they_were_interrupted(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    write = ResultFile.write
-    left = [5]
-
-    def write_some(self: ResultFile, line: bytes) -> None:
-        left[0] -= 1
-        if not left[0]:
-            write(self, line[:10])
-            os.truncate(out, out.stat().st_size - 1)  # torn, without its line break
-            raise KeyboardInterrupt
-        write(self, line)
-
-    with JobCoordinator():
-        submit_module.submit_files(Where(), [source], "a")
-        with results_module.source_of(Where(), None, print) as results:
-            monkeypatch.setattr(ResultFile, "write", write_some)
-            for count in (5, 4, 1):
-                left[0] = count
-                with pytest.raises(KeyboardInterrupt):
-                    results_module.fetch(results, "a", out, follow=True)
-            fetched = results_module.fetch(results, "a", out, follow=True)
-            assert (fetched.lines, fetched.new) == (17, 10)
-            check_all(read_lines(out))
-            whole = out.read_bytes()
-            fresh = results_module.fetch(results, "a", tmp_path / "fresh")
-            assert fresh.new == 17
-            assert (tmp_path / "fresh").read_bytes() == whole, "the same results, the same lines"
-
-
-def test_an_output_of_something_else_is_not_appended_to(source: Path, tmp_path: Path) -> None:
-    out = write_lines(tmp_path / "out", request("x"), b"")
-    before = out.read_bytes()
-    with JobCoordinator():
-        submit_module.submit_files(Where(), [source], "a")
-        submit_module.submit_files(Where(), [write_lines(tmp_path / "i", request("y"))], "b")
-        with results_module.source_of(Where(), None, print) as results:
-            with pytest.raises(ConfigError, match="not results of job 'a'"):
-                results_module.fetch(results, "a", out)
-            assert out.read_bytes() == before
-            results_module.fetch(results, "a", out, overwrite=True, follow=True)
-            check_all(read_lines(out))
-            with pytest.raises(ConfigError, match="not results of job 'b'"):
-                results_module.fetch(results, "b", out, follow=True)
-
-
-def test_a_packed_output_is_made_when_the_job_is_over(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl.gz"
-    with JobCoordinator() as system:
-        system.paused = True
-        submit_module.submit_files(Where(), [source], "a")
-        with results_module.source_of(Where(), None, print) as results:
-            results_module.fetch(results, "a", out)
-            assert not out.exists()
-            system.paused = False
-            results_module.fetch(results, "a", out, follow=True)
-            for _ in range(2):
-                check_all(list(map(json.loads, gzip.decompress(out.read_bytes()).splitlines())))
-                assert results_module.fetch(results, "a", out).lines == 17
-    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl.gz"}
-
-
-def test_results_outlive_the_system(
-    source: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    out = tmp_path / "out"
-    with JobCoordinator(), Jobs() as jobs:
-        submit_module.submit_files(Where(), [source], "a")
-        while jobs.info("a").state != "finished":
-            pass
-    assert pipemax(monkeypatch, "jobs", "--json") == 0
-    assert json.loads(capsys.readouterr().out)[0]["num_results"] == 17
-    assert pipemax(monkeypatch, "results", "a", "-o", out) == 0
-    check_all(read_lines(out))
-    moved = tmp_path / "moved.sqlite3"
-    journal_path("default").rename(moved)
-    with moved.open("r+b") as file:
-        file.truncate(moved.stat().st_size)
-    capsys.readouterr()
-    assert pipemax(monkeypatch, "results", "a", "-o", tmp_path / "again", "--journal", moved) == 0
-    assert (tmp_path / "again").read_bytes() == out.read_bytes()
-
-
-def test_a_job_not_made_of_lines_is_for_the_python_client(tmp_path: Path) -> None:
-    with JobCoordinator(), Jobs() as jobs:
-        jobs.open("mine")
-        submit = ingest.Submit(request_id="x", prompt="water")
-        jobs.add("mine", 0, [ingest.JobRequest(note=b"?", request=submit)])
-        jobs.close_job("mine", 1)
-        while not (page := jobs.results("mine")).results:
-            pass
-        assert page.results[0].note == b"?"
-        with (
-            results_module.source_of(Where(), None, print) as results,
-            pytest.raises(ConfigError, match=r"with pipemax\.client\.Jobs"),
-        ):
-            results_module.fetch(results, "mine", tmp_path / "out")
-
-
 def test_a_system_that_ends_is_noticed(source: Path) -> None:
     with JobCoordinator() as system:
         system.paused = True
@@ -357,26 +201,6 @@ def test_lines_through_a_pipe(
         assert piped("--job", "a") == 0
         assert piped("--job", "a") == 2, "nobody knows whether these are the same lines"
         assert "made of other lines" in capsys.readouterr().err
-
-
-def test_nobody_waits_for_a_job_that_is_held(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with JobCoordinator() as system:
-        system.paused = True
-        submit_module.submit_files(Where(), [source], "a")
-        with results_module.source_of(Where(), None, print) as results:
-            before = results_module.fetch(results, "a", out)
-    with (
-        JobCoordinator(settings="other"),
-        results_module.source_of(Where(), None, print) as results,
-    ):
-        assert results_module.fetch(results, "a", out).job.state == "held"
-        with pytest.raises(ConfigError, match="waits for a system like that which took it"):
-            results_module.fetch(results, "a", out, follow=True)
-    assert len(read_lines(out)) >= before.lines
-    with JobCoordinator(), results_module.source_of(Where(), None, print) as results:
-        results_module.fetch(results, "a", out, follow=True)
-    check_all(read_lines(out))
 
 
 def test_what_failed_is_run_again_as_another_job(
