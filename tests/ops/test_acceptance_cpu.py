@@ -64,7 +64,7 @@ def test_every_line_has_its_contenders_once_and_pairs_side_by_side() -> None:
 def test_both_sides_are_capped_to_the_same_tokens(machine: Machine) -> None:
     ours, vllm = capped(OURS, 6080), capped(VLLM, 6080)
     config = build_config(our_options(ours, machine), "x")
-    assert config.layer_split == (2, 1)
+    assert max(config.layer_split) == 2
     block_bytes = 2 * 2 * 16 * 1 * 64 * 4
     info_bytes = config.pool_bytes / (6080 // 16)
     assert info_bytes % block_bytes == 0  # of the stage with most layers

@@ -83,8 +83,11 @@ def test_longer_answers_move_more_layers_away_from_the_head(
     assert share(1.0, 100.0) < share(400.0, 100.0) <= 8
 
 
-def test_a_head_worth_less_than_moving_a_layer_changes_nothing(tmp_path: Path) -> None:
-    config, notices = build(folder(tmp_path))
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_head_worth_less_than_moving_a_layer_changes_nothing(
+    tmp_path: Path, activation: str
+) -> None:
+    config, notices = build(folder(tmp_path, hidden_act=activation))
     assert config.layer_split == (7, 7)
     assert notices == []
 
