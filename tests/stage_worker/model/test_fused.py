@@ -7,9 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipemax.stage_worker.model import fused, load, packed, row_kernels, skeleton
+from pipemax.stage_worker.model import fused, load, packed, products, row_kernels, skeleton
 from pipemax.stage_worker.model.families import FAMILIES
-from pipemax.stage_worker.model.packed import PackedLinear, pack_modules, padded_rows
+from pipemax.stage_worker.model.packed import (
+    GatedLinear,
+    PackedLinear,
+    pack_modules,
+    padded_rows,
+)
 from support.model_zoo import build_model
 from support.paged_run import Item, load_stages, run_step, step_plan
 
@@ -90,31 +95,58 @@ def test_an_activation_of_another_kind_is_left_to_transformers(tmp_path: Path) -
     assert stage.fused is None
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.fixture(params=["ours", "onednn", "plain"])
+def whose(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose products packed matrices have, whatever this machine would choose."""
+    kind: str = request.param
+    if kind != "ours":
+        monkeypatch.setattr(products, "can_tile", lambda dtype: False)
+    if kind == "plain":
+        monkeypatch.setattr(packed, "has_onednn", lambda dtype: False)
+    return kind
+
+
+def _near(dtype: torch.dtype) -> dict[str, float]:
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    return {"atol": tolerance, "rtol": tolerance}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_a_packed_matrix_computes_what_plain_ones_do(
-    monkeypatch: pytest.MonkeyPatch, bias: bool, dtype: torch.dtype, pack: bool
+    whose: str, bias: bool, dtype: torch.dtype
 ) -> None:
-    if not pack:
-        monkeypatch.setattr(packed, "can_pack", lambda dtype: False)
     torch.manual_seed(1)
     linears = [nn.Linear(24, size, bias=bias).to(dtype) for size in (16, 8, 40)]
     rows = torch.randn(11, 24).to(dtype)
     other = torch.randn(11, 64).to(dtype)
     product = PackedLinear(*linears)
     plain = torch.cat([linear(rows) for linear in linears], dim=1)
-    near = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for found, expected in (
         (product(rows), plain),
-        (product.swish(rows), functional.silu(plain)),
-        (product.times(rows, other), plain * other),
         (product.plus(rows, other), plain + other),
         (product(rows[:0]), plain[:0]),
     ):
         assert found.dtype == dtype
-        torch.testing.assert_close(found, expected, atol=near, rtol=near)
+        torch.testing.assert_close(found, expected, **_near(dtype))
+
+
+@pytest.mark.parametrize("size", [64, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_a_gated_matrix_is_an_activation_times_another(
+    whose: str, dtype: torch.dtype, size: int
+) -> None:
+    """Of 40 outputs some are in no whole panel."""
+    torch.manual_seed(2)
+    gate, up = (nn.Linear(24, size, bias=False).to(dtype) for _ in range(2))
+    rows = torch.randn(11, 24).to(dtype)
+    rows[0] = 1e4 * torch.sign(gate.weight[0])  # far out, on both sides
+    found = GatedLinear(gate, up)(rows)
+    expected = functional.silu(gate(rows).float()) * up(rows).float()
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, **_near(dtype))
 
 
 def test_biases_come_together_or_not_at_all() -> None:
@@ -137,12 +169,17 @@ def test_packing_a_models_linears_spares_shared_ones() -> None:
     torch.testing.assert_close(model(rows), expected)
 
 
-def test_rows_are_padded_a_little_and_to_few_sizes() -> None:
+def test_for_onednn_rows_are_padded_a_little_and_to_few_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "can_tile", lambda dtype: False)
     for rows in range(1, 5000):
-        padded = padded_rows(rows)
+        padded = padded_rows(rows, torch.float32)
         assert rows <= padded <= max(rows + 7, rows * 65 / 64)
-    assert len({padded_rows(rows) for rows in range(1, 1025)}) == 128
-    assert padded_rows(0) == 0
+    assert len({padded_rows(rows, torch.float32) for rows in range(1, 1025)}) == 128
+    assert padded_rows(0, torch.float32) == 0
+    monkeypatch.setattr(products, "can_tile", lambda dtype: True)
+    assert padded_rows(3, torch.float32) == 3
 
 
 @pytest.mark.parametrize("size", [8, 96, 100])

@@ -5,7 +5,7 @@
 
 transformers' modules compute the same one small operation at a time and look their arguments up in
 each; around the same products that takes 1.4 to 1.55 times as long (ops/benchmarks/LOG.md). Here a
-layer is five products with what follows them inside, two norms, and attention with the rotation.
+layer is four products with what follows them inside, two norms, and attention with the rotation.
 The weights are taken out of transformers' modules, which stay as the plain form of all this:
 `--no-fused-layers` runs them.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional
 from pipemax.stage_worker.attention.interface import HeadNorm, Rotary
 from pipemax.stage_worker.attention.paged import PagedAttention
 from pipemax.stage_worker.model.families import Family
-from pipemax.stage_worker.model.packed import PackedLinear, padded_rows
+from pipemax.stage_worker.model.packed import GatedLinear, PackedLinear, padded_rows
 from pipemax.stage_worker.model.row_kernels import rms_norm
 
 
@@ -58,7 +58,7 @@ class FusedLayers:
         """`hidden` `[T, hidden]` and its `position_ids` `[1, T]`. Output of the last layer, before
         any final norm: of the rows `kept`, int64, where it is given, else of all."""
         step = _Step(hidden.shape[0], self._rotary_of(position_ids))
-        hidden = _pad(hidden, padded_rows(step.rows))
+        hidden = _pad(hidden, padded_rows(step.rows, hidden.dtype))
         *others, last = self._layers
         for layer in others:
             hidden = layer.run(hidden, step)
@@ -73,7 +73,7 @@ class FusedLayers:
         assert self._norm is not None
         assert self._head is not None
         rows = hidden.shape[0]
-        return self._head(self._norm(_pad(hidden, padded_rows(rows))))[:rows]
+        return self._head(self._norm(_pad(hidden, padded_rows(rows, hidden.dtype))))[:rows]
 
     def _rotary_of(self, position_ids: torch.Tensor) -> Rotary:
         """In float32, whatever the model's dtype is."""
@@ -112,8 +112,7 @@ class _FusedLayer:
         self._before_mlp = _Norm(layer.post_attention_layernorm)
         self._qkv = PackedLinear(heads.q_proj, heads.k_proj, heads.v_proj)
         self._out = PackedLinear(heads.o_proj)
-        self._gate = PackedLinear(mlp.gate_proj)
-        self._up = PackedLinear(mlp.up_proj)
+        self._gate_and_up = GatedLinear(mlp.gate_proj, mlp.up_proj)
         self._down = PackedLinear(mlp.down_proj)
         for linear in (heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj):
             _let_go(linear)
@@ -135,11 +134,10 @@ class _FusedLayer:
             head_norm=self._head_norm,
         )
         if kept is not None:
-            padded = padded_rows(kept.shape[0])
+            padded = padded_rows(kept.shape[0], hidden.dtype)
             attended, hidden = attended[kept], _pad(hidden[kept], padded)
         hidden = self._out.plus(_pad(attended, hidden.shape[0]), hidden)
-        normed = self._before_mlp(hidden)
-        return self._down.plus(self._up.times(normed, self._gate.swish(normed)), hidden)
+        return self._down.plus(self._gate_and_up(self._before_mlp(hidden)), hidden)
 
 
 def _window(family: Family, layer: Any, config: Any) -> int:

@@ -9,7 +9,7 @@ from pipemax.proto.errors import InvariantError
 from pipemax.proto.geometry import BlockGeometry
 from pipemax.stage_worker.attention.interface import StageAttention, Step
 from pipemax.stage_worker.attention.probe import probe_plan
-from pipemax.stage_worker.model import row_kernels
+from pipemax.stage_worker.model import packed, row_kernels
 from pipemax.stage_worker.model.fused import FusedLayers
 from pipemax.stage_worker.model.inspect import ModelInfo
 
@@ -46,6 +46,7 @@ class StageModel:
             {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()
         )
         """Memory of this stage's weights; a tied tensor counts once."""
+        self._is_packed = rebuild is not None
         self._fused = None if rebuild is None else rebuild()
 
     @property
@@ -82,6 +83,8 @@ class StageModel:
         compiles nothing. Call it after `bind_pool`, before the pool holds
         anything."""
         self._attention.warm_up()
+        if self._is_packed:
+            packed.warm_up(self.dtype)
         if self._fused is not None:
             row_kernels.warm_up(self.dtype)
         step = self._attention.prepare(probe_plan())
