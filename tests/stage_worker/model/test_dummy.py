@@ -55,7 +55,8 @@ def test_every_family_runs_without_a_checkpoint(tmp_path: Path, family: str) -> 
     found = logits(whole)
     assert torch.isfinite(found).all()
     assert found.std() > 0
-    assert torch.equal(logits(load(folder, (1, 3))), found)
+    # Not bit by bit: a tied head is multiplied with otherwise where it stands beside its embedding.
+    torch.testing.assert_close(logits(load(folder, (1, 3))), found, rtol=1e-5, atol=1e-6)
     assert torch.isfinite(logits(load(folder, (4,), "bfloat16"))).all()
 
 

@@ -83,6 +83,7 @@ class TiledMatrix:
     def __call__(self, rows: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """`rows` `[rows, inputs]` to `[rows, outputs]`, new; plus `other` of that shape."""
         rows = _apart(rows.contiguous())
+        added = None if other is None else other.contiguous()
         out = torch.empty(rows.shape[0], self.outputs, dtype=self._dtype)
         arguments = (
             rows.data_ptr(),
@@ -91,7 +92,7 @@ class TiledMatrix:
             self.inputs * rows.element_size() // WORD_BYTES,
             self._panels.data_ptr(),
             self._bias.data_ptr(),
-            0 if other is None else other.contiguous().data_ptr(),
+            0 if added is None else added.data_ptr(),
             out.data_ptr(),
             self.outputs * out.element_size(),
             self.outputs // self._panels.shape[0] * out.element_size(),
