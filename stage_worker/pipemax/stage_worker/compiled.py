@@ -1,9 +1,9 @@
 """Functions that numba compiles: cached on disk, and by one process at a time.
 
 numba's cache notices a change of the file that a function stands in, and of no other: what is
-compiled calls nothing compiled in other files, and is named after the contents of those whose
-intrinsics it uses. The cache is the `__pycache__` next to the file, or the user's own cache folder:
-never a shared one.
+compiled is named after the contents of all other files whose intrinsics and compiled functions it
+uses, and of those that these use. The cache is the `__pycache__` next to the file, or the user's
+own cache folder: never a shared one.
 """
 
 import fcntl
@@ -20,8 +20,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def compiled(*sources: ModuleType, **options: Any) -> Callable[[_Function], _Function]:
-    """`njit`, cached on disk where a private folder can be written. `sources`: whose intrinsics a
-    function uses."""
+    """`njit`, cached on disk where a private folder can be written. `sources`: whose intrinsics and
+    compiled functions a function uses."""
     digest = hashlib.sha256()
     for source in sources:
         digest.update(Path(str(source.__file__)).read_bytes())

@@ -1,6 +1,7 @@
 """Pieces of vector code in LLVM's own language: loads, stores, conversions and exp for sixteen
 lanes of 32 bits; LLVM splits them where the CPU has shorter ones. Addresses are integers."""
 
+import math
 from typing import Any, Final
 
 import llvmlite.binding as llvm
@@ -26,6 +27,9 @@ LOWEST: Final = -3.0e38
 
 Builder = Any
 Value = Any
+LOG2_E: Final = math.log2(math.e)
+_TAYLOR: Final = [math.log(2.0) ** power / math.factorial(power) for power in range(8)]
+"""Of 2^x."""
 
 
 class BFloat(ir.Type):  # type: ignore[misc]
@@ -42,6 +46,7 @@ class BFloat(ir.Type):  # type: ignore[misc]
 
 
 BFLOATS = ir.VectorType(BFloat(), 2 * LANES)
+_HALF_BFLOATS = ir.VectorType(BFloat(), LANES)
 
 
 def has_bfloat16_products() -> bool:
@@ -76,6 +81,16 @@ def call(builder: Builder, name: str, result: Any, *args: Value) -> Value:
 
 def multiply_add(builder: Builder, a: Value, b: Value, c: Value) -> Value:
     return call(builder, "llvm.fmuladd.v16f32", REALS, a, b, c)
+
+
+def product(builder: Builder, dot: bool, word: Value, vector: Value, total: Value) -> Value:
+    """Each word times each lane, added to `total`: float32, or with `dot` pairs of bfloat16."""
+    if dot:
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        pairs = builder.bitcast(word, BFLOATS), builder.bitcast(vector, BFLOATS)
+        return call(builder, name, REALS, total, *pairs)
+    reals = builder.bitcast(word, REALS), builder.bitcast(vector, REALS)
+    return multiply_add(builder, *reals, total)
 
 
 def pointer(builder: Builder, address: Value, offset: int, kind: Any) -> Value:
@@ -187,7 +202,29 @@ def narrow_float16(builder: Builder, reals: Value) -> Value:
     return builder.or_(builder.select(is_huge, special, finite), sign)
 
 
+def narrow_by_cpu(builder: Builder, reals: Value) -> Value:
+    """`narrow_bfloat16` to 16-bit lanes, by a CPU that multiplies bfloat16; subnormals become 0."""
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    return builder.bitcast(call(builder, name, _HALF_BFLOATS, reals), HALVES)
+
+
 NARROW = {types.int16: narrow_bfloat16, types.uint16: narrow_float16}
+
+
+def exp2(builder: Builder, x: Value, degree: int = 7) -> Value:
+    """2^x of numbers below 128; below -125 that of -125.
+
+    2^x = 2^n · 2^r with |r| ≤ 1/2, and 2^r by its Taylor polynomial: to 5e-9 of its value, and with
+    degree 4 to 4e-5. The exponent n is added to its bits.
+    """
+    x = builder.select(builder.fcmp_ordered("<", x, reals_of(-125.0)), reals_of(-125.0), x)
+    n = call(builder, "llvm.rint.v16f32", REALS, x)
+    r = builder.fsub(x, n)
+    p = reals_of(_TAYLOR[degree])
+    for power in range(degree - 1, -1, -1):
+        p = multiply_add(builder, p, r, reals_of(_TAYLOR[power]))
+    exponent = builder.shl(builder.fptosi(n, WORDS), words_of(23))
+    return builder.bitcast(builder.add(builder.bitcast(p, WORDS), exponent), REALS)
 
 
 def exp(builder: Builder, x: Value) -> Value:

@@ -8,6 +8,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipemax.stage_worker.attention import vector_ahead
 from pipemax.stage_worker.attention import vector_code as ll
 from pipemax.stage_worker.attention.vector_code import (
     LANES,
@@ -21,9 +22,9 @@ def _reduced(builder: Builder, name: str, vector: Value, *before: Value) -> Valu
 
 
 def _softcapped(builder: Builder, scores: list[Value], softcap: Value) -> list[Value]:
-    """softcap · tanh(score / softcap), and tanh(x) = 1 - 2 / (exp(2x) + 1), which beyond ±40 is ±1
-    in float32."""
-    cap = ll.splat(builder, softcap, ll.REALS)
+    """log2(e) · softcap · tanh(score / softcap), of scores times log2(e). tanh(x) =
+    1 - 2 / (exp(2x) + 1), which beyond ±40 is ±1 in float32."""
+    cap = builder.fmul(ll.splat(builder, softcap, ll.REALS), ll.reals_of(ll.LOG2_E))
     capped = []
     for score in scores:
         x = builder.fdiv(score, cap)
@@ -49,19 +50,23 @@ def weigh(
     total: Any,
     sums: Any,
     vectors: Any,
+    walk: Any,
     dot: Any,
 ) -> Any:
     """Makes one query's scores of a tile its weights, in place: those of tokens `first` to `end`
     of the tile; others weigh nothing.
 
-    A weight is exp(score - top), `top` (a float32's address) the largest score so far. When that
-    rises, what was summed before is scaled down: `total` (16 lanes of the weights' sum) and `sums`
-    (`vectors` vectors of values times weights). Weights are float32, or, with `dot`, bfloat16.
+    A weight is exp(score - top), computed as a power of 2 of scores times log2(e), of which `top`
+    (a float32's address) is the largest so far. When that rises, what was summed before is scaled
+    down: `total` (16 lanes of the weights' sum) and `sums` (`vectors` vectors of values times
+    weights). Weights are float32, or, with `dot`, bfloat16. Takes a step of `walk` with each
+    vector.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        scores, first, end, scaling, softcap, top, total, sums, vectors = args[:9]
-        scale = ll.splat(builder, scaling, ll.REALS)
+        scores, first, end, scaling, softcap, top, total, sums, vectors, walk = args[:10]
+        is_dot = isinstance(dot, types.Integer)
+        scale = builder.fmul(ll.splat(builder, scaling, ll.REALS), ll.reals_of(ll.LOG2_E))
         kept = [cgutils.alloca_once(builder, ll.REALS) for _ in range(ll.TILE_VECTORS)]
         found = []
         for v in range(ll.TILE_VECTORS):
@@ -82,21 +87,25 @@ def weigh(
         _raise_top(builder, highest, top, total, sums, vectors)
         highest = ll.splat(builder, ll.load(builder, top, 0, ll.REAL), ll.REALS)
         added = ll.load(builder, total, 0, ll.REALS)
+        ahead = vector_ahead.Walk(builder, walk)
         for v, score in enumerate(masked):
-            weight = ll.exp(builder, builder.fsub(score, highest))
+            ahead.step()
+            degree = 4 if is_dot else 7
+            weight = ll.exp2(builder, builder.fsub(score, highest), degree)
             weight = builder.select(seen[v], weight, ll.reals_of(0.0))
-            if isinstance(dot, types.Integer):
-                words = ll.narrow_bfloat16(builder, weight)
-                ll.store(builder, builder.trunc(words, ll.HALVES), scores, v * ll.VECTOR_BYTES // 2)
-                weight = ll.widen_bfloat16(builder, words)
+            if is_dot:
+                halves = ll.narrow_by_cpu(builder, weight)
+                ll.store(builder, halves, scores, v * ll.VECTOR_BYTES // 2)
+                weight = ll.widen_bfloat16(builder, builder.zext(halves, ll.WORDS))
             else:
                 ll.store(builder, weight, scores, v * ll.VECTOR_BYTES)
             added = builder.fadd(added, weight)
         ll.store(builder, added, total, 0)
+        ahead.leave()
         return context.get_dummy_value()
 
     where, real = types.intp, types.float32
-    signature = types.void(where, where, where, real, real, where, where, where, where, dot)
+    signature = types.void(where, where, where, real, real, where, where, where, where, where, dot)
     return signature, codegen
 
 
@@ -127,7 +136,7 @@ def _raise_top(
     )
     with builder.if_then(any_more, likely=False):
         now = _reduced(builder, "fmax", highest)
-        factor = ll.exp(builder, ll.splat(builder, builder.fsub(before, now), ll.REALS))
+        factor = ll.exp2(builder, ll.splat(builder, builder.fsub(before, now), ll.REALS))
         ll.store(builder, now, top, 0)
         ll.store(builder, builder.fmul(ll.load(builder, total, 0, ll.REALS), factor), total, 0)
         with cgutils.for_range(builder, vectors) as loop:

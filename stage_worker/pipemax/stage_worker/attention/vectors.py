@@ -20,6 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from pipemax.stage_worker.attention import vector_ahead
 from pipemax.stage_worker.attention import vector_code as ll
 from pipemax.stage_worker.attention.vector_code import (
     LANES,
@@ -66,21 +67,6 @@ def _columns(builder: Builder, rows: list[Value]) -> list[Value]:
     return columns
 
 
-def _prefetch(builder: Builder, address: Value, lines: int) -> None:
-    """Asks the CPU to fetch cache lines, for reading. Any address is harmless."""
-    for line in range(lines):
-        pointer = ll.pointer(builder, address, 64 * line, ir.IntType(8))
-        ll.call(
-            builder,
-            "llvm.prefetch.p0",
-            ir.VoidType(),
-            pointer,
-            ll.WORD(0),
-            ll.WORD(2),
-            ll.WORD(1),
-        )
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def pack_keys(
     typing_context: Any,
@@ -88,22 +74,18 @@ def pack_keys(
     offset: Any,
     words: Any,
     target: Any,
-    ahead: Any,
-    ahead_offset: Any,
     element: Any,
     dot: Any,
 ) -> Any:
     """Transposes 16 words of 16 tokens: those at `offset` bytes of the rows whose addresses are at
-    `tokens`; `words` of them are there. To rows at `target`, one per word of the left side.
-    Prefetches a line at `ahead_offset` bytes of each of the 16 addresses at `ahead`."""
+    `tokens`; `words` of them are there. To rows at `target`, one per word of the left side."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tokens, offset, words, target, ahead, ahead_offset = args[:6]
-        rows = []
-        for token in range(LANES):
-            coming = ll.load(builder, ahead, 8 * token, ll.ADDRESS)
-            _prefetch(builder, builder.add(coming, ahead_offset), 1)
-            rows.append(builder.add(ll.load(builder, tokens, 8 * token, ll.ADDRESS), offset))
+        tokens, offset, words, target = args[:4]
+        rows = [
+            builder.add(ll.load(builder, tokens, 8 * token, ll.ADDRESS), offset)
+            for token in range(LANES)
+        ]
         columns = _columns(builder, _whole_rows(builder, rows, words))
         if element in ll.WIDEN and not isinstance(dot, types.Integer):
             widen = ll.WIDEN[element]
@@ -120,7 +102,7 @@ def pack_keys(
         return context.get_dummy_value()
 
     where = types.intp
-    return types.void(where, where, where, where, where, where, element, dot), codegen
+    return types.void(where, where, where, where, element, dot), codegen
 
 
 def _whole_rows(builder: Builder, rows: list[Value], words: Value) -> list[Value]:
@@ -140,17 +122,6 @@ def _whole_rows(builder: Builder, rows: list[Value], words: Value) -> list[Value
         builder.select(is_part, builder.add(copy, ll.ADDRESS(index * ll.VECTOR_BYTES)), row)
         for index, row in enumerate(rows)
     ]
-
-
-def _product(builder: Builder, dot: bool, word: Value, vector: Value, total: Value) -> Value:
-    """`word` times each lane, added to `total`."""
-    left = ll.splat(builder, word, ll.WORDS)
-    if dot:
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        pairs = builder.bitcast(left, ll.BFLOATS), builder.bitcast(vector, ll.BFLOATS)
-        return ll.call(builder, name, ll.REALS, total, *pairs)
-    reals = builder.bitcast(left, ll.REALS), builder.bitcast(vector, ll.REALS)
-    return ll.multiply_add(builder, *reals, total)
 
 
 def _accumulate(
@@ -178,10 +149,10 @@ def _accumulate(
     at = builder.shl(index, ll.ADDRESS(2))
     ends = []
     for left, row in zip(lefts, sums, strict=True):
-        word = ll.load(builder, builder.add(left, at), 0, ll.WORD)
+        word = ll.splat(builder, ll.load(builder, builder.add(left, at), 0, ll.WORD), ll.WORDS)
         ends.append(
             [
-                _product(builder, dot, word, vector, total)
+                ll.product(builder, dot, word, vector, total)
                 for vector, total in zip(vectors, row, strict=True)
             ]
         )
@@ -277,8 +248,7 @@ def _make_add(queries: int, is_part: bool) -> Callable[..., Any]:
         tokens: Any,
         offset: Any,
         count: Any,
-        ahead: Any,
-        ahead_offset: Any,
+        walk: Any,
         sums: Any,
         sums_bytes: Any,
         element: Any,
@@ -287,24 +257,23 @@ def _make_add(queries: int, is_part: bool) -> Callable[..., Any]:
         """Adds values times weights to 64 numbers of each query's `sums`, `sums_bytes` apart. A
         step is one token, with `dot` two; values are at `offset` bytes of the addresses at
         `tokens`. `is_part`: only one vector, or two of 16-bit elements, of which `count` are there.
-        Prefetches as many bytes from `ahead_offset` bytes on of the addresses at `ahead`."""
+        Each step takes one of `walk`, too."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            weights, steps, tokens, offset, count, ahead, ahead_offset, sums, apart = args[:9]
+            weights, steps, tokens, offset, count, walk, sums, apart = args[:8]
             is_dot = isinstance(dot, types.Integer)
             narrow = 1 if element not in ll.WIDEN else 2
             vectors = narrow if is_part else 4
-            lines = 1 if is_part else 4 // narrow
+            ahead = vector_ahead.Walk(builder, walk)
 
             def right_side(index: Value) -> list[Value]:
+                ahead.step()
                 rows = []
                 shift = builder.shl(index, ll.ADDRESS(4 if is_dot else 3))
                 for token in range(2 if is_dot else 1):
                     at = builder.add(tokens, shift)
                     row = ll.load(builder, at, 8 * token, ll.ADDRESS)
                     rows.append(builder.add(row, offset))
-                    coming = ll.load(builder, builder.add(ahead, shift), 8 * token, ll.ADDRESS)
-                    _prefetch(builder, builder.add(coming, ahead_offset), lines)
                 there = count if is_part else None
                 return _value_vectors(builder, element, is_dot, rows, there, vectors)
 
@@ -316,9 +285,10 @@ def _make_add(queries: int, is_part: bool) -> Callable[..., Any]:
             lefts = _every(builder, weights, ll.ADDRESS(ll.ROW_BYTES), queries)
             ends = _accumulate(builder, is_dot, lefts, steps, begin, right_side)
             _store_rows(builder, ends, targets)
+            ahead.leave()
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 9, element, dot), codegen
+        return types.void(*[types.intp] * 8, element, dot), codegen
 
     return add  # type: ignore[no-any-return]
 
