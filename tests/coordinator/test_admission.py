@@ -1,5 +1,7 @@
 """Who starts to run: in order of service, as far as the expected growth has room."""
 
+from array import array
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from pipemax.coordinator.phases import PEAK_SHARE, make_prefill
 from pipemax.coordinator.policy import OffloadOutlook, OldestFirst, make_policy
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import SchedulerLimits, SchedulerState
+from pipemax.coordinator.waiting import Newcomer
 from pipemax.proto.messages.ingest import SamplingParams
 from support.scheduler_world import World
 
@@ -39,8 +42,8 @@ def state_with(blocks: int, host: int = 0) -> SchedulerState:
 def queue_up(state: SchedulerState, *lengths: tuple[int, int]) -> None:
     """Requests of so many prompt and at most so many output tokens."""
     for key, (prompt_len, outputs) in enumerate(lengths, len(state.waiting) + len(state.running)):
-        request = Request(key, [1] * prompt_len, sampling(outputs), 0, 0.0)
-        state.waiting[key] = request
+        newcomer = Newcomer(key, array("i", [1] * prompt_len), sampling(outputs), 0, 0.0)
+        state.waiting.put_last(newcomer)
 
 
 def taught(state: SchedulerState, outputs: int, times: int = 40) -> None:
@@ -151,7 +154,7 @@ def test_the_tokens_expected_to_fit_are_about_those_that_then_start() -> None:
     started = 8 * (len(state.running) - before)
     assert 0.5 * started < expected < 2 * started
     while state.waiting:
-        state.waiting.popitem()
+        state.waiting.remove(next(iter(state.waiting)))
     assert admission.expected_tokens() == 0
 
 

@@ -21,7 +21,7 @@ from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import CudaDevice, EngineConfig
 from pipemax.proto.errors import ConfigError, PipemaxError
 from pipemax.proto.messages import control, ingest
-from pipemax.proto.messages.registry import CONTROL, INGEST
+from pipemax.proto.messages.registry import CONTROL, INGEST, REPORTS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import connect_dealer, identity_of
@@ -51,11 +51,10 @@ class RunningShell:
         except PipemaxError as error:
             self.error = error
 
-    def say(self, identity: bytes, *messages: Message) -> None:
-        """Messages on `control`, from a peer that then leaves."""
-        socket = connect_dealer(
-            self.context, socket_endpoint(self.run_dir, "control"), CONTROL, identity
-        )
+    def say(self, identity: bytes, *messages: Message, channel: Channel = CONTROL) -> None:
+        """Messages from a peer that then leaves."""
+        endpoint = socket_endpoint(self.run_dir, channel.name)
+        socket = connect_dealer(self.context, endpoint, channel, identity)
         for message in messages:
             socket.send(encode(message))
         socket.close(linger=2000)
@@ -115,6 +114,34 @@ def test_a_stranger_on_the_control_socket_changes_nothing(running: RunningShell)
     assert status.stages[0].steps == 0
     running.client.send(encode(ingest.Submit(request_id="a", prompt_token_ids=(5,))))
     assert not running.client.poll(100), "a request was refused as if the system were draining"
+
+
+def test_reports_are_read_while_nothing_runs(running: RunningShell) -> None:
+    running.say(identity_of("stage", 0), hello("stage"))
+    wait_for(running, pid=7)
+    done = control.StepDone(epoch=0, step=0, stage=0, compute_s=0.0, state_seconds={"compute": 2.0})
+    running.say(identity_of("stage", 0), done, channel=REPORTS)
+    while running.status().stages[0].steps != 1:
+        assert running.error is None
+    assert running.status().stages[0].state_seconds == {"compute": 2.0}
+
+
+def test_a_coordinator_that_was_started_again_learns_of_a_stage_by_its_beat(
+    running: RunningShell,
+) -> None:
+    running.say(identity_of("stage", 0), hello("stage"), channel=REPORTS)
+    wait_for(running, pid=7)
+
+
+def test_what_a_stage_said_before_it_was_replaced_is_late(running: RunningShell) -> None:
+    replaced = msgspec.structs.replace(hello("stage"), pid=6, incarnation="before")
+    running.say(identity_of("stage", 0), hello("stage"))
+    wait_for(running, pid=7)
+    beat = control.Beat(state_seconds={"send": 1.0})
+    running.say(identity_of("stage", 0), replaced, beat, channel=REPORTS)
+    while running.status().stages[0].state_seconds != {"send": 1.0}:
+        assert running.error is None
+    assert running.status().stages[0].pid == 7
 
 
 def test_a_stage_from_another_installation_ends_the_coordinator_with_the_reason(

@@ -11,7 +11,7 @@ import zmq
 
 from pipemax.proto.messages.control import Hello, Reset, ResetDone, StageReady, Welcome
 from pipemax.proto.messages.kv import AttachPool, PoolAttached
-from pipemax.proto.messages.registry import CONTROL, KV
+from pipemax.proto.messages.registry import CONTROL, KV, REPORTS
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import bind_router, identity_of
@@ -27,8 +27,10 @@ class FakePeers:
     def __init__(self, run_dir: Path, instance_id: str = "first") -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._control = bind_router(self._context, socket_endpoint(run_dir, "control"), CONTROL)
+        self._reports = bind_router(self._context, socket_endpoint(run_dir, REPORTS.name), REPORTS)
         self._kv = bind_router(self._context, socket_endpoint(run_dir, "kv"), KV)
         self._codecs = {self._control: Codec(CONTROL, at_binder=True)}
+        self._codecs[self._reports] = self._codecs[self._control]
         self._codecs[self._kv] = Codec(KV, at_binder=True)
         self.instance_id = instance_id
         self.attaches_pools = True
@@ -70,6 +72,7 @@ class FakePeers:
     def handle(self, timeout_ms: int = 5) -> None:
         poller = zmq.Poller()
         poller.register(self._control, zmq.POLLIN)
+        poller.register(self._reports, zmq.POLLIN)
         poller.register(self._kv, zmq.POLLIN)
         for socket, _ in poller.poll(timeout_ms):
             assert isinstance(socket, zmq.Socket)

@@ -32,7 +32,7 @@ class Admission:
             blocks = state.blocks.take_for_write(self._prompt_blocks(request))
             if blocks is None:
                 raise InvariantError("admitted a request without device blocks for it")
-            del state.waiting[request.key]
+            state.waiting.remove(request.key)
             state.admit(request, now)
             sharing.give_prompt(state, request, blocks)
 
@@ -76,11 +76,11 @@ class Admission:
         per_output = state.forecast.prefill_per_output
         grown = 1.0 + (0.5 / per_output if per_output else 0.0)
         tokens = 0
-        for request in state.waiting.values():
-            room -= grown * len(request.tokens) / state.limits.block_size
+        for length in state.waiting.lengths():
+            room -= grown * length / state.limits.block_size
             if room < 0:
                 break
-            tokens += len(request.tokens)
+            tokens += length
         return tokens
 
     def _worth_offloading(self) -> int | None:
@@ -127,7 +127,7 @@ class Admission:
         )
 
     def _next(self) -> Request | None:
-        return next(iter(self._state.waiting.values()), None)
+        return self._state.waiting.first()
 
     def _prompt_blocks(self, request: Request) -> int:
         """To allocate for it: what it shares with those who run is there."""

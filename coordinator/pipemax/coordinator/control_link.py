@@ -1,5 +1,6 @@
-"""The control socket: what stages, samplers, the KV daemon and the launcher say, and what they are
-told. Each is known by the identity that its role and index give it."""
+"""The control sockets: what stages, samplers, the KV daemon and the launcher say, and what they are
+told. Each is known by the identity that its role and index give it. Two sockets, for the sake of
+what need not wake this process (see REPORTS)."""
 
 import logging
 import time
@@ -7,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
+from msgspec.structs import replace
 
 from pipemax.coordinator.assembly import DAEMON, sampler_name, stage_name
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import WireError
-from pipemax.proto.messages.registry import CONTROL
+from pipemax.proto.messages.control import StepPlan
+from pipemax.proto.messages.registry import CONTROL, REPORTS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.rundir import socket_endpoint
 from pipemax.proto.sockets import bind_router, identity_of
@@ -33,6 +36,7 @@ class ControlLink:
         self, context: "zmq.Context[zmq.Socket[bytes]]", config: EngineConfig, run_dir: Path
     ) -> None:
         self.socket = bind_router(context, socket_endpoint(run_dir, CONTROL.name), CONTROL)
+        self.reports = bind_router(context, socket_endpoint(run_dir, REPORTS.name), REPORTS)
         self._codec = Codec(CONTROL, at_binder=True)
         stages, samplers = range(config.pipeline_parallel_size), range(config.sampler_workers)
         self._stages = [identity_of("stage", index) for index in stages]
@@ -47,18 +51,27 @@ class ControlLink:
     def receive(self) -> Iterator[tuple[bytes, Message]]:
         """Messages that have arrived and whose they are, for a slice of time at most. What cannot
         be read is logged and left out."""
+        return self._arrived(self.socket, CONTROL)
+
+    def receive_reports(self) -> Iterator[tuple[bytes, Message]]:
+        """The same of those that nobody is woken for."""
+        return self._arrived(self.reports, REPORTS)
+
+    def _arrived(
+        self, socket: "zmq.Socket[bytes]", channel: Channel
+    ) -> Iterator[tuple[bytes, Message]]:
         until = time.monotonic() + CONTROL_SLICE_S
         while time.monotonic() < until:
             try:
-                identity = self.socket.recv(_AT_ONCE)
-                frame = self.socket.recv(_AT_ONCE, copy=False)  # parts come together
+                identity = socket.recv(_AT_ONCE)
+                frame = socket.recv(_AT_ONCE, copy=False)  # parts come together
                 frames = [frame.bytes]
                 if frame.more:
-                    frames += self.socket.recv_multipart(_AT_ONCE)
+                    frames += socket.recv_multipart(_AT_ONCE)
             except zmq.Again:
                 return
             try:
-                message = self._codec.decode(single_frame(frames, CONTROL))
+                message = self._codec.decode(single_frame(frames, channel))
             except WireError as error:
                 log.error("control message of %r refused: %s", identity, error)
                 continue
@@ -70,11 +83,15 @@ class ControlLink:
         for identity in self.names:
             self._send(identity, frame)
 
-    def to_stages(self, message: Message) -> None:
-        # One frame that all of them share: a plan with its block tables is not copied for each.
-        frame = zmq.Frame(encode(message), copy=True)
-        for identity in self._stages:
-            self._send(identity, frame)
+    def to_stages(self, plan: StepPlan) -> None:
+        """Sample rows go to the last one only."""
+        *others, last = self._stages
+        if others:
+            # One frame that all of them share: block tables are not copied for each.
+            frame = zmq.Frame(encode(replace(plan, sample=())), copy=True)
+            for identity in others:
+                self._send(identity, frame)
+        self._send(last, encode(plan))
 
     def to_daemon(self, message: Message) -> None:
         self._send(self._daemon, encode(message))

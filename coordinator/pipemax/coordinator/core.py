@@ -3,6 +3,7 @@
 No sockets, no clock, no threads: the coordinator process and the simulator run the same core.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -32,6 +33,7 @@ from pipemax.coordinator.policy import OldestFirst, SelectionPolicy
 from pipemax.coordinator.recovery import restart_from
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Decodes, Item, SchedulerLimits, SchedulerState
+from pipemax.coordinator.waiting import Newcomer
 from pipemax.proto.messages.control import NO_TOKEN
 from pipemax.proto.messages.ingest import FinishReason
 
@@ -110,20 +112,20 @@ class Scheduler:
         return []
 
     def _submit(self, event: Submitted, now: float) -> None:
-        prompt, sampling, limits = event.prompt_token_ids, event.sampling, self.state.limits
+        prompt, sampling = array("i", event.prompt_token_ids), event.sampling
         for index in range(event.sampling.n):
             key, seed = event.key + index, (event.seed + index) % 2**64
-            request = Request(
-                key, prompt, sampling, seed, now, event.job, event.bad_words, event.grammar
+            self.state.waiting.put_last(
+                Newcomer(
+                    key, prompt, sampling, seed, now, event.job, event.bad_words, event.grammar
+                )
             )
-            request.limit_to(limits.max_model_len, limits.eos_token_ids)
-            self.state.waiting[key] = request
             if index == 0 and sampling.prompt_logprobs is not None:  # one choice brings them
                 sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
 
     def _cancel(self, key: int) -> list[Command]:
         state = self.state
-        waiting = state.waiting.pop(key, None)
+        waiting = state.waiting.remove(key)
         if waiting is not None:
             return [self._result(waiting, "abort", None)]
         running = state.running.get(key)
@@ -137,8 +139,8 @@ class Scheduler:
         """After a reset: requests that waited for a step which never came back."""
         state = self.state
         commands: list[Command] = []
-        for request in [r for r in state.waiting.values() if r.cancelled]:
-            del state.waiting[request.key]
+        for request in [r for r in state.waiting.ran_before() if r.cancelled]:
+            state.waiting.remove(request.key)
             commands.append(self._result(request, "abort", None))
         for request in [r for r in state.running.values() if r.cancelled]:
             commands += self._finish(request, "abort", None)

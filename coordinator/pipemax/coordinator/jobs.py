@@ -32,6 +32,7 @@ from pipemax.coordinator.jobs_round import (
     failure,
     outcome_of,
     refused,
+    without_journal,
 )
 from pipemax.coordinator.journal import Journal, JournalLimits
 from pipemax.coordinator.journal_rows import Outcome, unsealed
@@ -214,7 +215,7 @@ class Jobs:
         if self._journal is None:
             why = self._create(messages) if messages else ""
             if self._journal is None:
-                return [(client, _nothing(message, why)) for client, message in messages], []
+                return [(client, without_journal(message, why)) for client, message in messages], []
         journal = self._journal
         may_start = may_start and bool(messages or self._queue.ready)
         room = self._room(waiting) if may_start else 0
@@ -388,15 +389,3 @@ def _refusal(
 ) -> ingest.Refused:
     request_id = None if request is None else request.request_id
     return ingest.Refused(request_id=request_id, code=code, message=text[:4096])
-
-
-def _nothing(message: JobMessage, why: str) -> Message:
-    """Answer of a system without a journal, which could not be made for the reason `why`."""
-    match message:
-        case ingest.ListJobs(job=None) | ingest.DeleteJob():
-            return ingest.JobList(number=message.number, jobs=())
-        case ingest.OpenJob():
-            if why:
-                return refused(message, "journal", why)
-            return refused(message, "draining", "the system is shutting down and takes no jobs")
-    return refused(message, "unknown_job", f"no job has the name {message.job!r}")

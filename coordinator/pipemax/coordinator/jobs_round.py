@@ -261,6 +261,18 @@ def refused(message: JobMessage, code: str, reason: str) -> ingest.JobRefused:
     return ingest.JobRefused(number=message.number, code=code, message=reason[:4096])
 
 
+def without_journal(message: JobMessage, why: str) -> Message:
+    """Answer of a system without a journal, which could not be made for the reason `why`."""
+    match message:
+        case ingest.ListJobs(job=None) | ingest.DeleteJob():
+            return ingest.JobList(number=message.number, jobs=())
+        case ingest.OpenJob():
+            if why:
+                return refused(message, "journal", why)
+            return refused(message, "draining", "the system is shutting down and takes no jobs")
+    return refused(message, "unknown_job", f"no job has the name {message.job!r}")
+
+
 def _killer(place: Place) -> Outcome:
     text = (
         f"it was running at {MOST_DEATHS} deaths of the coordinator, at the last one alone: it may "

@@ -3,12 +3,16 @@
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import count
+from operator import attrgetter
 
 from pipemax.coordinator.request import Request
 from pipemax.coordinator.state import Decodes, Item, Part
 from pipemax.proto.geometry import blocks_for
 from pipemax.proto.messages.control import RowExtras, SampleRow, SampleRules, StepPlan
 from pipemax.proto.messages.types import I32, pack_i32
+
+_DRAW, _SEED, _NEEDS_ROW = attrgetter("draw"), attrgetter("seed"), attrgetter("needs_row")
 
 
 def build_step_plan(
@@ -37,15 +41,15 @@ def build_step_plan(
             counts.extend(map(len, part.tables))
             tables += part.tables
             continue
-        index, count = len(starts), blocks_for(part.end, block_size)
+        index, num_blocks = len(starts), blocks_for(part.end, block_size)
         sample += _score_rows(index, part) if part.scored else ()
         if part.samples:
             sample.append(_sample_row(index, part.request, epoch, eos_token_ids))
         num_tokens.append(part.num_tokens)
         starts.append(part.start)
-        counts.append(count)
+        counts.append(num_blocks)
         table = part.request.table
-        tables.append(table if len(table) == count else table[:count])
+        tables.append(table if len(table) == num_blocks else table[:num_blocks])
         token_ids.extend(part.request.tokens[part.start : part.end])
     return StepPlan(
         epoch=epoch,
@@ -77,16 +81,14 @@ def _decode_rows(
     eos_token_ids: frozenset[int],
 ) -> list[SampleRow]:
     """One each, of items from `first` on; their tokens are added to `token_ids`."""
-    rows: list[SampleRow] = []
-    for index, request in enumerate(requests, first):
-        known = request.tokens
-        token_ids.append(known[-1])
-        if request.needs_row:
-            rows.append(_sample_row(index, request, epoch, eos_token_ids))
-            continue
-        position = len(known) - request.num_prompt
-        temperature, top_k, top_p, min_p = request.draw
-        rows.append(SampleRow(index, request.seed, position, temperature, top_k, top_p, min_p))
+    token_ids.extend([request.tokens[-1] for request in requests])
+    positions = [len(request.tokens) - request.num_prompt for request in requests]
+    draws = zip(*map(_DRAW, requests), strict=True)
+    rows = list(map(SampleRow, count(first), map(_SEED, requests), positions, *draws))
+    if any(map(_NEEDS_ROW, requests)):
+        for index, request in enumerate(requests):
+            if request.needs_row:
+                rows[index] = _sample_row(first + index, request, epoch, eos_token_ids)
     return rows
 
 

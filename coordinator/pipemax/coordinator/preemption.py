@@ -59,7 +59,7 @@ class Preemption:
     def recompute_later(self, request: Request) -> list[Command]:
         release = self._state.forget_kv(request)
         self._state.counters.preemptions += 1
-        self._state.put_first(request)
+        self._state.waiting.put_first(request)
         return [ToDaemon(release)] if release else []
 
     def _cheaper_to_recompute(self, request: Request) -> bool:

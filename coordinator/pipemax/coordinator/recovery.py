@@ -145,7 +145,7 @@ def _send_back(state: SchedulerState, request: Request, host_kept: bool) -> None
     state.stop_running(request)
     if host_kept:
         state.releasing[request.kv_key] = Releasing(0, [], NO_STEP)
-    state.put_first(request)
+    state.waiting.put_first(request)
 
 
 def _rebuild_books(state: SchedulerState, event: Resumed) -> None:

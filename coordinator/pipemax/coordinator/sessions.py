@@ -7,7 +7,7 @@ never more of them than the client has credits.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipemax.coordinator.deadlines import Deadlines
@@ -20,7 +20,7 @@ from pipemax.coordinator.text.processor import TextProcessor
 from pipemax.coordinator.text.structured import grammar_of
 from pipemax.proto.config import EngineConfig
 from pipemax.proto.errors import RequestError
-from pipemax.proto.messages.control import RowLogprobs
+from pipemax.proto.messages.control import NO_TOKEN, RowLogprobs
 from pipemax.proto.messages.ingest import Finished, SamplingParams, Submit
 from pipemax.proto.messages.types import Message
 
@@ -38,6 +38,9 @@ _SEED_MASK = 2**64 - 1
 
 @dataclass(slots=True)
 class Session:
+    client: ClientId
+    job: int
+    """Of its requests."""
     keys: dict[str, int] = field(default_factory=dict)
     """Unfinished requests: the client's id to ours."""
     outbox: deque[Message] = field(default_factory=deque)
@@ -48,7 +51,7 @@ class Session:
 class Entry:
     """One accepted request, from the client's side."""
 
-    client: ClientId | None
+    session: Session | None
     """None: it is a durable job's."""
     request_id: str
     key: int
@@ -56,8 +59,11 @@ class Entry:
     num_prompt_tokens: int
     submitted_at: float
     prompt_text: str | None
-    choices: list[Output]
+    sampling: SamplingParams
     stream: bool
+    choices: Sequence[Output] = ()
+    """Empty until a first token is to be looked at, or the first choice is done: a hundred thousand
+    requests may wait."""
     is_over_time: bool = False
     """Its choices are being cancelled for that."""
 
@@ -76,8 +82,10 @@ class Sessions:
         self._text = text
         self._send = send
         self._sessions: dict[ClientId, Session] = {}
-        self._entries: dict[int, tuple[Entry, Output]] = {}
-        """By key, one for each choice."""
+        self._entries: dict[int, Entry] = {}
+        """By key of each choice."""
+        self._no_logprobs = LogprobsTaken(text, SamplingParams(), NO_TOKEN)
+        """Of all who want none: it holds nothing."""
         self.listening: set[int] = set()
         """Keys of choices that are to be told of every token, because somebody looks at their
         text, or streams, or wants logprobs."""
@@ -110,8 +118,11 @@ class Sessions:
                     f"more than {self._config.client_credits} unfinished requests; "
                     "wait for results before sending more",
                 )
-        event = self._enter(client, submit, job_of(client), now)
-        self._sessions.setdefault(client, Session()).keys[submit.request_id] = event.key
+        else:
+            session = Session(client, job_of(client))
+        event = self._enter(session, submit, session.job, now)
+        self._sessions[session.client] = session
+        session.keys[submit.request_id] = event.key
         return event
 
     def accept_for_job(self, job: int, submit: Submit, now: float) -> Submitted:
@@ -121,7 +132,7 @@ class Sessions:
             raise RequestError("stream", "stream: results of jobs are fetched, not streamed")
         return self._enter(None, submit, -job, now)  # connections are positive numbers
 
-    def _enter(self, client: ClientId | None, submit: Submit, job: int, now: float) -> Submitted:
+    def _enter(self, session: Session | None, submit: Submit, job: int, now: float) -> Submitted:
         limit = self._config.max_model_len
         prompt = self._text.encode(submit, limit)
         sampling = check_sampling(
@@ -142,22 +153,42 @@ class Sessions:
         key = self._next_key
         self._next_key += sampling.n
         prompt_text = self._text.prompt_text(submit, prompt) if submit.echo else None
-        decoder = self._text if self._text.has_tokenizer else None
-        stream = submit.stream
-        entry = Entry(client, submit.request_id, key, len(prompt), now, prompt_text, [], stream)
+        entry = Entry(
+            session, submit.request_id, key, len(prompt), now, prompt_text, sampling, submit.stream
+        )
+        if submit.stream or sampling.stop or sampling.logprobs is not None:
+            self.listening.update(range(key, key + sampling.n))
+        if sampling.prompt_logprobs is not None or sampling.logprobs is not None:
+            entry.choices = self._outputs_of(entry, first_token=prompt[0])
         for index in range(sampling.n):
-            taken = LogprobsTaken(self._text, sampling, prompt[0])
-            output = Output(StopChecker(decoder, sampling, stream=stream), taken)
-            entry.choices.append(output)
-            self._entries[key + index] = entry, output
-            if stream or sampling.stop or sampling.logprobs is not None:
-                self.listening.add(key + index)
+            self._entries[key + index] = entry
         if submit.timeout_s is not None:
             self._deadlines.set(key, now + submit.timeout_s)
         seed = sampling.seed
         if seed is None:
             seed = derived_seed(self._config.seed, submit.request_id)
         return Submitted(key, prompt, sampling, seed & _SEED_MASK, job, bad_words, grammar)
+
+    def _outputs_of(self, entry: Entry, first_token: int = NO_TOKEN) -> list[Output]:
+        """For its choices; `first_token` of its prompt, where it wants logprobs."""
+        decoder = self._text if self._text.has_tokenizer else None
+        sampling = entry.sampling
+        return [
+            Output(
+                StopChecker(decoder, sampling, stream=entry.stream),
+                self._no_logprobs
+                if first_token == NO_TOKEN
+                else LogprobsTaken(self._text, sampling, first_token),
+            )
+            for _ in range(sampling.n)
+        ]
+
+    def _found(self, key: int) -> tuple[Entry, Output]:
+        """A choice's request, and what came of the choice so far."""
+        entry = self._entries[key]
+        if not entry.choices:
+            entry.choices = self._outputs_of(entry)
+        return entry, entry.choices[key - entry.key]
 
     def _check_computed(self, sampling: SamplingParams) -> None:
         """Refuses what needs a model that really computes."""
@@ -179,22 +210,22 @@ class Sessions:
         """Keys of requests to cancel, because they have had their time; each once."""
         keys = self._deadlines.over(now)
         for key in keys:
-            self._entries[key][0].is_over_time = True
+            self._entries[key].is_over_time = True
         return keys
 
     def num_choices(self, key: int) -> int:
         """Of the request whose first choice has this key; 1 if it has finished."""
         found = self._entries.get(key)
-        return len(found[0].choices) if found else 1
+        return found.sampling.n if found else 1
 
     def token(self, key: int, token_id: int, logprobs: RowLogprobs | None = None) -> str | None:
         """Take one sampled token of a choice that is `listening`; returns the stop string it
         completes, if any."""
-        entry, output = self._entries[key]
+        entry, output = self._found(key)
         output.logprobs.take(logprobs)
-        if entry.stream and entry.client is not None:
-            self._sessions[entry.client].stream.changed.setdefault(entry.key, entry)
-            self._with_changes.add(entry.client)
+        if entry.stream and entry.session is not None:
+            entry.session.stream.changed.setdefault(entry.key, entry)
+            self._with_changes.add(entry.session.client)
         return output.text.append(token_id)
 
     def taken(self, client: ClientId, number: int) -> None:
@@ -204,12 +235,12 @@ class Sessions:
 
     def scored(self, key: int, logprobs: RowLogprobs | None) -> None:
         """Take the logprobs of the next prompt token."""
-        self._entries[key][1].logprobs.take_prompt(logprobs)
+        self._found(key)[1].logprobs.take_prompt(logprobs)
 
     def finish(self, result: FinishRequest, now: float) -> tuple[int, Finished] | None:
         """One choice is done. With the last of a request comes its key, and the client's message,
         queued for delivery if it is a client's."""
-        entry, output = self._entries[result.key]
+        entry, output = self._found(result.key)
         output.result = result
         if result.key in self.listening:
             self.listening.discard(result.key)
@@ -222,13 +253,13 @@ class Sessions:
             del self._entries[key]
         self._deadlines.discard(entry.key)
         message = _finished(entry, results, now)
-        if entry.client is None:
+        session = entry.session
+        if session is None:
             return entry.key, message
-        session = self._sessions[entry.client]
         del session.keys[entry.request_id]
         session.stream.changed.pop(entry.key, None)
         session.outbox.append(message)
-        self._with_outbox.add(entry.client)
+        self._with_outbox.add(session.client)
         return entry.key, message
 
     def deliver(self) -> list[int]:

@@ -135,21 +135,22 @@ class CoordinatorShell:
     def run(self) -> None:
         """Serve until stopped. Raises PipemaxError when the system cannot work as configured."""
         stopped = False
-        poller = zmq.Poller()
-        poller.register(self._control.socket, zmq.POLLIN)
+        urgent, reports = self._control.socket, self._control.reports
         more = False
         try:
             self._doors.open()
-            self._doors.register(poller)
+            while_busy, while_idle = self._poller(urgent), self._poller(urgent, reports)
             self._jobs.open()
             while not self._stopping:
+                poller = while_busy if self._scheduler.state.in_flight else while_idle
                 polled_at = time.monotonic()
                 ready = poller.poll(0 if more or self._jobs.has_work else IDLE_POLL_MS)
                 self._view.waited(time.monotonic() - polled_at)
-                told = [socket for socket, _ in ready]
-                if self._control.socket in told:
+                told = {socket for socket, _ in ready}
+                clients_wait = bool(told - {urgent, reports})
+                if urgent in told or not clients_wait:
                     self._receive_control()
-                if more or len(told) > (self._control.socket in told):
+                if more or clients_wait:
                     more = self._clients.receive()
                 self._serve_jobs()
                 self._finish_round()
@@ -162,12 +163,33 @@ class CoordinatorShell:
             self._doors.close()
             self._context.destroy(linger=200)
 
+    def _poller(self, *control: "zmq.Socket[bytes]") -> zmq.Poller:
+        """Waits for clients and for these."""
+        poller = zmq.Poller()
+        for socket in control:
+            poller.register(socket, zmq.POLLIN)
+        self._doors.register(poller)
+        return poller
+
     # Control
 
     def _receive_control(self) -> None:
+        """Reports first: what is planned is to know them."""
+        for identity, message in self._control.receive_reports():
+            if not self._is_late(identity, message):
+                self._on_control(identity, message)
+                self._heard(identity)
         for identity, message in self._control.receive():
             self._on_control(identity, message)
             self._heard(identity)
+
+    def _is_late(self, identity: bytes, report: Message) -> bool:
+        """A Hello of a process that was replaced meanwhile: its successor's first comes by another
+        socket, and may have been faster."""
+        if not isinstance(report, control.Hello) or identity not in self._control.names:
+            return False
+        known = self._assembly.peers[self._control.names[identity]].incarnation
+        return known not in (None, report.incarnation)
 
     def _heard(self, identity: bytes) -> None:
         """A process that is ready beats from its work loop; one that loads does not."""
@@ -294,8 +316,7 @@ class CoordinatorShell:
         """No new requests. Of jobs those are finished that run."""
         log.info("draining: no new requests are accepted")
         self._clients.draining = self._view.draining = True
-        waiting = self._scheduler.state.waiting.items()
-        for key in self._jobs.drain({k for k, r in waiting if r.admitted_at is None}):
+        for key in self._jobs.drain(set(self._scheduler.state.waiting.never_ran())):
             self._cancel(key)
 
     def _server_hello(self) -> ingest.ServerHello:

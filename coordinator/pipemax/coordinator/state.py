@@ -5,7 +5,6 @@ no copy touches it. Host blocks are counted, not placed: placement is the daemon
 """
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from pipemax.coordinator.prefixes import PrefixTree, SharedBlock
 from pipemax.coordinator.releasing import Releasing, merge_into, release_of
 from pipemax.coordinator.request import NO_BLOCK, NO_STEP, HostState, Request
 from pipemax.coordinator.rosters import Rosters
+from pipemax.coordinator.waiting import WaitingQueue
 from pipemax.proto.messages.control import BlockMove, Release
 
 LATE_SHARE = 0.01
@@ -171,8 +171,7 @@ class SchedulerState:
     budget: LinkBudget = field(default_factory=lambda: LinkBudget(()))
     costs: PipelineCost = field(default_factory=lambda: PipelineCost(0))
     """Outlives epochs: the stages stay the same."""
-    waiting: OrderedDict[int, Request] = field(default_factory=OrderedDict)
-    """By key, in order of service."""
+    waiting: WaitingQueue = field(init=False)
     running: dict[int, Request] = field(default_factory=dict)
     """By key, in order of admission."""
     by_kv_key: dict[int, Request] = field(default_factory=dict)
@@ -196,6 +195,7 @@ class SchedulerState:
     """The last answer of `prefix_of`, and to what."""
 
     def __post_init__(self) -> None:
+        self.waiting = WaitingQueue(self.limits.max_model_len, self.limits.eos_token_ids)
         self.forecast = Forecast(self.limits.block_size)
         self.prefixes = PrefixTree(self.limits.block_size)
 
@@ -226,11 +226,6 @@ class SchedulerState:
         request.table.extend(blocks)
         request.host.extend([HostState.NONE] * len(blocks))
         self.total_blocks += len(blocks)
-
-    def put_first(self, request: Request) -> None:
-        """Queue up a request that ran before, ahead of all that wait."""
-        self.waiting[request.key] = request
-        self.waiting.move_to_end(request.key, last=False)
 
     def stop_running(self, request: Request) -> None:
         """Strike a request from the books of those that run; its blocks are the caller's."""

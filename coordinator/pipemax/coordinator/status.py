@@ -187,8 +187,10 @@ class StatusView:
 
     def _all_seconds(self, name: str) -> dict[str, float]:
         """By state, of the process and of those before it."""
-        before = self._before.get(name, {})
+        before = self._before.get(name)
         now = self._seconds.get(name, {})
+        if before is None:
+            return now
         return {s: now.get(s, 0.0) + before.get(s, 0.0) for s in now | before}
 
 
@@ -197,6 +199,8 @@ def _is_behind(now: LinkTotals, then: LinkTotals) -> bool:
 
 
 def _add(one: Sequence[LinkTotals], other: Sequence[LinkTotals]) -> tuple[LinkTotals, ...]:
+    if not one:
+        return tuple(other)
     return tuple(
         LinkTotals(
             load_bytes=a.load_bytes + b.load_bytes,

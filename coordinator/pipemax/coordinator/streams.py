@@ -5,7 +5,7 @@ there is beside it is how far the client was told. A client that does not read t
 nothing more than one that does not stream.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,7 +81,7 @@ class Streaming(Protocol):
     @property
     def request_id(self) -> str: ...
     @property
-    def choices(self) -> list[Output]: ...
+    def choices(self) -> Sequence[Output]: ...
 
 
 @dataclass(slots=True)

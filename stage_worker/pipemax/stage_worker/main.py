@@ -15,7 +15,7 @@ import zmq
 from pipemax.proto import PROTOCOL_VERSION
 from pipemax.proto.config import EngineConfig, load_config
 from pipemax.proto.messages.control import Hello, StageReady, SweepSample
-from pipemax.proto.messages.registry import CONTROL, KV
+from pipemax.proto.messages.registry import CONTROL, KV, REPORTS
 from pipemax.proto.process import on_stop_signals
 from pipemax.proto.sizes import format_size
 from pipemax.proto.sockets import identity_of
@@ -57,9 +57,12 @@ def body(run_dir: Path, index: int) -> None:
         stage = _load(stack, context, config, run_dir, index)
         queue = StepQueue(takes_activations=stage.neighbours.previous is not None)
         samples = _sweep(config, stage.engine)
+        is_last = index == config.pipeline_parallel_size - 1
         clock = StateClock(time.monotonic_ns)  # loading is over; it is told as `load_s`
         shell = StageShell(
             control,
+            # The last one brings tokens; and what one stage says stays in order, by one socket.
+            control if is_last else Peer(context, run_dir, REPORTS, identity),
             Peer(context, run_dir, KV, identity),
             hello=hello,
             ready=_ready(index, stage, samples),

@@ -48,6 +48,7 @@ class StageShell:
     def __init__(
         self,
         control: Peer,
+        reports: Peer,
         kv: Peer,
         *,
         hello: Hello,
@@ -58,8 +59,9 @@ class StageShell:
         clock: StateClock,
         spin_wait_s: float = 0.0,
     ) -> None:
-        """spin_wait_s: see EngineConfig."""
+        """reports: to the coordinator too, for steps and beats. spin_wait_s: see EngineConfig."""
         self._control = control
+        self._reports = reports
         self._kv = kv
         self._hello = hello
         self._ready = ready
@@ -141,7 +143,7 @@ class StageShell:
             logprobs=logprobs,
             elsewhere=pack_i32(row for share in shares for row in share),
         )
-        self._control.send(done)
+        self._reports.send(done)
 
     def computed(self, plan: StepPlan, event: int = -1) -> None:
         self._kv.send(Computed(epoch=plan.epoch, step=plan.step, event=event))
@@ -230,12 +232,12 @@ class StageShell:
             self._control.send(ResetDone(epoch=self._queue.epoch))
 
     def _tick(self) -> None:
-        self._control.send(self._hello)  # a restarted coordinator learns of us by it
+        self._reports.send(self._hello)  # a restarted coordinator learns of us by it
         if self._instance_id is None:
             return
-        self._control.send(Beat(state_seconds=self._clock.seconds()))
+        self._reports.send(Beat(state_seconds=self._clock.seconds()))
         if (spans := self._spans.take()) is not None:
-            self._control.send(spans)
+            self._reports.send(spans)
         if self._reset_done:
             return
         if not self._pool.attached:

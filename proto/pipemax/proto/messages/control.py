@@ -155,8 +155,10 @@ class RowExtras(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     wanted. -1: sample."""
 
 
-class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class SampleRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """Sample one token after item `item` of the plan."""
+
+    # gc=False, as of BlockMove: hundreds in every step, and in no cycles.
 
     item: int
     seed: int
@@ -187,7 +189,7 @@ class RowLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
-    """One pass of one micro-batch through all stages; the same message goes to every stage.
+    """One pass of one micro-batch through all stages; every stage gets it.
 
     Items are requests. Item i brings `num_tokens[i]` new tokens whose first position is
     `context_lens[i]`; its KV lives in `block_tables`' i-th run, which covers all its tokens, old
@@ -212,6 +214,7 @@ class StepPlan(Message, frozen=True, kw_only=True, tag="step_plan"):
     token_ids: I32
     """[sum(num_tokens)]"""
     sample: tuple[SampleRow, ...]
+    """For the last stage; empty in what the others get."""
     ended: tuple[RequestKey, ...] = ()
     """Requests whose SampleRules nobody need keep."""
 
@@ -264,7 +267,7 @@ class Failure(Message, frozen=True, kw_only=True, tag="failure"):
     error: ErrorText
 
 
-class BlockMove(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class BlockMove(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """One block between the host pool and every stage's device pool."""
 
     request: RequestKey

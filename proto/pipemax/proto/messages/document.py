@@ -21,7 +21,7 @@ from pipemax.proto.messages import (
     status,
     types,
 )
-from pipemax.proto.messages.registry import CHANNELS, Channel
+from pipemax.proto.messages.registry import CHANNELS, REPORTS, Channel
 from pipemax.proto.messages.types import Message
 from pipemax.proto.sizes import format_size
 
@@ -46,6 +46,8 @@ With `--listen` the `ingest` socket is on TCP as well, encrypted with CURVE; a Z
 the keys of the key folder and no others. With `--activation-transport tcp` the `act` sockets are
 TCP, encrypted with CURVE keys from the run directory, and `activation_ready` has a second frame
 that holds the rows.
+`reports` is `control` a second time, towards the coordinator only: what need not wake it, StepDone
+and what comes with every beat from all stages but the last.
 
 **A client** sends `client_hello`, gets `server_hello`, then sends `submit` as often as it likes (up
 to `credits` unfinished requests) and gets one `finished` or `refused` for each, in any order.
@@ -65,7 +67,7 @@ _NUMBERED = {"act": "-<s>", "logits": "-<i>"}
 def render() -> str:
     """The whole page, as Markdown."""
     lines = [_HEAD.format(version=PROTOCOL_VERSION).rstrip("\n")]
-    for channel in CHANNELS:
+    for channel in (*CHANNELS, REPORTS):
         limit = format_size(channel.max_message_bytes).replace(".0 ", " ")
         name = channel.name + _NUMBERED.get(channel.name, "")
         lines.append(f"| `{name}` | {channel.binder} | {channel.peers} | {limit} |")

@@ -5,7 +5,7 @@ and `proto/README.md` is generated from it.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipemax.proto.messages import activations, control, ingest, kv, logits, spans
 from pipemax.proto.messages.types import Message
@@ -102,6 +102,11 @@ CONTROL = Channel(
         spans.RecordSpans,
     ),
 )
+REPORTS = replace(CONTROL, name="reports", peers="stage workers but the last")
+"""The way of `control` to the coordinator a second time, for what need not wake it: of all stages
+but the last, StepDone and what is said with every beat. It is read whenever something else wakes
+the coordinator, before that, and all the time while no step is under way. With eight stages seven
+of eight StepDone bring no tokens, and to be woken for each costs more than to plan a step."""
 KV = Channel(
     name="kv",
     binder="KV daemon",
