@@ -1,5 +1,6 @@
 """The parts alone: what is counted, what is refused, and what is printed."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pipemax.proto.errors import ConfigError
 from pipemax.services.bench import parts_child, parts_command
 from pipemax.services.bench.attention import decode_batch, in_place, per_request
-from pipemax.services.bench.parts_command import Part
+from pipemax.services.bench.parts_command import Part, Shape
 from pipemax.services.bench.planner import PlannerBench, PlannerLoad
 from pipemax.services.bench.sampling_kinds import KINDS
 from pipemax.services.bench.transfers import measure_copies
@@ -28,7 +29,7 @@ def test_a_part_says_its_share_of_the_limit() -> None:
 def test_decode_counts_the_kv_of_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts_child, "_POOL_BYTES", 2**18)
     task: dict[str, Any] = {"kind": "decode", "batch": 3, "shortest": 10, "longest": 30}
-    shape = {"dtype": "bfloat16", "heads": 4, "kv_heads": 2, "seconds": 0.0}
+    shape = {"dtype": "bfloat16", "heads": 4, "kv_heads": 2, "head_dim": 64, "seconds": 0.0}
     found = parts_child.decode(task | shape)
     assert found["bytes"] == (10 + 20 + 30) * 2 * 2 * 64 * 2  # keys and values, heads, dims, bytes
     assert found["seconds"] > 0
@@ -45,8 +46,24 @@ def test_the_kernel_reads_the_layer_it_is_told(layer: int) -> None:
 
 
 def test_prompt_attention_counts_pairs() -> None:
-    task = {"tokens": 20, "heads": 4, "kv_heads": 2, "dtype": "float32", "seconds": 0.0}
-    assert parts_child.prompt(task)["flop"] == 4 * 4 * 64 * (20 * 21 / 2)
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 32}
+    task = {"tokens": 20, **shape, "dtype": "float32", "seconds": 0.0}
+    assert parts_child.prompt(task)["flop"] == 4 * 4 * 32 * (20 * 21 / 2)
+
+
+def test_huge_pages_are_counted_of_the_mapping_that_is_asked_for(tmp_path: Path) -> None:
+    smaps = tmp_path / "smaps"
+    smaps.write_text(
+        "1000-2000 rw-s 00000000 00:01 7 /memfd:other (deleted)\n"
+        "ShmemPmdMapped:     2048 kB\n"
+        "2000-3000 rw-s 00000000 00:01 8 /memfd:bench-pool (deleted)\n"
+        "Size:               9999 kB\n"
+        "ShmemPmdMapped:     4096 kB\n"
+        "VmFlags: rd wr sh\n"
+    )
+    assert parts_child.mapped_hugely(0x2FFF, smaps) == 4096 * 1024
+    assert parts_child.mapped_hugely(0x1000, smaps) == 2048 * 1024
+    assert parts_child.mapped_hugely(0x3000, smaps) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,9 +144,12 @@ def test_more_than_can_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flags_are_checked() -> None:
     with pytest.raises(ConfigError, match="contexts from 9 to 8 makes no sense"):
-        parts_command.kernels("float32", 1, 9, 8, 4, 2)
-    with pytest.raises(ConfigError, match="--heads 5 is not a multiple of --kv-heads 2"):
-        parts_command.kernels("float32", 1, 8, 8, 5, 2)
+        parts_command.kernels(["float32"], [Shape(4, 2, 64)], 1, 9, 8)
+    with pytest.raises(ConfigError, match="--shape 5/2/64: 5 is not a multiple of 2"):
+        Shape.of("5/2/64")
+    for text in ("4/2", "4/0/64", "4/2/x", "4/2/64/1"):
+        with pytest.raises(ConfigError, match="is not of the form HEADS/KV_HEADS/HEAD_SIZE"):
+            Shape.of(text)
     with pytest.raises(ConfigError, match="--kind beam is not one of greedy"):
         parts_command.sampler(1, [64], ["beam"])
     with pytest.raises(ConfigError, match="give fewer or smaller blocks"):

@@ -1,6 +1,6 @@
 """Ways to attend over the paged pool on a CPU. Imports torch: for programs of their own only.
 
-Queries are `[rows, heads, HEAD_DIM]`: decode has one row per request, a prompt's chunk one per
+Queries are `[rows, heads, head_dim]`: decode has one row per request, a prompt's chunk one per
 token.
 """
 
@@ -19,6 +19,7 @@ from pipemax.stage_worker.batch import StepBatch, prepare_batch
 
 BLOCK_SIZE, HEAD_DIM = 16, 64
 SCALING = HEAD_DIM**-0.5
+"""Of whatever head size: results are compared with each other only."""
 LAYER = 1
 
 Item = tuple[int, int]

@@ -92,7 +92,8 @@ def layer_after_layer(
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _add_up(values: npt.NDArray[np.int64]) -> int:
+def add_up(values: npt.NDArray[np.int64]) -> int:
+    """Reads all of them, in order."""
     total = 0
     for index in range(values.size):
         total += values[index]
@@ -102,7 +103,7 @@ def _add_up(values: npt.NDArray[np.int64]) -> int:
 def read_bytes_s(task: dict[str, Any]) -> float:
     """Bytes per second read from memory, in order."""
     values = np.ones(task["num_bytes"] // 8, np.int64)
-    return float(values.nbytes / mean_s(lambda: _add_up(values), task["seconds"]))
+    return float(values.nbytes / mean_s(lambda: add_up(values), task["seconds"]))
 
 
 def mean_s(once: Callable[[], object], at_least_s: float) -> float:

@@ -4,7 +4,7 @@ the machine's measured limit where there is one."""
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,18 +14,18 @@ from pipemax.services.bench.machine import READ_BYTES, used_cores
 from pipemax.services.bench.output import surroundings, tell
 from pipemax.services.bench.planner import PlannerBench, PlannerLoad
 from pipemax.services.bench.sampling_kinds import KINDS
-from pipemax.services.bench.transfers import Copies, measure_copies
-from pipemax.services.launcher.processes import stage_environment
+from pipemax.services.bench.transfers import Copies
+from pipemax.services.launcher.processes import stage_environment, thread_environment
 from pipemax.services.machine import available_memory_bytes
 
 ATTEMPTS = 5
 _CHILD = "pipemax.services.bench.parts_child"
+_COPIES = "pipemax.services.bench.transfers"
 _SECONDS = 0.3
 """Of each attempt."""
 _LARGE_ROWS = 512
 
 Task = dict[str, Any]
-Ask = Callable[[Task], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,46 +64,97 @@ def _report(parts: Sequence[Part], **more: Any) -> Report:
     return [str(part) for part in parts], data
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, text: str) -> "Shape":
+        """`12/4/64`. Raises ConfigError for anything else."""
+        numbers = text.split("/")
+        if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise ConfigError(f"--shape {text} is not of the form HEADS/KV_HEADS/HEAD_SIZE")
+        heads, kv_heads, head_dim = map(int, numbers)
+        if heads % kv_heads:
+            raise ConfigError(f"--shape {text}: {heads} is not a multiple of {kv_heads}")
+        return cls(heads, kv_heads, head_dim)
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads, {self.kv_heads} KV heads of {self.head_dim}"
+
+
 def kernels(
-    dtype: str, batch: int, shortest: int, longest: int, heads: int, kv_heads: int
+    dtypes: Sequence[str], shapes: Sequence[Shape], batch: int, shortest: int, longest: int
 ) -> Report:
-    """Attention on one core: of decode beside reading memory, of a prompt beside matrix
-    products."""
+    """Attention on one core: of decode beside reading the same memory in order, of a prompt beside
+    matrix products."""
     if not (1 <= shortest <= longest and batch >= 1):
         raise ConfigError(
             f"a batch of {batch} with contexts from {shortest} to {longest} makes no sense"
         )
-    if kv_heads < 1 or heads < 1 or heads % kv_heads:
-        raise ConfigError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
-    shape = {"dtype": dtype, "heads": heads, "kv_heads": kv_heads}
-    contexts = {"batch": batch, "shortest": shortest, "longest": longest}
     tasks: dict[str, Task] = {
-        "decode": {"kind": "decode", **contexts, **shape},
-        "prompt": {"kind": "prompt", "tokens": longest, **shape},
         "read": {"kind": "read", "num_bytes": READ_BYTES},
-        "products": {
+    }
+    contexts = {"batch": batch, "shortest": shortest, "longest": longest}
+    for dtype in dtypes:
+        tasks[f"products, {dtype}"] = {
             "kind": "products",
             "dtype": dtype,
             "rows": _LARGE_ROWS,
             "matrices": [(1024, 1024)],
             "layers": 1,
-        },
-    }
-    best = _in_turns(tasks, _rate)
-    decode = f"decode attention, {dtype}, batch {batch}, contexts {shortest} to {longest}"
-    return _report(
-        [
-            Part(decode, best["decode"], "GB/s", 1e9, best["read"], "reading memory"),
-            Part(
-                f"prompt attention, {dtype}, {longest} tokens",
-                best["prompt"],
-                "GFLOP/s",
-                1e9,
-                best["products"],
-                f"matrix products of {_LARGE_ROWS} rows",
-            ),
-        ]
-    )
+        }
+        for shape in shapes:
+            of = {"dtype": dtype, **asdict(shape)}
+            tasks[f"decode, {dtype}, {shape}"] = {"kind": "decode", **contexts, **of}
+            tasks[f"prompt, {dtype}, {shape}"] = {"kind": "prompt", "tokens": longest, **of}
+    answers = _in_turns(tasks)
+    best = {task: max(map(_rate, found)) for task, found in answers.items()}
+    decodes = [answer for name, found in answers.items() if "decode" in name for answer in found]
+    read_pool = max(answer["read_bytes_s"] for answer in decodes)
+    huge = min(answer["huge_bytes"] / answer["pool_bytes"] for answer in decodes)
+    parts = [
+        Part(
+            f"reading a pool in order ({huge:.0%} of it in huge pages)",
+            read_pool,
+            "GB/s",
+            1e9,
+            best["read"],
+            "reading malloc's memory",
+        )
+    ]
+    best["read_pool"] = read_pool
+    for dtype in dtypes:
+        for shape in shapes:
+            parts += _attention(best, dtype, shape, f"contexts {shortest} to {longest}", longest)
+    return _report(parts, batch=batch, shortest=shortest, longest=longest, huge_pages=huge)
+
+
+def _attention(
+    best: Mapping[str, float], dtype: str, shape: Shape, contexts: str, tokens: int
+) -> list[Part]:
+    return [
+        Part(
+            f"decode attention, {dtype}, {shape}, {contexts}",
+            best[f"decode, {dtype}, {shape}"],
+            "GB/s",
+            1e9,
+            best["read_pool"],
+            "reading the pool in order",
+        ),
+        Part(
+            f"prompt attention, {dtype}, {shape}, {tokens} tokens",
+            best[f"prompt, {dtype}, {shape}"],
+            "GFLOP/s",
+            1e9,
+            best[f"products, {dtype}"],
+            f"matrix products of {_LARGE_ROWS} rows",
+        ),
+    ]
 
 
 def sampler(rows: int, vocab_sizes: Sequence[int], kinds: Sequence[str]) -> Report:
@@ -120,7 +171,7 @@ def sampler(rows: int, vocab_sizes: Sequence[int], kinds: Sequence[str]) -> Repo
                 "vocab": vocab,
                 "sampling": KINDS[kind],
             }
-    best = _in_turns(tasks, _rate)
+    best = {task: max(map(_rate, found)) for task, found in _in_turns(tasks).items()}
     read = best.pop("read")
     name = "reading each token's logits once"
     token_bytes = {task: 4 * tasks[task]["vocab"] for task in best}
@@ -139,15 +190,14 @@ def transfers(block_bytes: int, num_blocks: int) -> Report:
     if needed > there:
         raise ConfigError(f"{needed} bytes needed, {there} available: give fewer or smaller blocks")
     tell(f"copying {num_blocks} blocks of {block_bytes} bytes")
-    found: Copies = measure_copies(block_bytes, num_blocks)
-    return _report(
-        [
-            Part(way, value, "GB/s", 1e9, found.large_bytes_s, "one large copy")
-            for way, value in found.by_way.items()
-        ],
-        block_bytes=block_bytes,
-        num_blocks=num_blocks,
-    )
+    argv = [sys.executable, "-P", "-m", _COPIES]
+    with children(Child("measuring copies", argv, thread_environment(1))) as (child,):
+        found = Copies(**child.ask({"block_bytes": block_bytes, "num_blocks": num_blocks}))
+    large, malloc = found.large_bytes_s, found.malloc_bytes_s
+    parts = [Part("one large copy between pools", large, "GB/s", 1e9, malloc, "malloc's memory")]
+    for way, value in found.by_way.items():
+        parts.append(Part(way, value, "GB/s", 1e9, large, "one large copy"))
+    return _report(parts, block_bytes=block_bytes, num_blocks=num_blocks)
 
 
 def coordinator(load: PlannerLoad, steps: int) -> Report:
@@ -192,18 +242,17 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _in_turns(tasks: Mapping[str, Task], rate: Callable[[Any], float]) -> dict[str, float]:
-    """The best rate of each task, on one core, over attempts in which all take turns."""
+def _in_turns(tasks: Mapping[str, Task]) -> dict[str, list[Any]]:
+    """What each task answers, on one core, in attempts in which all take turns."""
     (core,) = used_cores(1)
     argv = [sys.executable, "-P", "-m", _CHILD, str(core)]
-    best: dict[str, float] = {}
+    answers: dict[str, list[Any]] = {name: [] for name in tasks}
     with children(Child("measuring kernels", argv, stage_environment(1, "cpu"))) as (child,):
         for attempt in range(1, ATTEMPTS + 1):
             tell(f"attempt {attempt} of {ATTEMPTS}")
             for name, task in tasks.items():
-                found = rate(child.ask({**task, "seconds": _SECONDS}))
-                best[name] = max(found, best.get(name, 0.0))
-    return best
+                answers[name].append(child.ask({**task, "seconds": _SECONDS}))
+    return answers
 
 
 def _rate(answer: Any) -> float:

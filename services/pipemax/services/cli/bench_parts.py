@@ -16,13 +16,24 @@ Tokens = Annotated[int, typer.Option(metavar="TOKENS", min=1)]
 
 def kernels(
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16|float16", help="Of KV and queries.")
-    ] = "bfloat16",
+        list[str] | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Of KV and queries. May be given several times.",
+            show_default="bfloat16, float32",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HEADS/KV_HEADS/HEAD_SIZE",
+            help="May be given several times.",
+            show_default="12/4/64, 32/8/128",
+        ),
+    ] = None,
     batch: Count = 64,
     shortest: Tokens = 64,
     longest: Tokens = 1024,
-    heads: Count = 12,
-    kv_heads: Count = 4,
     as_json: AsJson = False,
     output_json: OutputJson = None,
 ) -> None:
@@ -31,9 +42,12 @@ def kernels(
     from pipemax.proto.geometry import DTYPE_BYTES
     from pipemax.services.bench import output, parts_command
 
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"--dtype {dtype} is not one of {', '.join(DTYPE_BYTES)}")
-    found = parts_command.kernels(dtype, batch, shortest, longest, heads, kv_heads)
+    dtypes = dtype or ["bfloat16", "float32"]
+    for given in dtypes:
+        if given not in DTYPE_BYTES:
+            raise ConfigError(f"--dtype {given} is not one of {', '.join(DTYPE_BYTES)}")
+    shapes = [parts_command.Shape.of(text) for text in shape or ["12/4/64", "32/8/128"]]
+    found = parts_command.kernels(dtypes, shapes, batch, shortest, longest)
     output.show(*found, as_json=as_json, output_json=output_json)
 
 
