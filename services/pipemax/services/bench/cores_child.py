@@ -7,8 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numba
@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import linear
 
+from pipemax.stage_worker.model.products import TiledMatrix, can_tile, fits_panels
+
 _FIRST_S = 0.02
 """Untimed, before each measurement."""
 _WEIGHTS_BYTES = 256 * 2**20
@@ -24,8 +26,10 @@ _WEIGHTS_BYTES = 256 * 2**20
 
 Layer = list[torch.Tensor]
 """Matrices, `[outputs, inputs]`."""
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of rows `[rows, inputs]` and a matrix."""
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""Of rows `[rows, inputs]` with one matrix."""
+Products = list[list[Product]]
+"""By layer and matrix."""
 
 
 class Model(NamedTuple):
@@ -40,18 +44,16 @@ class Model(NamedTuple):
 def products_flop_s(task: dict[str, Any]) -> float:
     """FLOP/s of `task["rows"]` rows times each of a layer's matrices, `[outputs, inputs]`, one
     after the other; layer after layer, as many as the model has, so that weights come from memory
-    where they do so in the model. With weights as they are, and as oneDNN packs them for so many
-    rows: the faster counts."""
+    where they do so in the model. With weights as they are, as oneDNN packs them for so many rows,
+    and as our own products have them: the fastest counts."""
     dtype, rows = getattr(torch, task["dtype"]), task["rows"]
     shapes = tuple((outputs, inputs) for outputs, inputs in task["matrices"])
     model = Model(shapes, dtype, task["layers"])
-    inputs = {width: torch.randn(rows, width).to(dtype) for _, width in shapes}
+    inputs = [torch.randn(rows, width).to(dtype) for _, width in shapes]
     flop = 2 * rows * sum(math.prod(shape) for shape in shapes)
-    ways: list[tuple[list[Layer], Product]] = [(made_layers(model), linear)]
     with torch.inference_mode():
-        if packed := packed_layers(model, rows):
-            ways.append((packed, packed_linear))
-        calls = [layer_after_layer(layers, inputs, product) for layers, product in ways]
+        ways = (plain_products(model), packed_products(model, rows), tiled_products(model))
+        calls = [layer_after_layer(products, inputs) for products in ways if products]
         return float(flop / min(mean_s(once, task["seconds"]) for once in calls))
 
 
@@ -63,30 +65,43 @@ def made_layers(model: Model) -> list[Layer]:
     return [[torch.randn(*shape).to(model.dtype) for shape in model.shapes] for _ in range(count)]
 
 
+def plain_products(model: Model) -> Products:
+    return [[partial(linear, weight=matrix) for matrix in layer] for layer in made_layers(model)]
+
+
 @lru_cache(maxsize=1)
-def packed_layers(model: Model, rows: int) -> list[Layer]:
-    """As oneDNN packs them; none where torch has no oneDNN, or oneDNN not this dtype."""
+def packed_products(model: Model, rows: int) -> Products:
+    """oneDNN's; none where torch has no oneDNN, or oneDNN not this dtype."""
     try:
         pack = torch.ops.mkldnn._reorder_linear_weight
-        return [[pack(matrix, rows) for matrix in layer] for layer in made_layers(model)]
+        return [
+            [partial(_packed_linear, pack(matrix, rows)) for matrix in layer]
+            for layer in made_layers(model)
+        ]
     except (AttributeError, RuntimeError):
         return []
 
 
-def packed_linear(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _packed_linear(matrix: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")  # type: ignore[no-any-return]
 
 
-def layer_after_layer(
-    layers: list[Layer], inputs: Mapping[int, torch.Tensor], product: Product
-) -> Callable[[], None]:
-    """What multiplies by the next layer when it is called."""
+@lru_cache(maxsize=1)
+def tiled_products(model: Model) -> Products:
+    """Ours; none where a CPU stage has others."""
+    layers = made_layers(model)
+    if not can_tile(model.dtype) or not all(map(fits_panels, layers[0])):
+        return []
+    return [[TiledMatrix(matrix) for matrix in layer] for layer in layers]
+
+
+def layer_after_layer(layers: Products, inputs: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """What multiplies by the next layer when it is called; `inputs`: rows for each matrix."""
     turn = itertools.cycle(layers)
-    widths = [matrix.shape[1] for matrix in layers[0]]
 
     def once() -> None:
-        for width, matrix in zip(widths, next(turn), strict=True):
-            product(inputs[width], matrix)
+        for product, rows in zip(next(turn), inputs, strict=True):
+            product(rows)
 
     return once
 
