@@ -178,8 +178,11 @@ class Shell:
             self._feed(CopyDone(stage, direction))
 
     def _feed(self, event: Event) -> None:
-        self._worked = True
-        for command in self._core.handle(event, time.monotonic()):
+        commands = self._core.handle(event, time.monotonic())
+        # Stages say it of every step: where nothing waited for it, there is nothing to report.
+        is_idle_step = isinstance(event, FromStage) and not commands
+        self._worked = self._worked or not is_idle_step
+        for command in commands:
             self._obey(command)
 
     def _obey(self, command: Command) -> None:
