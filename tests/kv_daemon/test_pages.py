@@ -15,6 +15,8 @@ from pipemax.proto.errors import ConfigError
 
 SIZE = 3 * 64 * 2**20 + 4096 + 1
 PARTS = ((0, 100_000), (100_000, SIZE))
+LARGEST_PAGE = 2**21
+"""That memory may come in, where the machine allows huge pages for shared memory."""
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_every_page_is_touched_part_by_part(pool: HostPool, wake_fd: int) -> Non
     pages.touch(0)
     pages.touch(0)
     wait(wake_fd, lambda: pages.is_there(0))
-    assert 100_000 <= resident_bytes(pool) < 2**20
+    assert 100_000 <= resident_bytes(pool) <= LARGEST_PAGE
     assert not pages.is_there(1)
     assert not pages.all_there
     pages.touch(1)
@@ -75,7 +77,7 @@ def test_a_stop_is_heard_between_portions(pool: HostPool, wake_fd: int) -> None:
     pool.stop_touching()
     pages.touch(0)
     pages.close()
-    assert resident_bytes(pool) <= 4096  # its first page, at most
+    assert resident_bytes(pool) <= LARGEST_PAGE  # its first page, at most
 
 
 def test_pages_are_touched_on_the_cpus_asked_for(
