@@ -40,6 +40,7 @@ class SamplingParams:
 class LLM:
     def __init__(self, **arguments):
         names = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "HF_HUB_OFFLINE", "EXTRA")
+        names += ("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS",)
         seen = {name: os.environ.get(name) for name in names}
         with open(os.environ["RECORD"], "w") as file:
             json.dump({"arguments": arguments, "environment": seen}, file)
@@ -110,6 +111,7 @@ def test_vllm_runs_from_the_environment_given(environment: Path, tmp_path: Path)
         "VLLM_CPU_OMP_THREADS_BIND": "0,3",
         "HF_HUB_OFFLINE": "1",
         "EXTRA": "yes",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400",
     }
     assert engine.about["settings"]["arguments"]["max_num_seqs"] == 256
     assert engine.about["environment"]["EXTRA"] == "yes"

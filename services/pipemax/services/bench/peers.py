@@ -23,6 +23,8 @@ _RUNNER = Path(__file__).with_name("peer_runner.py")
 _LLAMA = "pipemax.services.bench.peer_llama"
 _LOOK_S = 120.0
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_PATIENT = {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "86400"}
+"""vLLM takes its worker for hung when both were stopped for longer, as they are between rounds."""
 _TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 _LIBRARIES = Path("/usr/lib")
 _OPENMP = Path("lib", "libiomp5.so")
@@ -96,7 +98,7 @@ def find_peer(flags: PeerFlags, setting: Setting) -> Peer:
     notes: tuple[str, ...] = ()
     own: dict[str, Any] = {}
     if flags.against == "vllm":
-        threads["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, setting.cores))
+        threads |= {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, setting.cores)), **_PATIENT}
         libraries = _preloaded(flags)
         if libraries:
             threads["LD_PRELOAD"] = ":".join(map(str, libraries))
