@@ -9,7 +9,6 @@ The walk is some words of memory, which loops keep in registers while they run; 
 
 from typing import Any, Final
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -43,7 +42,7 @@ class Walk:
         at, done = builder.load(self._at), builder.load(self._done)
         row = builder.add(ll.load(builder, at, 0, ll.ADDRESS), done)
         for line in range(STEP_LINES):
-            prefetch(builder, row, line * LINE_BYTES)
+            ll.prefetch(builder, row, line * LINE_BYTES)
         further = builder.add(done, ll.ADDRESS(STEP_BYTES))
         row_ends = builder.icmp_signed(">=", further, self._row_bytes)
         goes_on = builder.and_(row_ends, builder.icmp_signed("<", at, self._end))
@@ -56,14 +55,6 @@ class Walk:
         builder = self._builder
         for word, place in enumerate((self._at, self._done)):
             ll.store(builder, builder.load(place), self._address, 8 * word)
-
-
-def prefetch(builder: Builder, address: Value, offset: int) -> None:
-    """Asks the CPU to fetch a cache line, for reading. Any address is harmless."""
-    pointer = ll.pointer(builder, address, offset, ir.IntType(8))
-    locality, data = ll.WORD(2), ll.WORD(1)
-    kind = ir.VoidType()
-    ll.call(builder, "llvm.prefetch.p0", kind, pointer, ll.WORD(0), locality, data)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -2,6 +2,7 @@
 lanes of 32 bits; LLVM splits them where the CPU has shorter ones. Addresses are integers."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Final
 
 import llvmlite.binding as llvm
@@ -244,3 +245,53 @@ def exp(builder: Builder, x: Value) -> Value:
     exponent = builder.add(builder.fptosi(n, WORDS), words_of(127))
     power = builder.bitcast(builder.shl(exponent, words_of(23)), REALS)
     return builder.fmul(p, power)
+
+
+def accumulate(
+    builder: Builder,
+    dot: bool,
+    lefts: list[Value],
+    count: Value,
+    begin: list[list[Value]],
+    right_side: Callable[[Value], list[Value]],
+) -> list[list[Value]]:
+    """The sums, by row of the left side and by vector, after `count` words of each of `lefts`, with
+    the vectors that `right_side` makes for the index of a word. They stay in registers."""
+    before = builder.block
+    loop, after = builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    index = builder.phi(ADDRESS)
+    index.add_incoming(ADDRESS(0), before)
+    sums = []
+    for row in begin:
+        sums.append([builder.phi(REALS) for _ in row])
+        for total, first in zip(sums[-1], row, strict=True):
+            total.add_incoming(first, before)
+    vectors = right_side(index)
+    at = builder.shl(index, ADDRESS(2))
+    ends = []
+    for left, row in zip(lefts, sums, strict=True):
+        word = splat(builder, load(builder, builder.add(left, at), 0, WORD), WORDS)
+        ends.append(
+            [
+                product(builder, dot, word, vector, total)
+                for vector, total in zip(vectors, row, strict=True)
+            ]
+        )
+    following = builder.add(index, ADDRESS(1))
+    last = builder.block
+    index.add_incoming(following, last)
+    for row, ended in zip(sums, ends, strict=True):
+        for total, end in zip(row, ended, strict=True):
+            total.add_incoming(end, last)
+    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
+    builder.position_at_end(after)
+    return ends
+
+
+def prefetch(builder: Builder, address: Value, offset: int) -> None:
+    """Asks the CPU to fetch a cache line, for reading. Any address is harmless."""
+    line = pointer(builder, address, offset, ir.IntType(8))
+    locality, data = WORD(2), WORD(1)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), line, WORD(0), locality, data)

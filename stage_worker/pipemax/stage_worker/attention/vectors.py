@@ -124,49 +124,6 @@ def _whole_rows(builder: Builder, rows: list[Value], words: Value) -> list[Value
     ]
 
 
-def _accumulate(
-    builder: Builder,
-    dot: bool,
-    lefts: list[Value],
-    count: Value,
-    begin: list[list[Value]],
-    right_side: Callable[[Value], list[Value]],
-) -> list[list[Value]]:
-    """The sums, by row of the left side and by vector, after `count` words of each of `lefts`, with
-    the vectors that `right_side` makes for the index of a word. They stay in registers."""
-    before = builder.block
-    loop, after = builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(ll.ADDRESS)
-    index.add_incoming(ll.ADDRESS(0), before)
-    sums = []
-    for row in begin:
-        sums.append([builder.phi(ll.REALS) for _ in row])
-        for total, first in zip(sums[-1], row, strict=True):
-            total.add_incoming(first, before)
-    vectors = right_side(index)
-    at = builder.shl(index, ll.ADDRESS(2))
-    ends = []
-    for left, row in zip(lefts, sums, strict=True):
-        word = ll.splat(builder, ll.load(builder, builder.add(left, at), 0, ll.WORD), ll.WORDS)
-        ends.append(
-            [
-                ll.product(builder, dot, word, vector, total)
-                for vector, total in zip(vectors, row, strict=True)
-            ]
-        )
-    following = builder.add(index, ll.ADDRESS(1))
-    last = builder.block
-    index.add_incoming(following, last)
-    for row, ended in zip(sums, ends, strict=True):
-        for total, end in zip(row, ended, strict=True):
-            total.add_incoming(end, last)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return ends
-
-
 def _every(builder: Builder, first: Value, distance: Value, count: int) -> list[Value]:
     """Addresses that far apart."""
     found = [first]
@@ -199,7 +156,7 @@ def _make_score(queries: int) -> Callable[..., Any]:
             lefts = _every(builder, left, builder.shl(count, ll.ADDRESS(2)), queries)
             begin = [[ll.reals_of(0.0)] * ll.TILE_VECTORS for _ in range(queries)]
             is_dot = isinstance(dot, types.Integer)
-            ends = _accumulate(builder, is_dot, lefts, count, begin, right_side)
+            ends = ll.accumulate(builder, is_dot, lefts, count, begin, right_side)
             _store_rows(builder, ends, _every(builder, scores, ll.ADDRESS(ll.ROW_BYTES), queries))
             return context.get_dummy_value()
 
@@ -283,7 +240,7 @@ def _make_add(queries: int, is_part: bool) -> Callable[..., Any]:
                 for target in targets
             ]
             lefts = _every(builder, weights, ll.ADDRESS(ll.ROW_BYTES), queries)
-            ends = _accumulate(builder, is_dot, lefts, steps, begin, right_side)
+            ends = ll.accumulate(builder, is_dot, lefts, steps, begin, right_side)
             _store_rows(builder, ends, targets)
             ahead.leave()
             return context.get_dummy_value()

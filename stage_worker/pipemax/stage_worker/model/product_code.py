@@ -14,7 +14,6 @@ int16 for bfloat16.
 from collections.abc import Callable
 from typing import Any, Final
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -64,16 +63,19 @@ def _make_tile(rows: int, gated: bool) -> Callable[..., Any]:
             numbers = [_at_most(builder, row, last) for row in range(rows)]
             lefts = [builder.add(left, builder.mul(n, left_bytes)) for n in numbers]
             begin = [ll.load(builder, bias, v * ll.VECTOR_BYTES, ll.REALS) for v in range(VECTORS)]
+            begins = [begin] * rows
 
             def weights(index: Value) -> list[Value]:
-                _prefetch(builder, builder.add(ahead, builder.mul(index, ahead_bytes)))
+                coming = builder.add(ahead, builder.mul(index, ahead_bytes))
+                for line in range(2):
+                    ll.prefetch(builder, coming, line * LINE_BYTES)
                 row = builder.add(panel, builder.mul(index, ll.ADDRESS(STEP_BYTES)))
                 return [
                     ll.load(builder, row, v * ll.VECTOR_BYTES, ll.WORDS) for v in range(VECTORS)
                 ]
 
             is_pairs = isinstance(element, types.Integer)
-            sums = _accumulate(builder, is_pairs, lefts, words, begin, weights)
+            sums = ll.accumulate(builder, is_pairs, lefts, words, begins, weights)
             if gated:
                 sums = [[builder.fmul(_silu(builder, gate), up)] for gate, up in sums]
             places = [builder.mul(n, out_bytes) for n in numbers]
@@ -90,70 +92,6 @@ def _make_tile(rows: int, gated: bool) -> Callable[..., Any]:
 def _at_most(builder: Builder, row: int, last: Value) -> Value:
     number = ll.ADDRESS(row)
     return builder.select(builder.icmp_signed("<", number, last), number, last)
-
-
-def _prefetch(builder: Builder, address: Value) -> None:
-    """Two lines, to the second level of cache. Any address is harmless."""
-    for line in range(2):
-        ll.call(
-            builder,
-            "llvm.prefetch.p0",
-            ir.VoidType(),
-            ll.pointer(builder, address, line * LINE_BYTES, ir.IntType(8)),
-            ll.WORD(0),
-            ll.WORD(2),
-            ll.WORD(1),
-        )
-
-
-def _accumulate(
-    builder: Builder,
-    is_pairs: bool,
-    lefts: list[Value],
-    words: Value,
-    begin: list[Value],
-    weights: Callable[[Value], list[Value]],
-) -> _Sums:
-    """`begin`, in each row, and the products of `words` words with the vectors that `weights` loads
-    for a word's index."""
-    before = builder.block
-    loop, after = builder.append_basic_block(), builder.append_basic_block()
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    index = builder.phi(ll.ADDRESS)
-    index.add_incoming(ll.ADDRESS(0), before)
-    sums = [[builder.phi(ll.REALS) for _ in begin] for _ in lefts]
-    for row in sums:
-        for total, first in zip(row, begin, strict=True):
-            total.add_incoming(first, before)
-    vectors = weights(index)
-    at = builder.mul(index, ll.ADDRESS(WORD_BYTES))
-    ends: _Sums = []
-    for left, row in zip(lefts, sums, strict=True):
-        word = ll.splat(builder, ll.load(builder, builder.add(left, at), 0, ll.WORD), ll.WORDS)
-        ends.append(
-            [
-                _product(builder, is_pairs, word, vector, total)
-                for vector, total in zip(vectors, row, strict=True)
-            ]
-        )
-    following = builder.add(index, ll.ADDRESS(1))
-    index.add_incoming(following, builder.block)
-    for row, ended in zip(sums, ends, strict=True):
-        for total, end in zip(row, ended, strict=True):
-            total.add_incoming(end, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, words), loop, after)
-    builder.position_at_end(after)
-    return ends
-
-
-def _product(builder: Builder, is_pairs: bool, word: Value, vector: Value, total: Value) -> Value:
-    if is_pairs:
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        pairs = builder.bitcast(word, ll.BFLOATS), builder.bitcast(vector, ll.BFLOATS)
-        return ll.call(builder, name, ll.REALS, total, *pairs)
-    reals = builder.bitcast(word, ll.REALS), builder.bitcast(vector, ll.REALS)
-    return ll.multiply_add(builder, *reals, total)
 
 
 def _silu(builder: Builder, x: Value) -> Value:

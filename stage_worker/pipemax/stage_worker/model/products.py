@@ -8,7 +8,7 @@ rows, which is what decoding is made of, run at 40 to 85 % of what the same core
 Compiled functions stand in one file, as numba's cache notices changes of no other; see `compiled`.
 """
 
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numba
 import numpy as np
@@ -41,6 +41,26 @@ _ALIAS_BYTES: Final = 1024
 Place: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
 """What a tile takes, see `product_code`."""
 _SOURCES: Final = (vector_code, product_code)
+
+
+class Work(NamedTuple):
+    """Rows to be multiplied, as compiled code takes them: addresses, and distances in bytes."""
+
+    left: int
+    rows: int
+    left_bytes: int
+    """From one row to the next."""
+    words: int
+    """Of a row."""
+    panels: int
+    bias: int
+    other: int
+    """What is added, rows as far apart as those of `out`; 0: nothing."""
+    out: int
+    out_bytes: int
+    """From one row to the next."""
+    column_bytes: int
+    """Of a row of `out`, that come from one panel."""
 
 
 def can_tile(dtype: torch.dtype) -> bool:
@@ -85,7 +105,7 @@ class TiledMatrix:
         rows = _apart(rows.contiguous())
         added = None if other is None else other.contiguous()
         out = torch.empty(rows.shape[0], self.outputs, dtype=self._dtype)
-        arguments = (
+        work = Work(
             rows.data_ptr(),
             rows.shape[0],
             rows.stride(0) * rows.element_size(),
@@ -96,15 +116,13 @@ class TiledMatrix:
             out.data_ptr(),
             self.outputs * out.element_size(),
             self.outputs // self._panels.shape[0] * out.element_size(),
-            _ELEMENTS[self._dtype],
-            self._gated,
         )
-        threads = torch.get_num_threads()
+        threads, element = torch.get_num_threads(), _ELEMENTS[self._dtype]
         if threads == 1:
-            _multiply(0, self._panels.shape[0], *arguments)
+            _multiply(0, self._panels.shape[0], work, element, self._gated)
         else:
             numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-            _multiply_parallel(threads, self._panels.shape[0], *arguments)
+            _multiply_parallel(threads, self._panels.shape[0], work, element, self._gated)
         return out
 
 
@@ -143,28 +161,12 @@ def _tile(element: Any, gated: bool, tall: bool, place: Place) -> None:
 
 
 @_compiled
-def _multiply(
-    first_panel: int,
-    end_panel: int,
-    left: int,
-    rows: int,
-    left_bytes: int,
-    words: int,
-    panels: int,
-    bias: int,
-    other: int,
-    out: int,
-    out_bytes: int,
-    column_bytes: int,
-    element: Any,
-    gated: bool,
-) -> None:
-    """`rows` rows of `words` words from the address `left` on, times panels `first_panel` up to
-    `end_panel`, to the columns of `out` that are theirs, `column_bytes` each."""
-    panel_bytes = words * STEP_BYTES
-    most = max(_LEAST_BLOCK_ROWS, _BLOCK_BYTES // (words * WORD_BYTES)) // 12 * 12
-    for first in range(0, rows, most):
-        count = min(most, rows - first)
+def _multiply(first_panel: int, end_panel: int, work: Work, element: Any, gated: bool) -> None:
+    """Times panels `first_panel` up to `end_panel`, to the columns of `out` that are theirs."""
+    panel_bytes = work.words * STEP_BYTES
+    most = max(_LEAST_BLOCK_ROWS, _BLOCK_BYTES // (work.words * WORD_BYTES)) // 12 * 12
+    for first in range(0, work.rows, most):
+        count = min(most, work.rows - first)
         # Twelve rows a tile, and eight in one or two of them, so that few are computed twice.
         fours = max(2, (count + 3) // 4)
         low_tiles = -fours % 3
@@ -172,63 +174,34 @@ def _multiply(
         tiles = tall_tiles + low_tiles
         share = 1 if tiles == 1 else 2
         for number in range(first_panel, end_panel):
-            panel = panels + number * panel_bytes
+            panel = work.panels + number * panel_bytes
             following = number + 1 if number + 1 < end_panel else first_panel
-            columns = first * out_bytes + number * column_bytes
+            columns = first * work.out_bytes + number * work.column_bytes
             row = 0
             for tile in range(tiles):
                 # The first tile asks for the next panel, or the first two for half of it each.
                 half = min(tile, share - 1) * (panel_bytes // share)
                 tall = tile < tall_tiles
                 place = (
-                    left + (first + row) * left_bytes,
-                    left_bytes,
+                    work.left + (first + row) * work.left_bytes,
+                    work.left_bytes,
                     min(12 if tall else 8, count - row) - 1,
-                    words,
+                    work.words,
                     panel,
-                    bias + number * PANEL_COLUMNS * 4,
-                    panels + following * panel_bytes + half,
+                    work.bias + number * PANEL_COLUMNS * 4,
+                    work.panels + following * panel_bytes + half,
                     STEP_BYTES // share,
-                    other + columns + row * out_bytes if other else 0,
-                    out + columns + row * out_bytes,
-                    out_bytes,
+                    work.other + columns + row * work.out_bytes if work.other else 0,
+                    work.out + columns + row * work.out_bytes,
+                    work.out_bytes,
                 )
                 _tile(element, gated, tall, place)
                 row += 12 if tall else 8
 
 
 @compiled(*_SOURCES, parallel=True)
-def _multiply_parallel(
-    threads: int,
-    end_panel: int,
-    left: int,
-    rows: int,
-    left_bytes: int,
-    words: int,
-    panels: int,
-    bias: int,
-    other: int,
-    out: int,
-    out_bytes: int,
-    column_bytes: int,
-    element: Any,
-    gated: bool,
-) -> None:
+def _multiply_parallel(threads: int, end_panel: int, work: Work, element: Any, gated: bool) -> None:
     """As `_multiply` of all panels, a share of them in each thread."""
     for part in prange(threads):
-        _multiply(
-            end_panel * part // threads,
-            end_panel * (part + 1) // threads,
-            left,
-            rows,
-            left_bytes,
-            words,
-            panels,
-            bias,
-            other,
-            out,
-            out_bytes,
-            column_bytes,
-            element,
-            gated,
-        )
+        first, end = end_panel * part // threads, end_panel * (part + 1) // threads
+        _multiply(first, end, work, element, gated)
